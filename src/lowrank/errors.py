@@ -1,0 +1,37 @@
+"""The errors a user can cause. Each message is one sentence: the place, what was wanted, what to do.
+
+LowrankError
+├── ConfigError      a LoraConfig or command option that cannot be meant
+├── TargetError      patterns that match nothing, or modules that cannot be adapted
+├── CheckpointError  adapter or model files that are missing, damaged or of another shape
+├── MergeError       a merge that would not be exact, or not finite
+└── DataError        rows, columns or files of training data
+"""
+
+
+class LowrankError(Exception):
+    """Base of every error caused by a wrong call or wrong input; the command line exits with status 2 on it."""
+
+
+class ConfigError(LowrankError):
+    """A configuration value that cannot be meant (rank 0, alpha not finite, unknown initialisation...)."""
+
+
+class TargetError(LowrankError):
+    """A target pattern that matches nothing, or a module that cannot be adapted."""
+
+
+class CheckpointError(LowrankError):
+    """An adapter or model file that is missing, damaged, or made for another model."""
+
+
+class MergeError(LowrankError):
+    """A merge that cannot be exact: non-finite factors, or adapters whose meaning depends on the unmerged base."""
+
+
+class DataError(LowrankError):
+    """Training data that cannot be used, named by file, line and field."""
+
+
+class LowrankWarning(UserWarning):
+    """Something that works but is probably not what was meant."""
