@@ -1,0 +1,122 @@
+"""h = W0·x + bias + B·A·x as one differentiable function with the fewest passes over memory.
+
+Forward: S = x·Aᵀ is kept, (T, r), and S·Bᵀ is accumulated into the base's output in place. Backward: dS = dY·B once,
+for dA = dSᵀ·x, for dBᵀ = Sᵀ·dY (the transposed product, which the libraries run up to twice as fast) and for the input
+gradient, which projections with the same input accumulate together (`shared_input`). No output-size temporary is made,
+nothing is kept for a gradient of the frozen weight, and no input gradient is formed where none is needed.
+
+Per T×d output that is 6·r·T·(k + d) operations beyond the frozen layer's, the least there is when S is kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lowrank.kernels import products
+from lowrank.kernels.order import choose_order, thin_products_are_slow
+from lowrank.kernels.shared_input import SharedInput, shared_input
+
+
+def reason_against(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why this call must take the reference path, or None where the fused function gives the same."""
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses the plain operations itself"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms the plain operations"
+    if weight.requires_grad:
+        return "the base weight is trained too"
+    if type(weight) not in (Tensor, torch.nn.Parameter) or type(x) is not Tensor:
+        return f"its tensors are of a class of their own ({type(weight).__name__}, {type(x).__name__})"
+    if x.dtype != weight.dtype or not x.is_floating_point():
+        return f"its input is {x.dtype} and its weight {weight.dtype}"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"its bias is {bias.dtype} and its weight {weight.dtype}"
+    return None
+
+
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout: float = 0.0) -> Tensor:
+    """W0·x + bias + B·A·dropout(x) with the scale already in B: x (..., k), weight (d, k), a (r, k), b (d, r).
+
+    a and b are rounded to x's dtype. `weight` may be a transposed view (Conv1D): no copy is made. The dropout mask is
+    not kept: it is drawn again in backward from the same seed. Second derivatives are refused by autograd.
+    """
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, a, b))
+    if not tracked and not dropout and thin_products_are_slow(x):
+        return F.linear(x, weight, bias) + F.linear(F.linear(x.float(), a.float()), b.float()).to(x.dtype)
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    if not tracked:
+        return _forward(x, weight, bias, a, b, _Mask(dropout, x), keep=False)[0]
+    shared = shared_input(x)
+    result: Tensor = _FusedLinear.apply(shared.token, x.detach(), weight, bias, a, b, shared, dropout)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Mask:
+    """A dropout mask that is a seed: `apply(x)` gives the same x·mask/(1 − p) every time."""
+
+    def __init__(self, probability: float, x: Tensor) -> None:
+        self.probability = probability
+        self.device = x.device
+        self.seed = int(torch.randint(2**62, ())) if probability else 0
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x with a share of its entries dropped and the others scaled up; x itself where nothing is dropped."""
+        if not self.probability:
+            return x
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        keep = torch.empty_like(x).bernoulli_(1 - self.probability, generator=generator)
+        return keep.mul_(x).div_(1 - self.probability)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: _Mask, keep: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(h, x as a matrix, S): x (..., k) → h (..., d), (T, k), (T, r); S is None where it is not kept and not needed."""
+    rows = x.reshape(-1, x.shape[-1])  # (T, k)
+    d, k = weight.shape
+    order = choose_order(rows.shape[0], k, d, a.shape[0], x.dtype, x.device.type)
+    if order.fold and not mask.probability:
+        h = F.linear(rows, torch.addmm(weight, b, a), bias)  # (T, d)
+        s = rows @ a.t() if keep else None  # (T, r)
+    else:
+        s = mask.apply(rows) @ a.t()  # (T, r)
+        h = products.plus_low_rank(rows, weight.t(), s, b.t(), bias)  # (T, d)
+    # a view made in a Function may not be written to by the caller (ReLU(inplace=True)): this one counts as no view
+    return torch.ops.aten._unsafe_view(h, (*x.shape[:-1], d)), rows, s
+
+
+class _FusedLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        _token: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        shared: SharedInput,
+        dropout: float,
+    ) -> Tensor:
+        ctx.mask, ctx.shared = _Mask(dropout, x), shared
+        h, rows, s = _forward(x, weight, bias, a, b, ctx.mask, keep=True)
+        ctx.save_for_backward(rows, s, weight, a, b)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, weight, a, b = ctx.saved_tensors
+        dh = dh.reshape(-1, dh.shape[-1])  # (T, d)
+        _, _, _, needs_bias, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        ds, db = products.two_gradients(dh, s, b, needs_b)  # (T, r), (d, r)
+        if ctx.shared.needs_gradient:
+            dropped = ctx.mask.apply(ds @ a) if ctx.mask.probability else None
+            ctx.shared.add(dh, weight, dropped, ds, a)
+        dbias = dh.sum(0) if needs_bias else None
+        da = ds.t() @ ctx.mask.apply(x) if needs_a else None  # (r, k)
+        return None, None, None, dbias, da, db, None, None

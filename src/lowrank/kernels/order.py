@@ -1,0 +1,103 @@
+"""In which order the products of h = W0·x + B·A·x are contracted: chosen per shape, dtype and device, and explained.
+
+Two choices cost differently by shape. What the change costs beyond W0·x in the forward pass:
+
+accumulate   S·Bᵀ into the output in place: 2·T·r·d operations, T·d read and written
+fold         W0 + B·A first, then one product: 2·d·k·r operations, d·k read, written and read again
+
+Fold wins for many tokens over a small weight. It rounds the folded weight, which is harmless in float32 and wider but
+swallows small changes in half precision, where it is never chosen. (RunLoRA, arXiv 2312.03415, counts the operations;
+here the bytes are counted too, since at r = 16 they weigh more.)
+
+Where the two estimates are closer than the model can be trusted, both can be timed once on tensors of that shape and
+the answer kept for the process. That is asked for by LOWRANK_MEASURE=1 (and done by `lowrank doctor`): a close call is
+worth less than 0.3 % of a step, and a choice by the clock would make two runs from one seed differ in their last bits.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+OPERATIONS_PER_BYTE = {"cpu": 5.0, "cuda": 200.0}  # done while one byte comes from memory, on one core or one GPU
+UNSURE = 0.25  # estimates closer than this share are settled by a measurement
+MEASURE = os.environ.get("LOWRANK_MEASURE") == "1"
+FEW_TOKENS = 96
+DECODING = 64  # below so many tokens there is nothing to gain: the products are as thin as the factors
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The order for one shape, and why: `fold` in forward, `accumulate_dx` in backward."""
+
+    fold: bool
+    accumulate_dx: bool
+    why: str
+
+
+def accumulates(dtype: torch.dtype, device: str) -> bool:
+    """Whether dX is accumulated inside the product dX += dY·W, or added after it.
+
+    On CPU the half-precision products accumulate into their output more slowly than a separate addition takes (measured
+    4 % against 2 % of a product; benchmarks/step.py); everywhere else accumulation is free.
+    """
+    return device != "cpu" or dtype.itemsize >= 4
+
+
+def thin_products_are_slow(x: Tensor) -> bool:
+    """Whether x (..., k) has so few rows that its products with the factors are slower in its dtype than in float32.
+
+    So it is on CPU for half precision: one token at k = 768 takes 13 µs in bfloat16 and 2 µs in float32 (measured;
+    benchmarks/decoding.py compares whole models).
+    """
+    return x.device.type == "cpu" and x.dtype.itemsize == 2 and x.numel() < FEW_TOKENS * x.shape[-1]
+
+
+def choose_order(
+    tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device: str, measure: bool = MEASURE
+) -> Order:
+    """The order for x (tokens, k) and W0 (d, k) at rank `rank`; close calls are timed where `measure`."""
+    inside = accumulates(dtype, device)
+    if dtype.itemsize < 4:
+        return Order(False, inside, f"accumulate: folding would round small changes away in {str(dtype)[6:]}")
+    if tokens < DECODING:
+        return Order(False, inside, f"accumulate: {tokens} tokens are too few for folding {d}×{k} to pay")
+    accumulate, fold = _estimates(tokens, k, d, rank, dtype.itemsize, OPERATIONS_PER_BYTE.get(device, 20.0))
+    if abs(accumulate - fold) > UNSURE * max(accumulate, fold):
+        name = "fold" if fold < accumulate else "accumulate"
+        return Order(fold < accumulate, inside, f"{name}: estimated {fold / accumulate:.2f} of accumulating")
+    if not measure:
+        return Order(False, inside, f"accumulate: folding ({fold / accumulate:.2f} of it) is too close to call")
+    ratio = _measured_ratio(tokens, k, d, rank, dtype, device)
+    name = "fold" if ratio < 1 else "accumulate"
+    return Order(ratio < 1, inside, f"{name}: folding measured at {ratio:.2f} of accumulating")
+
+
+def _estimates(tokens: int, k: int, d: int, rank: int, itemsize: int, balance: float) -> tuple[float, float]:
+    """The cost of accumulating and of folding, in bytes' worth of time."""
+    accumulate = tokens * d * (2 * rank / balance + 2 * itemsize)
+    fold = d * k * (2 * rank / balance + 3 * itemsize)
+    return accumulate, fold
+
+
+@cache
+def _measured_ratio(tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device: str) -> float:
+    """The time of folding over that of accumulating, each the best of three after one to warm up."""
+    weight, a, b = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((d, k), (rank, k), (d, rank)))
+    s, h = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((tokens, rank), (tokens, d)))
+    return _best(lambda: torch.addmm(weight, b, a), device) / _best(lambda: h.addmm_(s, b.t()), device)
+
+
+def _best(job: Callable[[], Tensor], device: str) -> float:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        job()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -1,0 +1,119 @@
+"""One input gradient for all projections that read the same tensor.
+
+A transformer block calls q, k and v (and gate and up) with one and the same x. Left to autograd, each makes an input
+gradient of its own and the engine adds them, and each adds its low-rank part. Here the projections find each other by
+the tensor they are called with, whatever the architecture, and share one accumulator: every projection adds dY·W, and
+the low-rank parts of all are stacked and added as one product, dX += [dS₁ dS₂ …]·[A₁; A₂; …].
+"""
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lowrank.kernels.order import accumulates
+from lowrank.kernels.products import fits_one_kernel
+
+_local = threading.local()
+
+
+class SharedInput:
+    """The gradient of one tensor x, (T, k), gathered from the adapted projections it was given to.
+
+    It lives as long as the graph nodes of these projections. `token` is what ties them to x in autograd's graph: the
+    engine runs x's node only when every projection that took the token has added its part.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = weakref.ref(x)
+        self._version = x._version
+        self._task = -1
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._dx: Tensor | None = None
+        self.members = 0
+        self.needs_gradient = x.requires_grad
+        self.token: Tensor = _Join.apply(x, self) if x.requires_grad else x.new_empty(0)  # type: ignore[no-untyped-call]
+
+    def is_for(self, x: Tensor) -> bool:
+        """True for the very tensor this was made for, not written to since, and as much in need of a gradient."""
+        return self._x() is x and self._version == x._version and self.needs_gradient == x.requires_grad
+
+    def add(self, dy: Tensor, weight: Tensor, low_rank_part: Tensor | None, ds: Tensor, a: Tensor) -> None:
+        """dX += dY·W + dS·A: dy (T, d), weight (d, k), ds (T, r), a (r, k).
+
+        A part that cannot be stacked (its A saw another input than x, by dropout) is given ready, as `low_rank_part`.
+        """
+        task = torch._C._current_graph_task_id()
+        if task != self._task:  # a backward pass that stopped short of x leaves its sum behind: it is not ours
+            self._clear()
+            self._task = task
+        if low_rank_part is None and fits_one_kernel(dy, weight, a.shape[0], onto=self._dx is not None):
+            from lowrank.kernels.gpu.product import plus_low_rank
+
+            self._dx = plus_low_rank(dy, weight, ds, a, onto=self._dx)
+            return
+        if self._dx is None:
+            self._dx = dy @ weight
+        elif accumulates(dy.dtype, dy.device.type):
+            self._dx.addmm_(dy, weight)
+        else:
+            self._dx.add_(dy @ weight)
+        if low_rank_part is not None:
+            self._dx.add_(low_rank_part)
+        else:
+            self._parts.append((ds, a))
+
+    def take(self) -> Tensor | None:
+        """dX with all low-rank parts added, (T, k), handed over: the next backward pass starts from nothing."""
+        dx = self._dx
+        if dx is not None and self._parts:
+            ds, a = self._parts[0]
+            if len(self._parts) > 1:
+                ds, a = torch.cat([d for d, _ in self._parts], dim=1), torch.cat([a for _, a in self._parts])
+            dx.addmm_(ds, a)
+        self._clear()
+        return dx
+
+    def _clear(self) -> None:
+        self._dx = None
+        self._parts = []
+
+
+class _Join(Function):
+    """x → an empty token whose gradient is ignored; x's own gradient is what the projections have gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shared: SharedInput) -> Tensor:
+        ctx.shared, ctx.shape = shared, x.shape
+        ctx.set_materialize_grads(False)
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
+        with torch.no_grad():
+            dx = ctx.shared.take()
+        if dx is None:
+            return None, None
+        dx = dx.view(ctx.shape)
+        return _refuse_second_derivative(dx) if torch.is_grad_enabled() else dx, None
+
+
+def _refuse_second_derivative(gradient: Tensor) -> Tensor:
+    """The same values, from which a further derivative is an error: autograd does not see how they were gathered."""
+    refusal = torch._C._functions.DelayedError("trying to differentiate twice through lowrank's fused linear map", 1)
+    result: Tensor = refusal(gradient.detach().requires_grad_())
+    return result
+
+
+def shared_input(x: Tensor) -> SharedInput:
+    """The gatherer of x's gradient: the last call's where that was called with the same tensor, else a new one."""
+    last: weakref.ref[SharedInput] | None = getattr(_local, "last", None)
+    shared = last() if last is not None else None
+    if shared is None or not shared.is_for(x):
+        shared = SharedInput(x)
+        _local.last = weakref.ref(shared)
+    shared.members += 1
+    return shared
