@@ -1,0 +1,163 @@
+"""A module that carries adapters: the user's own module, its class extended in place.
+
+Injection changes a module's class from `C` to a subclass `LoraC` that adds the low-rank change in `forward`. The module
+object, its parameters, its hooks and its `state_dict` keys stay what they were, `isinstance(module, C)` stays true, and
+giving the plain layer back is setting the class back. Nothing is wrapped, so code that reaches for `layer.weight` keeps
+working, and any subclass of Linear is adapted as it is, by the forward it already has.
+"""
+
+import math
+from types import MethodType
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.core.factors import LoraFactors
+from lowrank.core.merging import Change, merge_weight, prepare
+from lowrank.errors import TargetError
+
+PREFIX = "lora_"
+REPLACED = "its forward is replaced on the instance, which would bypass the adapter; inject before you patch the module"
+
+
+def _attribute(adapter: str) -> str:
+    """The submodule name of an adapter's factors; a submodule's name cannot hold a dot, an adapter's can."""
+    return PREFIX + adapter.replace(".", "%2E")
+
+
+class LoraLayer(nn.Module):
+    """What every adapted module can do. One subclass per layer kind gives `forward` and the shape of the weight.
+
+    adapter_names: the adapters this layer holds; active_adapters: those whose change is in the output, in any number.
+    """
+
+    kind: ClassVar[str]
+    transposed: ClassVar[bool] = False  # True where the weight is stored as W0ᵀ, (k, d)
+    supports_dora: ClassVar[bool] = False
+    weight: nn.Parameter
+    adapter_names: tuple[str, ...]
+    active_adapters: tuple[str, ...]
+    active_factors: tuple[LoraFactors, ...]  # in the order of active_adapters; what forward reads
+
+    @staticmethod
+    def refusal(module: nn.Module) -> str | None:  # noqa: ARG004  kinds look at it
+        """Why `module` cannot be adapted, or None."""
+        return None
+
+    @classmethod
+    def stored(cls, weight: Tensor) -> Tensor:
+        """The weight as a matrix, a view of it as stored: (d, k), or (k, d) where `transposed`."""
+        return weight
+
+    @classmethod
+    def matrix(cls, weight: Tensor) -> Tensor:
+        """The weight as W0 of h = W0·x, a view: (d, k)."""
+        return cls.stored(weight).t() if cls.transposed else cls.stored(weight)
+
+    def factors(self, adapter: str) -> LoraFactors:
+        """The factors of one adapter."""
+        return cast(LoraFactors, self._modules[_attribute(adapter)])
+
+    def activate(self, adapters: tuple[str, ...]) -> None:
+        """In place: exactly `adapters` are in the output.
+
+        forward reads the factors as values, not by name, so that a compiled model can switch between adapters of equal
+        rank and scale without being compiled again.
+        """
+        self.active_adapters = adapters
+        self.active_factors = tuple(self.factors(name) for name in adapters)
+
+    def add_factors(self, adapter: str, factors: LoraFactors) -> None:
+        """In place: hold `factors` under the name `adapter`, not yet active."""
+        self.add_module(_attribute(adapter), factors)
+        self.adapter_names = (*self.adapter_names, adapter)
+
+    def remove_factors(self, adapter: str) -> None:
+        """In place: forget the factors of `adapter`."""
+        del self._modules[_attribute(adapter)]
+        self.adapter_names = tuple(name for name in self.adapter_names if name != adapter)
+        self.activate(tuple(name for name in self.active_adapters if name != adapter))
+
+    def change(self, adapter: str, weighting: float = 1.0) -> Change:
+        """ΔW of one adapter, ready to be merged."""
+        return prepare(self.factors(adapter), self.stored(self.weight), transposed=self.transposed, weighting=weighting)
+
+    @torch.no_grad()
+    def merged_weight(self, adapters: tuple[str, ...]) -> Tensor:
+        """W0 + Σ ΔW over `adapters`, a new tensor of the weight's own shape and dtype, rounded once."""
+        changes = [self.change(name) for name in adapters]
+        return merge_weight(self.stored(self.weight.detach()), changes).view_as(self.weight)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and deepcopy by the plain class, since the extended one is made at run time."""
+        return _rebuild, (plain_class(self), lora_mixin(self)), self.__getstate__()  # type: ignore[no-untyped-call]
+
+
+_EXTENDED: dict[tuple[type[nn.Module], type[LoraLayer]], type[LoraLayer]] = {}
+
+
+def _extended(plain: type[nn.Module], mixin: type[LoraLayer]) -> type[LoraLayer]:
+    """The class that adds `mixin` to `plain`, made once, so that equal layers stay of one class."""
+    if (plain, mixin) not in _EXTENDED:
+        _EXTENDED[plain, mixin] = type(f"Lora{plain.__name__}", (mixin, plain), {"__module__": plain.__module__})
+    return _EXTENDED[plain, mixin]
+
+
+def _rebuild(plain: type[nn.Module], mixin: type[LoraLayer]) -> LoraLayer:
+    cls = _extended(plain, mixin)
+    return cls.__new__(cls)
+
+
+def plain_class(layer: LoraLayer) -> type[nn.Module]:
+    """The class the module had before injection."""
+    return cast(type[nn.Module], type(layer).__bases__[1])
+
+
+def lora_mixin(layer: LoraLayer) -> type[LoraLayer]:
+    """The layer kind that extends the module."""
+    return cast(type[LoraLayer], type(layer).__bases__[0])
+
+
+def _rebind_forward(module: nn.Module) -> None:
+    """Point accelerate's device-map hook, which keeps the forward it replaced, at the class's present forward."""
+    if "forward" in module.__dict__ and isinstance(module.__dict__.get("_old_forward"), MethodType):
+        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
+
+
+def forward_is_replaced(module: nn.Module) -> bool:
+    """True where an instance carries a `forward` of its own that would bypass its class (and so any adapter)."""
+    return "forward" in module.__dict__ and not isinstance(module.__dict__.get("_old_forward"), MethodType)
+
+
+def extend(module: nn.Module, mixin: type[LoraLayer]) -> LoraLayer:
+    """In place: make `module` able to carry adapters. A second call changes nothing."""
+    if isinstance(module, LoraLayer):
+        return module
+    if forward_is_replaced(module):
+        raise TargetError(f"a {type(module).__name__} cannot be adapted: {REPLACED}")
+    module.__class__ = _extended(type(module), mixin)
+    layer = cast(LoraLayer, module)
+    layer.adapter_names = ()
+    layer.activate(())
+    _rebind_forward(layer)
+    return layer
+
+
+def restore(layer: LoraLayer) -> nn.Module:
+    """In place: give the plain module back. Its factors are dropped; its weight is not touched."""
+    for adapter in layer.adapter_names:
+        del layer._modules[_attribute(adapter)]
+    for name in ("adapter_names", "active_adapters", "active_factors", "plain_reason"):
+        layer.__dict__.pop(name, None)
+    module = cast(nn.Module, layer)
+    module.__class__ = plain_class(layer)
+    _rebind_forward(module)
+    return module
+
+
+def dimensions(mixin: type[LoraLayer], module: nn.Module) -> tuple[int, int]:
+    """(d, k) of the module's W0."""
+    shape: torch.Size = cast(Tensor, module.weight).shape
+    rows, columns = shape[0], math.prod(shape[1:])
+    return (columns, rows) if mixin.transposed else (rows, columns)

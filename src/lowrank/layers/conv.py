@@ -1,0 +1,48 @@
+"""Adapted convolutions in one, two and three dimensions."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank.core.factors import LoraFactors
+from lowrank.layers.base import LoraLayer
+
+POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class LoraConv(LoraLayer):
+    """h = W0 * x + bias + Σ s·B·(A * dropout(x)), with A a convolution to r channels and B a 1×1 convolution.
+
+    A is kept flat, (r, in/groups · kernel), B is (d, r). A has the base's stride, padding, padding mode, dilation and
+    groups, so that s·B·A, reshaped, is a kernel of the base's own shape (d, in/groups, *kernel) and merges exactly:
+    every group of input channels passes through the same A, and the output channels of a group see that group's r.
+    """
+
+    kind = "conv"
+    groups: int
+    bias: nn.Parameter | None
+
+    @classmethod
+    def stored(cls, weight: Tensor) -> Tensor:
+        """(d, in/groups, *kernel) → (d, k)."""
+        return weight.flatten(1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The base's answer plus every active adapter's change."""
+        h: Tensor = super().forward(input)
+        for factors in self.active_factors:
+            h = h + self._change(input, factors).to(h.dtype)
+        return h
+
+    def _change(self, input: Tensor, factors: LoraFactors) -> Tensor:
+        x = F.dropout(input, factors.dropout, self.training)
+        change = self._path(x, factors.a, factors.b)
+        if factors.start_a is not None and factors.start_b is not None:
+            change = change - self._path(x, factors.start_a, factors.start_b)
+        return change * factors.scale
+
+    def _path(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        spatial = self.weight.shape[2:]
+        kernel = a.to(x.dtype).view(a.shape[0], *self.weight.shape[1:]).repeat(self.groups, *[1] * (len(spatial) + 1))
+        middle = self._conv_forward(x, kernel, None)  # type: ignore[operator]  # (N, groups·r, *out)
+        pointwise = b.to(x.dtype).view(*b.shape, *[1] * len(spatial))
+        return POINTWISE[len(spatial)](middle, pointwise, groups=self.groups)

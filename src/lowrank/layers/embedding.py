@@ -1,0 +1,44 @@
+"""Adapted lookup tables."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank.layers.base import LoraLayer
+
+
+class LoraEmbedding(LoraLayer):
+    """h = c·(E[i] + Σ s·B·A[:, i]): ids (...) → (..., d), with A (r, V), B (d, r) and E (V, d) the table.
+
+    c is the subclass's `embed_scale` (Gemma, BART), which multiplies what is looked up; 1 for a plain nn.Embedding.
+    The padding row gets no gradient, as in the base. There is no dropout: a token id has no entries to drop.
+    """
+
+    kind = "embedding"
+    transposed = True
+    padding_idx: int | None
+    embed_scale_name: ClassVar[str] = "embed_scale"
+
+    @staticmethod
+    def refusal(module: nn.Module) -> str | None:
+        """A table that renormalises itself in forward has no constant W0."""
+        if getattr(module, "max_norm", None) is not None:
+            return "its max_norm rewrites the table at every lookup, so no merged table gives the same answers"
+        return None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The base's rows plus every active adapter's."""
+        h: Tensor = super().forward(input)
+        scale = getattr(self, self.embed_scale_name, 1.0)
+        for factors in self.active_factors:
+            change = self._look_up(input, factors.a, factors.b, h.dtype)
+            if factors.start_a is not None and factors.start_b is not None:  # formed apart, so that step 0 is exact
+                change = change - self._look_up(input, factors.start_a, factors.start_b, h.dtype)
+            h = h + (change * factors.scale * scale).to(h.dtype)
+        return h
+
+    def _look_up(self, input: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """B·A[:, i]: ids (...) → (..., d)."""
+        return F.linear(F.embedding(input, a.t(), self.padding_idx).to(dtype), b.to(dtype))

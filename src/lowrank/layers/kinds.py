@@ -1,0 +1,56 @@
+"""Which layer kind adapts which module."""
+
+from torch import nn
+
+from lowrank.layers.base import REPLACED, LoraLayer, forward_is_replaced
+from lowrank.layers.conv import LoraConv
+from lowrank.layers.embedding import LoraEmbedding
+from lowrank.layers.linear import LoraConv1D, LoraLinear
+
+KINDS: dict[type[nn.Module], type[LoraLayer]] = {
+    nn.Linear: LoraLinear,
+    nn.Embedding: LoraEmbedding,
+    nn.Conv1d: LoraConv,
+    nn.Conv2d: LoraConv,
+    nn.Conv3d: LoraConv,
+}
+NAMED_KINDS: dict[tuple[str, str], type[LoraLayer]] = {  # classes of packages that are not imported for this
+    ("transformers.pytorch_utils", "Conv1D"): LoraConv1D,
+}
+
+# Subclasses of Linear in transformers whose answer is not W0·x + bias: a tuple of scores, groups apart, more columns.
+NOT_LINEAR_MAPS = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear", "IdeficsDecoupledLinear"})
+
+
+def kind_of(module: nn.Module) -> type[LoraLayer] | None:
+    """The layer kind for `module`, by its class or the nearest parent class that has one; None where there is none."""
+    for cls in type(module).__mro__:
+        kind = KINDS.get(cls) or NAMED_KINDS.get((cls.__module__, cls.__name__))
+        if kind is not None:
+            return kind
+    return None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for what "all-linear" means: nn.Linear, its subclasses that are linear maps, and transformers' Conv1D."""
+    kind = kind_of(module)
+    return kind is not None and issubclass(kind, LoraLinear) and not _answers_otherwise(module)
+
+
+def _answers_otherwise(module: nn.Module) -> bool:
+    return any(c.__name__ in NOT_LINEAR_MAPS and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why `module` cannot be adapted, in words that end a sentence, or None where it can."""
+    kind = kind_of(module)
+    if kind is None:
+        return f"a {type(module).__name__} is none of Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d"
+    if _answers_otherwise(module):
+        return f"a {type(module).__name__} does not answer W0·x + bias, so a change of W0 cannot be added to its answer"
+    weight = module.weight
+    if not (isinstance(weight, nn.Parameter) and weight.is_floating_point()):
+        return f"its weight is {getattr(weight, 'dtype', 'not a tensor')}, and quantised bases are not adapted yet"
+    if forward_is_replaced(module):
+        return REPLACED
+    return kind.refusal(module)

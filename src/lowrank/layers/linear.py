@@ -1,0 +1,104 @@
+"""Adapted linear maps: nn.Linear, every subclass of it, and transformers' Conv1D."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank.core.dora import row_gain
+from lowrank.core.factors import LoraFactors
+from lowrank.kernels.fused import fused_linear, reason_against
+from lowrank.kernels.linear import autocast_inputs
+from lowrank.kernels.reference import low_rank
+from lowrank.layers.base import LoraLayer, plain_class
+
+OWN_FORWARDS = {("torch.nn.modules.linear", "Linear"), ("transformers.pytorch_utils", "Conv1D")}
+
+
+class LoraLinear(LoraLayer):
+    """h = W0·x + bias + Σ s·B·A·dropout(x) over the active adapters.
+
+    input: (..., k) → (..., d). Where the plain class computes exactly W0·x + bias, base and change are one fused
+    function; a subclass with a forward of its own gives its answer by that forward, whatever it does to get there, and
+    the change is added to it. `reason_for_plain_path` says which, and why.
+    """
+
+    kind = "linear"
+    supports_dora = True
+    bias: nn.Parameter | None
+    plain_reason: str | None
+
+    def activate(self, adapters: tuple[str, ...]) -> None:
+        """In place: exactly `adapters` are in the output, by the fused function where it serves."""
+        super().activate(adapters)
+        self.plain_reason = self.reason_for_plain_path()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The base's answer plus every active adapter's change."""
+        factors = self.active_factors
+        if not factors:
+            answer: Tensor = super().forward(input)
+            return answer
+        if self.plain_reason is None:
+            x, weight, bias = autocast_inputs(input, self.matrix(self.weight), self.bias)
+            if reason_against(x, weight, bias) is None:
+                a, b = _stack(factors)
+                return fused_linear(x, weight, bias, a, b, factors[0].dropout if self.training else 0.0)
+        return self._plain_forward(input, factors)
+
+    def reason_for_plain_path(self) -> str | None:
+        """Why the active adapters are computed by plain operations, or None where the fused function serves."""
+        forward = next(cls for cls in plain_class(self).__mro__ if "forward" in cls.__dict__)
+        if (forward.__module__, forward.__name__) not in OWN_FORWARDS:
+            return f"{plain_class(self).__name__} has a forward of its own"
+        factors = self.active_factors
+        if any(f.magnitude is not None for f in factors):
+            return "DoRA rescales the base's answer"
+        if any(f.start_a is not None for f in factors):
+            return "the start factors are subtracted apart, so that step 0 is exact"
+        if len({f.dropout for f in factors}) > 1:
+            return "the active adapters differ in dropout"
+        return None
+
+    def _plain_forward(self, input: Tensor, active: tuple[LoraFactors, ...]) -> Tensor:
+        base = super().forward(input)
+        h: Tensor = base
+        for factors in active:
+            change = self._change(input, factors)
+            if factors.magnitude is not None:
+                change = self._dora_change(base, change, factors)
+            h = h + change
+        return h
+
+    def _change(self, input: Tensor, factors: LoraFactors) -> Tensor:
+        """s·(B·A − B_start·A_start)·dropout(x): (..., k) → (..., d).
+
+        The two products are formed one after the other: at step 0 they are equal bit for bit and vanish.
+        """
+        x = F.dropout(input, factors.dropout, self.training)
+        change = low_rank(x, factors.a, factors.full_b(factors.b), factors.scale)
+        if factors.start_a is not None and factors.start_b is not None:
+            change = change - low_rank(x, factors.start_a, factors.full_b(factors.start_b), factors.scale)
+        return change
+
+    def _dora_change(self, base: Tensor, change: Tensor, factors: LoraFactors) -> Tensor:
+        """g·(W0 + ΔW)·x − W0·x with g = m / ‖W0 + ΔW‖_row."""
+        a, b = factors.effective()
+        assert factors.magnitude is not None
+        gain = row_gain(self.matrix(self.weight), a.detach(), b.detach(), factors.scale, factors.magnitude)
+        plain = base if self.bias is None else base - self.bias
+        return ((gain - 1) * plain + gain * change).to(base.dtype)
+
+
+class LoraConv1D(LoraLinear):
+    """transformers' Conv1D, the linear layer of GPT-2: its weight is W0ᵀ, (k, d)."""
+
+    kind = "conv1d-linear"
+    transposed = True
+
+
+def _stack(active: tuple[LoraFactors, ...]) -> tuple[Tensor, Tensor]:
+    """The active adapters as one pair: A = [A₁; A₂; …], B = [s₁·B₁, s₂·B₂, …], so that B·A = Σ s_i·B_i·A_i."""
+    scaled = [f.full_b(f.b) * f.scale for f in active]
+    if len(active) == 1:
+        return active[0].a, scaled[0]
+    return torch.cat([f.a for f in active]), torch.cat(scaled, dim=1)
