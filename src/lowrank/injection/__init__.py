@@ -1,0 +1,1 @@
+"""Patterns → plan → apply, and the adapters a model has."""

@@ -1,0 +1,108 @@
+"""What to adapt and how: PEFT's field names, checked when the config is made."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from lowrank.core.init import find_init
+from lowrank.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """One adapter's configuration: h = W0·x + s·B·A·x on every target, s = lora_alpha/r (/√r with use_rslora).
+
+    Field names and meanings are PEFT's, so a config carries over. Where they differ:
+
+    target_modules: a list of names (exact, or a suffix after a dot), one regex (a string, matched as a whole),
+        "all-linear" (every Linear and Conv1D but the output head), or None: the query and value projections of the
+        architecture, as in the paper. A list may name parts of a fused projection: "c_attn[q,v]".
+    init_lora_weights: "gaussian" (default, the paper's), "kaiming" (also True; PEFT's default), "orthogonal", "olora",
+        "pissa", "pissa_niter_N", or False / "random" (ΔW ≠ 0 at the start; for tests).
+    layers_to_transform: an index or several; layers_pattern names the list of layers where a model has more than one.
+    rank_pattern, alpha_pattern: {regex that ends a module's name: value}, first match wins.
+
+    Raises ConfigError with every fault at once.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | list[str] | None = None
+    exclude_modules: str | tuple[str, ...] | list[str] | None = None
+    layers_to_transform: int | tuple[int, ...] | list[int] | None = None
+    layers_pattern: str | tuple[str, ...] | list[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] | list[str] = ()
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str | bool = "gaussian"
+
+    def __post_init__(self) -> None:
+        """Lists become tuples, so that two equal configs are equal; then every fault is collected."""
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "modules_to_save",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, list | set | frozenset):
+                object.__setattr__(self, name, tuple(value if isinstance(value, list) else sorted(value)))
+        if self.modules_to_save is None:
+            object.__setattr__(self, "modules_to_save", ())
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern or {}))
+        object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern or {}))
+        if faults := _faults(self):
+            raise ConfigError("LoraConfig: " + "; ".join(faults))
+
+    def with_targets(self, targets: str | tuple[str, ...]) -> "LoraConfig":
+        """The same configuration for other targets."""
+        return replace(self, target_modules=targets)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _faults(config: LoraConfig) -> list[str]:
+    faults = []
+    if not _is_rank(config.r):
+        faults.append(f"r must be a whole number of at least 1, not {config.r!r}")
+    if not _is_number(config.lora_alpha):
+        faults.append(f"lora_alpha must be a finite number, not {config.lora_alpha!r}")
+    if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
+        faults.append(f"lora_dropout must be a probability from 0 to below 1, not {config.lora_dropout!r}")
+    faults += [
+        f"rank_pattern[{key!r}] must be a whole number of at least 1, not {rank!r}"
+        for key, rank in config.rank_pattern.items()
+        if not _is_rank(rank)
+    ]
+    faults += [
+        f"alpha_pattern[{key!r}] must be a finite number, not {alpha!r}"
+        for key, alpha in config.alpha_pattern.items()
+        if not _is_number(alpha)
+    ]
+    if config.bias not in ("none", "all", "lora_only"):
+        faults.append(f'bias must be "none", "all" or "lora_only", not {config.bias!r}')
+    if isinstance(config.modules_to_save, str):
+        faults.append(f"modules_to_save must be a list of names, not the string {config.modules_to_save!r}")
+    if config.target_modules == () or config.target_modules == "":
+        faults.append("target_modules is empty: name modules, or leave it out for the query and value projections")
+    if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        faults.append("layers_to_transform needs target_modules as a list: a regex can name the layers itself")
+    if config.layers_pattern is not None and config.layers_to_transform is None:
+        faults.append("layers_pattern means nothing without layers_to_transform")
+    try:
+        find_init(config.init_lora_weights)
+    except ConfigError as error:
+        faults.append(str(error))
+    return faults

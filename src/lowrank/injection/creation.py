@@ -1,0 +1,61 @@
+"""The factors of a plan's entry at step 0."""
+
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.core.dora import row_norms
+from lowrank.core.factors import LoraFactors
+from lowrank.core.init import Init, Site, embedding
+from lowrank.core.rows import RowBlock
+from lowrank.injection.config import LoraConfig
+from lowrank.injection.plan import PlanEntry
+from lowrank.layers.embedding import LoraEmbedding
+
+NOT_FOR_LOOKUPS = (True, "gaussian", "kaiming")  # a random A would move every token with every other
+
+
+def create_factors(entry: PlanEntry, module: nn.Module, config: LoraConfig, init: Init) -> LoraFactors:
+    """A and B as `init` starts them, one pair per part of a fused projection, stacked; float32 or wider."""
+    if issubclass(entry.kind, LoraEmbedding) and config.init_lora_weights in NOT_FOR_LOOKUPS:
+        init = embedding
+    matrix = entry.kind.matrix(cast(Tensor, module.weight).detach())
+    starts = [init(site) for site in _sites(entry, matrix)]
+    a, b = starts[0].a, starts[0].b
+    if len(starts) > 1:
+        a, b = torch.cat([start.a for start in starts]), torch.cat([start.b for start in starts])
+    factors = LoraFactors(
+        a,
+        b,
+        entry.scale,
+        config.lora_dropout,
+        start=(a.clone(), b.clone()) if starts[0].subtract else None,
+        parts=entry.parts,
+        out_features=entry.d,
+    )
+    if config.use_dora:
+        factors.magnitude = nn.Parameter(_norms(matrix, factors), requires_grad=False)
+    return factors
+
+
+def _norms(matrix: Tensor, factors: LoraFactors) -> Tensor:
+    """DoRA's magnitude at step 0: ‖W0 + ΔW‖ of every row, (d,), so that the gain is exactly 1."""
+    a, b = factors.effective()
+    return row_norms(matrix, a.detach(), b.detach(), factors.scale)
+
+
+def _sites(entry: PlanEntry, matrix: Tensor) -> list[Site]:
+    """Where a pair (A, B) goes: the whole matrix (d, k), or each part's rows of it."""
+    wide = torch.promote_types(torch.float32, matrix.dtype)
+
+    def site(d: int, part: RowBlock | None) -> Site:
+        return Site(d, entry.k, entry.rank, entry.scale, partial(_rows, matrix, part, wide), matrix.device, wide)
+
+    return [site(part.size, part) for part in entry.parts] or [site(entry.d, None)]
+
+
+def _rows(matrix: Tensor, part: RowBlock | None, dtype: torch.dtype) -> Tensor:
+    rows = matrix if part is None else matrix[part.indices().to(matrix.device)]
+    return rows.to(dtype)

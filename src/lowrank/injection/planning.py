@@ -1,0 +1,104 @@
+"""From a model and a LoraConfig to an InjectionPlan. The model is read, never changed."""
+
+from torch import nn
+
+from lowrank.core.scaling import lora_scale
+from lowrank.errors import ConfigError, TargetError
+from lowrank.injection.config import LoraConfig
+from lowrank.injection.fused import part_rows
+from lowrank.injection.patterns import compile_regex, pattern_value, suggestion
+from lowrank.injection.plan import InjectionPlan, PlanEntry
+from lowrank.injection.targets import check_adaptable, find_targets, named_targets, saved_modules
+from lowrank.injection.tied import sharing_warnings
+from lowrank.injection.traversal import parameter_count
+from lowrank.layers.base import dimensions
+from lowrank.layers.kinds import kind_of
+from lowrank.layers.overrides import own_tensors
+
+
+def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
+    """What `inject(model, config)` would do.
+
+    Raises TargetError or ConfigError for patterns that match nothing, modules that cannot be adapted, parts whose rows
+    are unknown, and ranks no target can hold.
+    """
+    modules = named_targets(model)
+    saved = saved_modules(modules, config)
+    targets = find_targets(model, modules, config, saved)
+    check_adaptable(modules, targets)
+    entries = tuple(_entry(model, path, modules[path], parts, config) for path, parts in targets.items())
+    _check_patterns(config, targets)
+    _check_dora(config, entries)
+    biases = _biases(modules, config, set(targets), set(saved))
+    full = [p.numel() for module in saved.values() for p in module.parameters()]
+    full += [p.numel() for names in biases.values() for p in names]
+    return InjectionPlan(
+        entries=entries,
+        saved_modules=tuple(saved),
+        biases=tuple(biases),
+        warnings=(*_rank_warnings(entries), *sharing_warnings(modules, set(targets))),
+        base_parameters=parameter_count([model, *modules.values()]),
+        full_parameters=sum(full),
+        dora=config.use_dora,
+    )
+
+
+def _entry(
+    model: nn.Module, path: str, module: nn.Module, part_names: tuple[str, ...], config: LoraConfig
+) -> PlanEntry:
+    kind = kind_of(module)
+    assert kind is not None
+    d, k = dimensions(kind, module)
+    rank = pattern_value(path, config.rank_pattern, config.r, "rank_pattern")
+    alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha, "alpha_pattern")
+    parts = part_rows(path, d, part_names, getattr(model, "config", None)) if part_names else ()
+    return PlanEntry(path, kind, d, k, rank, alpha, lora_scale(alpha, rank, config.use_rslora), parts, part_names)
+
+
+def _check_patterns(config: LoraConfig, targets: dict[str, tuple[str, ...]]) -> None:
+    for field, keys in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in keys:
+            regex = compile_regex(rf"(.*\.)?({key})$", field)
+            if not any(regex.match(path) for path in targets):
+                raise TargetError(f"{field}: {key!r} matches no target{suggestion(key, targets)}")
+
+
+def _check_dora(config: LoraConfig, entries: tuple[PlanEntry, ...]) -> None:
+    if not config.use_dora:
+        return
+    if others := [entry.label for entry in entries if not entry.kind.supports_dora or entry.parts]:
+        raise TargetError(
+            f"use_dora works for whole Linear and Conv1D layers, not for {', '.join(others)}: "
+            "exclude them, or leave it off"
+        )
+
+
+def _rank_warnings(entries: tuple[PlanEntry, ...]) -> list[str]:
+    above = [entry for entry in entries if entry.rank > min(*entry.rows, entry.k)]
+    if not above:
+        return []
+    named = ", ".join(f"{entry.label} (r={entry.rank}, {entry.d}×{entry.k})" for entry in above)
+    if len(above) == len(entries):
+        raise ConfigError(f"r is above min(d, k) of every target, where a full matrix is smaller: {named}")
+    return [f"r is above min(d, k), more than the layer can use, in {named}"]
+
+
+def _biases(
+    modules: dict[str, nn.Module], config: LoraConfig, targets: set[str], saved: set[str]
+) -> dict[str, list[nn.Parameter]]:
+    """{path: its bias parameters} of the modules whose bias is trained."""
+    if config.bias == "none":
+        return {}
+    paths = [
+        path
+        for path in modules
+        if (config.bias == "all" or path in targets)
+        and not any(path == name or path.startswith(name + ".") for name in saved)
+    ]
+    found = {path: [modules[path]._parameters[name] for name in bias_names(modules[path])] for path in paths}
+    return {path: [p for p in biases if p is not None] for path, biases in found.items() if biases}
+
+
+def bias_names(module: nn.Module) -> list[str]:
+    """The names of a module's own bias parameters (`bias`; `in_proj_bias` of nn.MultiheadAttention)."""
+    return [name for name in own_tensors(module) if "bias" in name and name in module._parameters]

@@ -1,0 +1,33 @@
+"""Walking a model's own modules: what injection added (factors, waiting tensors) is passed over, however much it is."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from lowrank.core.factors import LoraFactors
+from lowrank.layers.overrides import Overrides
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the model and all its own modules, in order, each once, the model itself under ""."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        dot = path + "." if path else ""
+        children = [
+            (dot + name, child)
+            for name, child in module._modules.items()
+            if child is not None and not isinstance(child, LoraFactors | Overrides)
+        ]
+        stack += reversed(children)
+
+
+def parameter_count(modules: Iterable[nn.Module]) -> int:
+    """How many numbers the modules hold themselves, shared weights counted once."""
+    parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+    return sum(p.numel() for p in parameters.values())
