@@ -1,0 +1,76 @@
+"""r, lora_alpha and the patterns that say of every module what its factors are, in the words of a config file."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
+
+from lowrank.core.scaling import alpha_of, lora_scale
+
+Number = TypeVar("Number", int, float)
+
+
+class Ranks(NamedTuple):
+    """The part of a config that gives every module its rank and alpha."""
+
+    r: int
+    lora_alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+
+
+def exact_alpha(scale: float, rank: int, rslora: bool) -> float:
+    """An alpha from which `lora_scale` gives `scale` back to the last bit; a short one where there is one."""
+    short = alpha_of(scale, rank, rslora)
+    raw = scale * (math.sqrt(rank) if rslora else rank)
+    for alpha in (short, raw, math.nextafter(raw, math.inf), math.nextafter(raw, -math.inf)):
+        if lora_scale(alpha, rank, rslora) == scale:
+            return alpha
+    return raw
+
+
+def describe(modules: Mapping[str, tuple[int, float]], rslora: bool) -> Ranks:
+    """The config of {path: (rank, scale)}: the commonest rank and alpha, and patterns for modules that have another."""
+    ranks = {path: rank for path, (rank, _) in modules.items()}
+    alphas = {path: exact_alpha(scale, rank, rslora) for path, (rank, scale) in modules.items()}
+    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    return Ranks(r, alpha, _pattern(ranks, r), _pattern(alphas, alpha))
+
+
+def _commonest(values: Iterable[Number]) -> Number:
+    """The most frequent value, the smallest of several: a config does not depend on the order of modules."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value))
+
+
+def _pattern(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
+    return {exact_key(path, values): value for path, value in sorted(values.items()) if value != default}
+
+
+def exact_key(path: str, paths: Iterable[str]) -> str:
+    """A key that means this one of `paths` alone, under PEFT's reading of it as a regex for the end of a path.
+
+    The plain path where that is unique, which PEFT before 0.14 understands too; anchored and escaped otherwise.
+    """
+    if [other for other in paths if re.match(rf"(.*\.)?({path})$", other)] == [path]:
+        return path
+    return "^" + re.escape(path)
+
+
+def target_names(adapted: Iterable[str], all_paths: Iterable[str]) -> list[str] | str:
+    """`target_modules` that means exactly `adapted` among `all_paths`: the shortest endings of paths that do.
+
+    Where even full paths would match other modules (`lin` also ends `block.lin`), one regex of all paths.
+    """
+    wanted, every = set(adapted), list(all_paths)
+    for length in range(1, 1 + max(path.count(".") + 1 for path in wanted)):
+        names = {".".join(path.split(".")[-length:]) for path in wanted}
+        if {path for path in every if _ends_in(path, names)} == wanted:
+            return sorted(names)
+    return "|".join(re.escape(path) for path in sorted(wanted))
+
+
+def _ends_in(path: str, names: set[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[start:]) in names for start in range(len(parts)))

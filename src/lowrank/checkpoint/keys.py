@@ -1,0 +1,55 @@
+"""The names of tensors in an adapter file, and what they say: which module, and which of its tensors.
+
+base_model.model.<module path>.lora_A.weight            Linear, Conv1D, convolutions; B likewise
+base_model.model.<module path>.lora_embedding_A         Embedding; B likewise
+base_model.model.<module path>.lora_magnitude_vector    DoRA
+base_model.model.<module path>.base_layer.bias          a trained bias of an adapted module
+base_model.model.<module path>.weight                   a tensor kept in full (modules_to_save, other biases)
+"""
+
+import re
+from dataclasses import dataclass
+
+PREFIX = "base_model.model."
+A, B = "lora_A", "lora_B"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+MAGNITUDE = "lora_magnitude_vector"
+ROLES = (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)
+
+# An adapter's name between role and `weight` is left by those who save a PEFT model's state_dict as it is.
+_LOW_RANK = re.compile(rf"(?:(?P<path>.*)\.)?(?P<role>{'|'.join(ROLES)})(?:\.(?!bias$)[^.]+?)??(?:\.weight)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a file key says. role: one of ROLES, or None for a tensor kept in full, called `name` in its module.
+
+    of_base: the key has the infix `base_layer`, which only adapted modules have.
+    """
+
+    path: str
+    role: str | None
+    name: str = "weight"
+    of_base: bool = False
+
+
+def parse(key: str) -> Key:
+    """The meaning of a file key, with or without the prefix and without regard to any model."""
+    bare = key.removeprefix(PREFIX)
+    if match := _LOW_RANK.fullmatch(bare):
+        return Key(match["path"] or "", match["role"])
+    path, _, name = bare.rpartition(".")
+    owner = (path + ".").removesuffix("base_layer.").removesuffix(".") if path else ""
+    return Key(owner, None, name, of_base=owner != path)
+
+
+def low_rank_key(path: str, role: str) -> str:
+    """The file key of a factor or magnitude of the module at `path`."""
+    ending = ".weight" if role in (A, B) else ""
+    return f"{PREFIX}{path}.{role}{ending}"
+
+
+def full_key(path: str, name: str, *, adapted: bool) -> str:
+    """The file key of a tensor kept in full; `adapted` modules have the infix `base_layer`."""
+    owner = [path] if path else []
+    return PREFIX + ".".join([*owner, *(["base_layer"] if adapted else []), name])

@@ -1,0 +1,86 @@
+"""How factors lie in a file, by layer kind: flat matrices here, PEFT's shapes there.
+
+PEFT keeps a convolution's A as a kernel (R, in, *kernel) over all input channels and its B as a grouped 1×1 kernel
+(d, R/groups, 1..). Our A is shared by the groups of a grouped convolution, (r, in/groups · kernel): there it is written
+g times, once for every group's channels and zero elsewhere, so R = g·r, and alpha is g times ours for an equal scale.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowrank.checkpoint.keys import EMBEDDING_A, EMBEDDING_B, A, B
+from lowrank.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+
+def pair_roles(kind: str) -> tuple[str, str]:
+    """The file's words for A and B of a layer kind."""
+    return (EMBEDDING_A, EMBEDDING_B) if kind == "embedding" else (A, B)
+
+
+def file_rank(rank: int, groups: int) -> int:
+    """R, the rank that a file declares for factors of rank `rank`."""
+    return rank * groups
+
+
+def wanted_shapes(kind: str, weight: Shape, rank: int, groups: int = 1) -> tuple[Shape, Shape]:
+    """The shapes of A and B in a file of declared `rank`, for a module of this kind with a weight of shape `weight`."""
+    if kind == "conv":
+        ones = (1,) * len(weight[2:])
+        return (rank, weight[1] * groups, *weight[2:]), (weight[0], rank // groups, *ones)
+    d, k = (weight[1], weight[0]) if kind in ("conv1d-linear", "embedding") else (weight[0], weight[1])
+    return (rank, k), (d, rank)
+
+
+def to_file(kind: str, a: Tensor, b: Tensor, weight: Shape, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """The file's A and B for flat factors a (R, k), b (d, R)."""
+    if kind != "conv":
+        return a, b
+    kernel = a.reshape(a.shape[0], *weight[1:])
+    if groups > 1:
+        kernel = _spread(kernel, groups)
+    return kernel, b.reshape(*b.shape, *[1] * len(weight[2:]))
+
+
+def from_file(kind: str, a: Tensor, b: Tensor, weight: Shape, where: str = "") -> tuple[Tensor, Tensor]:
+    """Flat factors a (r, k), b (d, r) for the file's A and B; the inverse of `to_file`.
+
+    Raises CheckpointError for a grouped convolution whose A mixes the channels of several groups.
+    """
+    if kind != "conv":
+        return a, b
+    groups = a.shape[1] // weight[1]
+    if groups == 1:
+        return a.flatten(1), b.flatten(1)
+    return _gather(a, b.flatten(1), groups, where)
+
+
+def _spread(kernel: Tensor, groups: int) -> Tensor:
+    """(r, in/g, *kernel) → (g·r, in, *kernel): a copy for every group, on that group's channels."""
+    rank, width = kernel.shape[:2]
+    full = kernel.new_zeros(groups * rank, groups * width, *kernel.shape[2:])
+    for group in range(groups):
+        full[group * rank : (group + 1) * rank, group * width : (group + 1) * width] = kernel
+    return full
+
+
+def _gather(a: Tensor, b: Tensor, groups: int, where: str) -> tuple[Tensor, Tensor]:
+    """The shared factors of a grouped convolution: A (g·r, in, *kernel), B (d, r).
+
+    Where every group has the same A, that is it. Otherwise the A of all groups are stacked, (g·r, in/g · kernel), and
+    each output row of B sees only those of its own group.
+    """
+    rank, width = a.shape[0] // groups, a.shape[1] // groups
+    own = [a[g * rank : (g + 1) * rank, g * width : (g + 1) * width].flatten(1) for g in range(groups)]
+    if sum(int(block.count_nonzero()) for block in own) != int(a.count_nonzero()):
+        raise CheckpointError(
+            f"{where}.lora_A mixes the channels of the convolution's {groups} groups, so its change is no kernel of "
+            "the base's shape and could not be merged: train it without this layer, or with lowrank"
+        )
+    if all(torch.equal(block, own[0]) for block in own):
+        return own[0], b
+    rows = math.ceil(b.shape[0] / groups)
+    return torch.cat(own), torch.block_diag(*b.split(rows))

@@ -1,0 +1,159 @@
+"""Loading an adapter onto a model."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.checkpoint.fingerprint import fingerprint
+from lowrank.checkpoint.fit import fit_faults
+from lowrank.checkpoint.idle import base_tensor, changes_nothing
+from lowrank.checkpoint.keys import Key
+from lowrank.checkpoint.loaded_config import loaded_config
+from lowrank.checkpoint.read import AdapterFiles, open_adapter, tensor_faults
+from lowrank.checkpoint.renaming import Renaming, find_renaming, lies_in
+from lowrank.checkpoint.report import LoadReport
+from lowrank.checkpoint.restore import unfold, with_moved_base
+from lowrank.core.factors import LoraFactors
+from lowrank.errors import CheckpointError, LowrankWarning
+from lowrank.injection.adapters import active_adapters, adapter_configs, delete_adapter, set_active, trained_adapters
+from lowrank.injection.apply import attach, check_new_name
+from lowrank.injection.config import LoraConfig
+from lowrank.injection.targets import named_targets
+from lowrank.layers.kinds import kind_of
+from lowrank.layers.overrides import override_tensors
+
+Full = dict[str, dict[str, Tensor]]
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    trainable: bool = False,
+    allow_pickle: bool = False,
+) -> LoadReport:
+    """In place: give `model` the adapter in `folder`, h = W0·x + s·B·A·x with the scale its config declares.
+
+    The tensors in the file decide which modules are adapted. Leading parts of module paths that differ (`model.`) are
+    exchanged where that makes all of them fit, and the report says so. The adapter becomes the only active one; it
+    requires gradients only if `trainable`. Factors are kept in float32 (or wider), whatever the file holds.
+
+    Warns (LowrankWarning) where the base is not the one the adapter was made for, and where ΔW is zero everywhere.
+
+    Raises CheckpointError, with the model as it was, for what `read_adapter` refuses and, all listed in one error, for
+    tensors that are missing, unexpected or of another shape than the model wants.
+    """
+    check_new_name(model, adapter_name)
+    return load_files(model, open_adapter(Path(folder), allow_pickle), adapter_name, trainable)
+
+
+def load_files(model: nn.Module, files: AdapterFiles, adapter_name: str, trainable: bool) -> LoadReport:
+    """In place: `load_adapter` for files that are read already."""
+    modules = {"": model} | named_targets(model)
+    rename = find_renaming([*files.low_rank, *(key.path for key in files.full)], modules)
+    _check(files, model, modules, rename)
+    factors = {rename(path): _factors(files, path, modules[rename(path)]) for path in files.low_rank}
+    full = _full(files, modules, rename)
+    config = loaded_config(files, factors, full, modules, rename)
+    _attach(model, adapter_name, config, factors, full, trainable)
+    report = _report(model, adapter_name, files, rename, full)
+    _warn(report)
+    return report
+
+
+def _check(files: AdapterFiles, model: nn.Module, modules: Mapping[str, nn.Module], rename: Renaming) -> None:
+    """Raise one CheckpointError with everything that stands against loading."""
+    faults = tensor_faults(files) + fit_faults(files, modules, rename)
+    if faults:
+        differences = _differences(files, model)
+        hint = f" ({'; '.join(differences)})" if differences else ""
+        raise CheckpointError(
+            f"{files.folder}: this adapter does not fit this {type(model).__name__}{hint}: {'; '.join(faults)}"
+        )
+
+
+def _factors(files: AdapterFiles, path: str, module: nn.Module) -> LoraFactors:
+    kind = kind_of(module)
+    assert kind is not None
+    weight = cast(Tensor, module.weight).detach()
+    factors = files.factors(path, tuple(weight.shape))
+    factors = factors.to(device=weight.device, dtype=torch.promote_types(factors.a.dtype, weight.dtype))
+    if files.config.moved_base is not None and kind.supports_dora:
+        return with_moved_base(factors, files.config.moved_base, kind.matrix(weight))
+    return unfold(factors, path, files.companion)
+
+
+def _full(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Renaming) -> Full:
+    """{path: {name: tensor}} of the tensors kept in full, without plain copies of what the base has."""
+    full: Full = {}
+    for key, tensor in files.full.items():
+        own = base_tensor(modules[rename(key.path)], key.name)
+        if not (_is_table(key, files.config.lora) and torch.equal(tensor.to(own), own)):
+            full.setdefault(rename(key.path), {})[key.name] = tensor
+    return full
+
+
+def _is_table(key: Key, config: LoraConfig) -> bool:
+    """True for the embedding tables that PEFT saves unasked: beside their factors, and where it thinks them resized."""
+    return key.name == "weight" and not lies_in(key.path, config.modules_to_save)
+
+
+@torch.no_grad()
+def _attach(
+    model: nn.Module, name: str, config: LoraConfig, factors: dict[str, LoraFactors], full: Full, trainable: bool
+) -> None:
+    """In place: attach and fill in; on any failure the model is what it was."""
+    active = active_adapters(model)
+    trained = trained_adapters(model)
+    try:
+        overrides = {path: tuple(tensors) for path, tensors in full.items()}
+        attach(model, name, config, factors, overrides, trainable=trainable)
+        for path, tensors in full.items():
+            owned = override_tensors(model.get_submodule(path), name)
+            for tensor_name, tensor in tensors.items():
+                owned[tensor_name].copy_(tensor)
+    except BaseException:
+        if name in adapter_configs(model):
+            delete_adapter(model, name)
+            if active:
+                set_active(model, active, trained)
+        raise
+
+
+def _differences(files: AdapterFiles, model: nn.Module) -> tuple[str, ...]:
+    if files.companion.base is None:
+        return ()
+    return tuple(files.companion.base.differences(fingerprint(model)))
+
+
+def _report(model: nn.Module, name: str, files: AdapterFiles, rename: Renaming, full: Full) -> LoadReport:
+    changed = {path for path in files.low_rank if rename(path) != path}
+    notes = []
+    if files.config.moved_base is not None:
+        notes.append(
+            f"trained from {files.config.moved_base} on a changed base; here the base stays and the start is subtracted"
+        )
+    return LoadReport(
+        adapter_name=name,
+        modules=tuple(rename(path) for path in files.low_rank),
+        full=tuple(full),
+        unknown_fields=files.unknown_fields,
+        renamed=str(rename) if changed else None,
+        base_differences=_differences(files, model),
+        changes_nothing=changes_nothing(model, name, full),
+        notes=tuple(notes),
+    )
+
+
+def _warn(report: LoadReport) -> None:
+    for difference in report.base_differences:
+        warnings.warn(f"adapter {report.adapter_name!r}: {difference}", LowrankWarning, stacklevel=3)
+    if report.changes_nothing:
+        warnings.warn(
+            f"adapter {report.adapter_name!r} changes nothing: every ΔW is zero", LowrankWarning, stacklevel=3
+        )

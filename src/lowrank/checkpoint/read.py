@@ -1,0 +1,204 @@
+"""Reading an adapter's files into one value, with no model at hand."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank.checkpoint.companion import Companion, read_companion
+from lowrank.checkpoint.config_file import AdapterConfig, read_config
+from lowrank.checkpoint.keys import EMBEDDING_A, MAGNITUDE, A, Key, low_rank_key, parse
+from lowrank.checkpoint.layout import from_file, pair_roles
+from lowrank.core.factors import LoraFactors
+from lowrank.core.finite import all_finite
+from lowrank.errors import CheckpointError
+
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter as its files have it.
+
+    low_rank: {module path: {role: tensor}}, roles and shapes as in the file (`checkpoint.keys`, `checkpoint.layout`);
+    full: {key: tensor} of everything kept in full; companion: what lowrank itself saved beside PEFT's files.
+    Tensors of a safetensors file are mapped, not read: what is not used is never loaded.
+    """
+
+    folder: Path
+    config: AdapterConfig
+    low_rank: Mapping[str, Mapping[str, Tensor]]
+    full: Mapping[Key, Tensor]
+    companion: Companion
+
+    @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        """Fields of `adapter_config.json` that we do not know and did not use."""
+        return self.config.unknown
+
+    def kind(self, path: str) -> str:
+        """The layer kind that the tensors speak of: embedding, conv or linear (which includes Conv1D)."""
+        tensors = self.low_rank[path]
+        if EMBEDDING_A in tensors:
+            return "embedding"
+        return "conv" if A in tensors and tensors[A].ndim > 2 else "linear"
+
+    def pair(self, path: str) -> tuple[Tensor, Tensor]:
+        """(A, B) of a module in the file's shapes."""
+        a, b = pair_roles(self.kind(path))
+        return self.low_rank[path][a], self.low_rank[path][b]
+
+    def factors(self, path: str, weight: tuple[int, ...]) -> LoraFactors:
+        """The factors of a module whose weight has the shape `weight`: float32 or wider, ΔW = s·B·A over all of it.
+
+        weight: as stored; only convolutions need it, others may give (). Start factors and parts stay folded into A and
+        B, as they are in the file. Raises CheckpointError for a grouped convolution that cannot be merged.
+        """
+        a, b = from_file(self.kind(path), *self.pair(path), weight, where=path)
+        magnitude = self.low_rank[path].get(MAGNITUDE)
+        return LoraFactors(
+            _master(a),
+            _master(b),
+            self.config.scale(path),
+            self.config.lora.lora_dropout,
+            magnitude=None if magnitude is None else _master(magnitude),
+        )
+
+
+def _master(tensor: Tensor) -> Tensor:
+    """A copy in float32 or wider that no file stands behind."""
+    return tensor.detach().to(torch.promote_types(torch.float32, tensor.dtype), copy=True)
+
+
+def read_adapter(folder: str | os.PathLike[str], allow_pickle: bool = False) -> AdapterFiles:
+    """The adapter in `folder`, checked as far as that goes without a model.
+
+    allow_pickle: read the `adapter_model.bin` of an old adapter, by torch.load(weights_only=True).
+
+    Raises CheckpointError: no such folder, no or invalid `adapter_config.json`, features that cannot be represented,
+    weights that are missing, truncated or garbage, and (all listed at once) tensors that are empty, without their
+    partner, or of another rank than the config declares.
+    """
+    files = open_adapter(Path(folder), allow_pickle)
+    if faults := tensor_faults(files) + _rank_faults(files):
+        raise CheckpointError(f"{files.folder}: {'; '.join(faults)}")
+    return files
+
+
+def open_adapter(folder: Path, allow_pickle: bool) -> AdapterFiles:
+    """`read_adapter` without the checks of single tensors."""
+    config = read_config(folder)
+    low_rank, full = sort_tensors(_read_tensors(folder, allow_pickle), folder)
+    return AdapterFiles(folder, config, low_rank, full, read_companion(folder))
+
+
+def sort_tensors(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, dict[str, Tensor]], dict[Key, Tensor]]:
+    """The tensors of an adapter file by module and role, and those kept in full."""
+    low_rank: dict[str, dict[str, Tensor]] = {}
+    full: dict[Key, Tensor] = {}
+    for key, tensor in tensors.items():
+        parsed = parse(key)
+        if parsed.role is None:
+            full[parsed] = tensor
+        elif parsed.role in low_rank.setdefault(parsed.path, {}):
+            raise CheckpointError(f"{where} holds {parsed.role} of {parsed.path} twice: save one adapter alone")
+        else:
+            low_rank[parsed.path][parsed.role] = tensor
+    if not low_rank:
+        raise CheckpointError(f"{where} holds no LoRA factors (no tensor is called lora_A or lora_embedding_A)")
+    return low_rank, full
+
+
+def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    if (folder / SAFETENSORS).is_file():
+        return read_safetensors(folder / SAFETENSORS)
+    if not (folder / PICKLE).is_file():
+        raise CheckpointError(f"{folder} has an adapter_config.json but no {SAFETENSORS}: copy or save it again")
+    if not allow_pickle:
+        raise CheckpointError(
+            f"{folder} has its weights only as {PICKLE}, a pickle: if you trust where it came from, "
+            "pass allow_pickle=True, which reads it with torch.load(weights_only=True)"
+        )
+    return read_pickle(folder / PICKLE)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """{name: tensor} of a safetensors file, mapped into memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file ({reason}): copy or save the adapter again"
+        ) from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """{name: tensor} of a file written by torch.save, by torch.load(weights_only=True)."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no file {path}") from None
+    except Exception as error:  # pickle's errors have no common class
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} is damaged, or more than a table of tensors ({reason})") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path} holds something else than a table of tensors")
+    return content
+
+
+def tensor_faults(files: AdapterFiles) -> list[str]:
+    """What is wrong with the tensors themselves and with what the config says of them."""
+    faults = [f"{key.path}.{key.name} is empty" for key, tensor in files.full.items() if tensor.numel() == 0]
+    for path, tensors in sorted(files.low_rank.items()):
+        faults += _module_faults(files, path, tensors)
+    return faults
+
+
+def _module_faults(files: AdapterFiles, path: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    kind, dora = files.kind(path), files.config.lora.use_dora
+    wanted = {*pair_roles(kind), *({MAGNITUDE} if dora else ())}
+    faults = [f"missing {low_rank_key(path, role)}" for role in sorted(wanted - tensors.keys())]
+    faults += [f"unexpected {low_rank_key(path, role)}" for role in sorted(tensors.keys() - wanted)]
+    if dora and kind != "linear":
+        faults.append(
+            f"use_dora is set and {path} is of kind {kind}: only Linear and Conv1D have DoRA, merge with PEFT"
+        )
+    for role, tensor in sorted(tensors.items()):
+        key = low_rank_key(path, role)
+        if tensor.numel() == 0:
+            faults.append(f"{key} is empty, of shape {list(tensor.shape)}: its shards were not gathered before saving")
+        elif not tensor.is_floating_point():
+            faults.append(f"{key} is {tensor.dtype}, no floating-point tensor")
+        elif tensor.dtype not in FLOATS:
+            faults.append(f"{key} is {tensor.dtype}, none of float16, bfloat16, float32 and float64")
+        elif not all_finite(tensor):
+            faults.append(f"{key} holds values that are not finite")
+    return faults
+
+
+def _rank_faults(files: AdapterFiles) -> list[str]:
+    """Pairs whose rank is not the declared one, so that their scale could not be trusted."""
+    faults = []
+    for path in sorted(files.low_rank):
+        a, b = (files.low_rank[path].get(role) for role in pair_roles(files.kind(path)))
+        rank = files.config.rank(path)
+        if a is None or b is None or not a.numel() or not b.numel():
+            continue
+        grouped = files.kind(path) == "conv" and b.ndim > 1 and rank % b.shape[1] == 0
+        if a.ndim < 2 or b.ndim < 2 or a.shape[0] != rank or not (b.shape[1] == rank or grouped):
+            faults.append(
+                f"{path} has A {list(a.shape)} and B {list(b.shape)}, and adapter_config.json says rank {rank}"
+            )
+    return faults
+
+
+__all__ = ["AdapterFiles", "read_adapter"]

@@ -1,0 +1,80 @@
+"""From the factors of a file to those of training: parts and start factors as they were before saving folded them."""
+
+import torch
+from torch import Tensor
+
+from lowrank.checkpoint.companion import Companion
+from lowrank.core.factors import LoraFactors
+from lowrank.core.init import Site, find_init
+from lowrank.core.rows import RowBlock
+
+Pair = tuple[Tensor, Tensor]
+
+
+def unfold(factors: LoraFactors, path: str, companion: Companion) -> LoraFactors:
+    """The factors whose `effective()` are `factors`, by what the companion says of `path`; `factors` where that fails.
+
+    Another tool may have changed the weights and left our `lowrank.json` beside them, so nothing is believed that the
+    tensors do not show.
+    """
+    fused = companion.fused.get(path)
+    pairs: list[Pair] = [(factors.a.detach(), factors.b.detach())]
+    if path in companion.start:
+        if factors.rank % 2:
+            return factors
+        pairs = _halves(*pairs[0])
+    if fused is not None:
+        compact = [_compact(a, b, fused.parts) for a, b in pairs]
+        if None in compact:
+            return factors
+        pairs = [pair for pair in compact if pair is not None]
+    if len(pairs) == 1 and fused is None:
+        return factors
+    return LoraFactors(
+        *pairs[0],
+        factors.scale,
+        factors.dropout,
+        magnitude=None if factors.magnitude is None else factors.magnitude.detach(),
+        start=pairs[1] if len(pairs) == 2 else None,
+        parts=fused.parts if fused else (),
+        out_features=factors.out_features,
+    )
+
+
+def _halves(a: Tensor, b: Tensor) -> list[Pair]:
+    """[A; A_start], [B, −B_start] → (A, B), (A_start, B_start)."""
+    rank = a.shape[0] // 2
+    return [
+        (a[:rank].clone(), b[:, :rank].contiguous()),
+        (a[rank:].clone(), -b[:, rank:].contiguous()),
+    ]
+
+
+def _compact(a: Tensor, b: Tensor, parts: tuple[RowBlock, ...]) -> Pair | None:
+    """(n·r, k), (d, n·r) → (n·r, k), (Σ d_i, r) where B is zero outside the parts' own rows and columns, else None."""
+    rank, rest = divmod(a.shape[0], len(parts))
+    rows = [part.indices() for part in parts]
+    if rest or max(int(row.max()) for row in rows) >= b.shape[0]:
+        return None
+    blocks = [b[row.to(b.device), i * rank : (i + 1) * rank] for i, row in enumerate(rows)]
+    small = torch.cat(blocks)
+    whole = LoraFactors(a, small, 1.0, parts=parts, out_features=b.shape[0]).full_b(small)
+    return (a, small) if torch.equal(whole, b) else None
+
+
+def with_moved_base(factors: LoraFactors, method: str, weight: Tensor) -> LoraFactors:
+    """The same factors for an unchanged base, where training took s·B_start·A_start off it (PiSSA, OLoRA).
+
+    weight: W0 (d, k). The start is found again from W0 by the same decomposition.
+    """
+    d, k = weight.shape
+    site = Site(d, k, factors.rank, factors.scale, lambda: weight.float(), weight.device, factors.a.dtype)
+    start = find_init(method)(site)
+    return LoraFactors(
+        factors.a.detach(),
+        factors.b.detach(),
+        factors.scale,
+        factors.dropout,
+        magnitude=None if factors.magnitude is None else factors.magnitude.detach(),
+        start=(start.a, start.b),
+    )

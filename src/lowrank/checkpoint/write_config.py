@@ -1,0 +1,87 @@
+"""Writing `adapter_config.json` so that PEFT adapts the same modules at the same scale, and vLLM accepts it.
+
+Everything is derived from the factors themselves; the config an adapter was made with only tells its dropout, its full
+copies and its variants. Same model, same bytes: keys and lists are sorted and nothing tells time or version.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lowrank.checkpoint.describe import describe, target_names
+from lowrank.injection.config import LoraConfig
+
+# PEFT wraps these heads in full, without being asked, for the task, and then expects their tensors in the file.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+TASKS = (
+    (re.compile(r"ForCausalLM$|LMHeadModel$"), "CAUSAL_LM"),
+    (re.compile(r"ForSequenceClassification$"), "SEQ_CLS"),
+    (re.compile(r"ForTokenClassification$"), "TOKEN_CLS"),
+    (re.compile(r"ForQuestionAnswering$"), "QUESTION_ANS"),
+)
+
+
+def config_bytes(
+    model: nn.Module,
+    config: LoraConfig,
+    modules: Mapping[str, tuple[int, float]],
+    all_paths: list[str],
+    *,
+    transposed: bool,
+) -> bytes:
+    """The file's content. modules: {path: (rank in the file, scale)}; transposed: some target is a Conv1D."""
+    ranks = describe(modules, config.use_rslora)
+    task = task_type(model, config.modules_to_save, all_paths)
+    content = {
+        "alpha_pattern": ranks.alpha_pattern,
+        "auto_mapping": None if task else _auto_mapping(model),
+        "base_model_name_or_path": base_name(model),
+        "bias": config.bias,
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,  # any other word could make PEFT change the base on load
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": ranks.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": sorted(config.modules_to_save) or None,
+        "peft_type": "LORA",
+        "r": ranks.r,
+        "rank_pattern": ranks.rank_pattern,
+        "revision": None,
+        "target_modules": target_names(modules, all_paths),
+        "task_type": task,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+    }
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Where the base came from, as its config remembers it; nothing is looked up."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def task_type(model: nn.Module, saved: tuple[str, ...] | list[str], all_paths: list[str]) -> str | None:
+    """PEFT's word for the model's task, None where it has none or where it would demand a head that is not saved."""
+    for pattern, task in TASKS:
+        if pattern.search(type(model).__name__):
+            heads = [path for path in all_paths if path.endswith(HEADS.get(task, ()))]
+            return task if all(any(head.endswith(name) for name in saved) for head in heads) else None
+    return None
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, Any] | None:
+    """What PEFT's AutoPeftModel needs to find the class of a transformers model that has no task word."""
+    cls = type(model)
+    if not cls.__module__.startswith("transformers."):
+        return None
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
