@@ -1,0 +1,239 @@
+"""Adapters as values without a model: from a folder in PEFT's format, and into one."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lowrank.checkpoint import companion, config_file
+from lowrank.checkpoint.atomic import write_folder
+from lowrank.checkpoint.companion import Companion
+from lowrank.checkpoint.config_file import AdapterConfig
+from lowrank.checkpoint.describe import describe
+from lowrank.checkpoint.keys import MAGNITUDE, Key, full_key, low_rank_key
+from lowrank.checkpoint.layout import file_rank, pair_roles, to_file
+from lowrank.checkpoint.read import SAFETENSORS, AdapterFiles
+from lowrank.checkpoint.save import USUAL, check_folder
+from lowrank.errors import CheckpointError
+
+# What says of an adapter where it belongs; the rest of its config follows from its tensors.
+ORIGIN = ("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "revision", "task_type")
+WHICH = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+AdapterPath = str | os.PathLike[str]
+Names = Mapping[str, Any]  # the fields of WHICH that are not null
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """ΔW = scale·B·A of one module, flat: a (r, k), b (d, r).
+
+    kind: linear (which includes Conv1D), embedding or conv. For convolutions, kernel is the weight's shape
+    (d, in/groups, *kernel). magnitude: (d,), for DoRA.
+    """
+
+    kind: str
+    a: Tensor
+    b: Tensor
+    scale: float
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+    magnitude: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d, k)."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterContent:
+    """All that an adapter's folder holds.
+
+    names: which modules it adapts, in the words of its config; origin: the fields of ORIGIN; full: tensors kept whole.
+    """
+
+    targets: Mapping[str, Target]
+    names: Names
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    full: Mapping[Key, Tensor] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    bias: str = "none"
+    use_rslora: bool = False
+    companion: Companion = field(default_factory=Companion)
+
+
+class FileTargets(Mapping[str, Target]):
+    """The modules of an adapter's files, each read when it is asked for and kept by nobody."""
+
+    def __init__(self, files: AdapterFiles) -> None:
+        self._files = files
+
+    def __getitem__(self, path: str) -> Target:
+        return target_of(self._files, path)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._files.low_rank
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files.low_rank)
+
+    def __len__(self) -> int:
+        return len(self._files.low_rank)
+
+
+def target_of(files: AdapterFiles, path: str) -> Target:
+    """The module at `path` of an adapter's files, in float32 or wider. Raises CheckpointError as `factors` does."""
+    kind = files.kind(path)
+    kernel, groups = _kernel(files, path) if kind == "conv" else ((), 1)
+    factors = files.factors(path, kernel)
+    magnitude = None if factors.magnitude is None else factors.magnitude.detach()
+    return Target(kind, factors.a.detach(), factors.b.detach(), factors.scale, kernel, groups, magnitude)
+
+
+def _kernel(files: AdapterFiles, path: str) -> tuple[tuple[int, ...], int]:
+    """(shape of the convolution's weight, groups): B is a 1×1 convolution with the base's groups, which tells them."""
+    a, b = files.pair(path)
+    groups, rest = divmod(a.shape[0], b.shape[1])
+    if rest or groups == 0 or a.shape[1] % groups:
+        raise CheckpointError(
+            f"{files.folder}: {path} has A {list(a.shape)} and B {list(b.shape)}, which belong to no convolution"
+        )
+    return (b.shape[0], a.shape[1] // groups, *a.shape[2:]), groups
+
+
+def content_of(files: AdapterFiles) -> AdapterContent:
+    """The whole adapter, its factors read when they are asked for.
+
+    Tables that PEFT saves beside an embedding's factors, though they are the base's, are left out.
+
+    Raises CheckpointError for an adapter whose training took its start off the base (PiSSA, OLoRA saved as they are):
+    its factors mean something only together with that changed base.
+    """
+    if files.config.moved_base is not None:
+        raise CheckpointError(
+            f"{files.folder} was trained from {files.config.moved_base} on a base that this changed, so its factors "
+            "alone do not say its ΔW: load it onto its base with load_adapter and save it with save_adapter first"
+        )
+    lora, raw = files.config.lora, files.config.raw
+    return AdapterContent(
+        targets=FileTargets(files),
+        names=names_of(files.config),
+        origin={name: raw[name] for name in ORIGIN if name in raw},
+        full={key: tensor for key, tensor in files.full.items() if not (key.of_base and key.name == "weight")},
+        modules_to_save=tuple(lora.modules_to_save),
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        companion=Companion(base=files.companion.base),
+    )
+
+
+def names_of(config: AdapterConfig) -> Names:
+    """The fields of the config that say which modules are adapted."""
+    return {name: config.raw[name] for name in WHICH if config.raw.get(name) not in (None, [], "")}
+
+
+def union_of_names(sources: Sequence[AdapterContent]) -> Names:
+    """Fields that mean every module that one of `sources` adapts, and no other.
+
+    A list of names in a config means every module that ends in one of them, so lists without exceptions unite to a
+    list. What cannot be united that way becomes one regex of all paths.
+    """
+    first = sources[0]
+    same = all(source.names == first.names and source.targets.keys() == first.targets.keys() for source in sources)
+    if same and "target_modules" in first.names:
+        return first.names
+    if all(source.names.keys() == {"target_modules"} and _is_list(source.names) for source in sources):
+        return {"target_modules": sorted({name for source in sources for name in source.names["target_modules"]})}
+    return exact_names(path for source in sources for path in source.targets)
+
+
+def exact_names(paths: Iterable[str]) -> Names:
+    """The field that means exactly these paths in any model: one regex, matched as a whole."""
+    return {"target_modules": "|".join(re.escape(path) for path in sorted(set(paths)))}
+
+
+def _is_list(names: Names) -> bool:
+    return isinstance(names["target_modules"], list)
+
+
+def check_out(folder: AdapterPath, sources: Sequence[Path]) -> Path:
+    """The folder to write, or a CheckpointError: it is one of the sources, or in use for what is no adapter."""
+    out = Path(folder)
+    for source in sources:
+        if out.exists() and source.exists() and out.samefile(source):
+            raise CheckpointError(f"{out} is one of the inputs: give another folder for the result")
+    check_folder(out, USUAL)
+    return out
+
+
+def write_adapter(folder: Path, content: AdapterContent, dtype: torch.dtype | None = None) -> None:
+    """Write `content` to `folder` in PEFT's format, all files in one step; dtype: of the factors, as they are if None.
+
+    Same content, same bytes. Raises CheckpointError for factors that are not finite in `dtype`, or files that cannot be
+    written.
+    """
+    tensors = dict(_tensors(content, dtype))
+    strange = sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all())
+    if strange:
+        raise CheckpointError(f"{folder}: {strange[0]} would hold values that are not finite, so nothing was written")
+    write_folder(
+        folder,
+        {
+            SAFETENSORS: _serialise(tensors),
+            companion.NAME: content.companion.to_bytes(),
+            config_file.NAME: _config(content),
+        },
+    )
+
+
+def _tensors(content: AdapterContent, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    for path, target in content.targets.items():
+        pair = to_file(target.kind, target.a, target.b, target.kernel, target.groups)
+        for role, tensor in zip(pair_roles(target.kind), pair, strict=True):
+            yield low_rank_key(path, role), tensor.to(dtype or tensor.dtype)
+        if target.magnitude is not None:
+            yield low_rank_key(path, MAGNITUDE), target.magnitude.to(dtype or target.magnitude.dtype)
+    for key, tensor in content.full.items():
+        yield full_key(key.path, key.name, adapted=key.of_base), tensor
+
+
+def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return cast(bytes, save({key: tensors[key].contiguous() for key in sorted(tensors)}, metadata={"format": "pt"}))
+
+
+def _config(content: AdapterContent) -> bytes:
+    described = {
+        path: (file_rank(target.a.shape[0], target.groups), target.scale) for path, target in content.targets.items()
+    }
+    ranks = describe(described, content.use_rslora)
+    fields = {
+        "auto_mapping": None,
+        "base_model_name_or_path": None,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_dropout": 0.0,
+        "revision": None,
+        "task_type": None,
+        **content.origin,
+        **content.names,
+        **ranks._asdict(),
+        "bias": content.bias,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": sorted(content.modules_to_save) or None,
+        "peft_type": "LORA",
+        "use_dora": any(target.magnitude is not None for target in content.targets.values()),
+        "use_rslora": content.use_rslora,
+    }
+    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,109 @@
+"""The adapters to merge: folders with weights, read without a model."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank.checkpoint.keys import MAGNITUDE
+from lowrank.checkpoint.read import AdapterFiles, read_adapter
+from lowrank.checkpoint.restore import with_moved_base
+from lowrank.core.factors import LoraFactors
+from lowrank.core.merging import Change, prepare
+from lowrank.errors import MergeError
+
+AdapterPath = str | os.PathLike[str]
+WeightedAdapter = AdapterPath | tuple[AdapterPath, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One adapter and its weight in the sum W0 + Σ weight·ΔW."""
+
+    folder: Path
+    files: AdapterFiles
+    weight: float
+
+    @property
+    def label(self) -> str:
+        """What messages and the card call it: its folder's name, no path of this machine."""
+        return self.folder.resolve().name or "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """One adapter's ΔW in one tensor. kind: the layer kind, which says how the tensor stores W0."""
+
+    adapter: Adapter
+    path: str
+    kind: str
+
+    @property
+    def transposed(self) -> bool:
+        """True where the tensor is W0ᵀ, (k, d)."""
+        return self.kind in ("conv1d-linear", "embedding")
+
+    @property
+    def reads_weight(self) -> bool:
+        """True where ΔW depends on W0 itself: DoRA's row norms, and a start that was taken off the base in training."""
+        return MAGNITUDE in self.adapter.files.low_rank[self.path] or self._moved is not None
+
+    @property
+    def _moved(self) -> str | None:
+        return self.adapter.files.config.moved_base if self.kind in ("linear", "conv1d-linear") else None
+
+    def factors(self, shape: tuple[int, ...], weight: Tensor) -> LoraFactors:
+        """The factors as loading the adapter onto a model gives them.
+
+        shape: the tensor's own; weight: (n, m) as stored or, where nothing reads it, anything of its dtype.
+        """
+        factors = self.adapter.files.factors(self.path, shape)
+        factors = factors.to(dtype=torch.promote_types(factors.a.dtype, weight.dtype))
+        if self._moved is None:
+            return factors
+        return with_moved_base(factors, self._moved, weight.t() if self.transposed else weight)
+
+    def change(self, shape: tuple[int, ...], weight: Tensor) -> Change:
+        """ΔW ready to be added to rows of the tensor as stored; arguments as for `factors`."""
+        return prepare(self.factors(shape, weight), weight, transposed=self.transposed, weighting=self.adapter.weight)
+
+
+def read_adapters(adapters: WeightedAdapter | Sequence[WeightedAdapter], allow_pickle: bool = False) -> list[Adapter]:
+    """Every adapter, checked as far as that goes without a base; a bare path has the weight 1.
+
+    Raises MergeError for no adapters, a folder given twice, and a weight that cannot be meant; CheckpointError for
+    files that cannot be read.
+    """
+    read = [_read(path, weight, allow_pickle) for path, weight in _pairs(adapters)]
+    if not read:
+        raise MergeError("merge: no adapter is given")
+    folders = [adapter.folder.resolve() for adapter in read]
+    if twice := {str(folder) for folder in folders if folders.count(folder) > 1}:
+        raise MergeError(f"merge: the adapter {', '.join(sorted(twice))} is given twice; give it once, with the sum")
+    return read
+
+
+def _pairs(adapters: WeightedAdapter | Sequence[WeightedAdapter]) -> Iterable[tuple[AdapterPath, float]]:
+    if isinstance(adapters, str | os.PathLike) or _is_pair(adapters):
+        adapters = [adapters]  # type: ignore[list-item]
+    for adapter in adapters:
+        yield adapter if isinstance(adapter, tuple) else (adapter, 1.0)  # type: ignore[misc]
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
+
+
+def _read(path: AdapterPath, weight: float, allow_pickle: bool) -> Adapter:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
+        raise MergeError(f"merge: the weight of {os.fspath(path)} must be a finite number other than 0, not {weight!r}")
+    adapter = Adapter(Path(path), read_adapter(path, allow_pickle), float(weight))
+    if adapter.weight != 1 and adapter.files.config.lora.use_dora:
+        raise MergeError(
+            f"{path} is a DoRA adapter, whose change is not linear in its factors: it can be merged with weight 1 only"
+        )
+    return adapter

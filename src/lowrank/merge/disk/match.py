@@ -1,0 +1,185 @@
+"""One adapter against the base: which tensors it changes, which it replaces, which it brings along."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowrank.checkpoint.keys import Key
+from lowrank.checkpoint.read import AdapterFiles
+from lowrank.core.finite import all_finite
+from lowrank.errors import CheckpointError
+from lowrank.injection.patterns import matches, matches_name, suggestion
+from lowrank.merge.disk.adapters import Adapter, Contribution
+from lowrank.merge.disk.base import BaseFiles
+from lowrank.merge.disk.blocks import equals_stored
+from lowrank.merge.disk.layout import DTYPE_NAMES
+from lowrank.merge.disk.names import resolve
+from lowrank.merge.disk.orientation import kinds_that_fit, shape_fault, stores_transposed
+from lowrank.merge.disk.sidefiles import own_texts
+from lowrank.merge.disk.tied import head_of, may_be_tied
+
+LARGEST_SCALE = torch.finfo(torch.float32).max
+
+# Names that a normalisation's tensors had in checkpoints of earlier years.
+OLD_NAMES = {"weight": "gamma", "bias": "beta"}
+
+
+@dataclass(slots=True)
+class Match:
+    """What one adapter does, by the names of tensors.
+
+    changed: {tensor: ΔW}; replaced: {tensor: full copy}; head: {name of a head that the base stores only as its
+    embedding: that embedding's tensor}; added: {tensor: full copy} that the base does not have; notes: for the report.
+    """
+
+    changed: dict[str, Contribution] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+
+def match(base: BaseFiles, adapter: Adapter) -> Match:
+    """Find every tensor of `adapter` its place in `base`.
+
+    Raises CheckpointError, everything listed at once, for names that match nothing, shapes that do not fit, and tensors
+    that cannot be merged into.
+    """
+    files = adapter.files
+    modules = _modules(base)
+    paths = list(dict.fromkeys([*files.low_rank, *(key.path for key in files.full)]))
+    resolution = resolve(paths, modules, lambda path, module: _may_fit(base, files, path, module))
+    places = dict(resolution.modules)
+    found = Match(renamed=resolution.renamed)
+    if files.unknown_fields:
+        found.notes.append(f"{adapter.label}: config fields not understood: {', '.join(files.unknown_fields)}")
+    if own := own_texts(base, adapter.folder):
+        found.notes.append(
+            f"{adapter.label} has a {' and a '.join(own)} that the base has not: the result has the base's, copy them "
+            "over if the model is to be used with them"
+        )
+    for path in resolution.unresolved:
+        if shared := _shared_embedding(base, path):
+            places[path], embedding = shared
+            found.heads[f"{places[path]}.weight"] = embedding
+    faults = _changes(base, adapter, places, found, modules) + _full(base, adapter, places, found)
+    if faults:
+        raise CheckpointError(f"{adapter.folder}: this adapter does not fit {base.label}: {'; '.join(faults)}")
+    found.notes += _unadapted(base, adapter, found)
+    return found
+
+
+def _modules(base: BaseFiles) -> dict[str, None]:
+    """The modules that own the base's tensors, in order."""
+    return dict.fromkeys(name.rpartition(".")[0] for name in base.tensors)
+
+
+def _stored(base: BaseFiles, found: Match, place: str, name: str = "weight") -> tuple[str, str] | None:
+    """(name in the result, the base's tensor) for `name` of the module at `place`; None where there is none.
+
+    They differ for a head that is stored only as its embedding.
+    """
+    full = f"{place}.{name}" if place else name
+    if full in found.heads:
+        return full, found.heads[full]
+    old = f"{place}.{OLD_NAMES.get(name, name)}"
+    known = next((known for known in (full, old) if known in base.tensors), None)
+    return None if known is None else (known, known)
+
+
+def _may_fit(base: BaseFiles, files: AdapterFiles, path: str, module: str) -> bool:
+    tensor = base.tensors.get(f"{module}.weight")
+    if path not in files.low_rank:
+        return True
+    return tensor is not None and bool(kinds_that_fit(files, path, tensor[1].shape))
+
+
+def _shared_embedding(base: BaseFiles, path: str) -> tuple[str, str] | None:
+    """(the head's path, its embedding's tensor) for a head that the base does not store; None where there is none."""
+    if not may_be_tied(base.config):
+        return None
+    heads = {name: head_of(name.removesuffix(".weight")) for name in base.tensors if name.endswith(".weight")}
+    found = [(head, name) for name, head in heads.items() if head and (head == path or head.endswith(f".{path}"))]
+    return found[0] if len(found) == 1 else None
+
+
+def _changes(
+    base: BaseFiles, adapter: Adapter, places: Mapping[str, str], found: Match, modules: Mapping[str, None]
+) -> list[str]:
+    files, faults = adapter.files, []
+    kinds: dict[str, tuple[str, list[str]]] = {}
+    for path in files.low_rank:
+        stored = _stored(base, found, places[path]) if path in places else None
+        if stored is None:
+            faults.append(f"{path} is nowhere in the base{suggestion(path, modules)}")
+            continue
+        name, tensor = stored
+        shape = base.tensors[tensor][1].shape
+        kinds[path] = name, kinds_that_fit(files, path, shape)
+        if abs(files.config.scale(path) * adapter.weight) > LARGEST_SCALE:
+            faults.append(f"{path}: its scale {files.config.scale(path) * adapter.weight:g} does not fit into float32")
+        if not kinds[path][1]:
+            faults.append(shape_fault(files, path, shape))
+    certain = [fitting[0] for _, fitting in kinds.values() if len(fitting) == 1]
+    for path, (name, fitting) in kinds.items():
+        if len(fitting) == 2:
+            fitting = ["conv1d-linear" if stores_transposed(base, files, path, certain) else "linear"]
+        if fitting:
+            found.changed[name] = Contribution(adapter, path, fitting[0])
+    return faults
+
+
+def _full(base: BaseFiles, adapter: Adapter, places: Mapping[str, str], found: Match) -> list[str]:
+    faults = []
+    for key, tensor in adapter.files.full.items():
+        label = f"{key.path}.{key.name}".removeprefix(".")
+        if tensor.dtype not in DTYPE_NAMES:
+            faults.append(f"{label} is {tensor.dtype}, which cannot be stored")
+            continue
+        if tensor.is_floating_point() and not all_finite(tensor):
+            faults.append(f"{label} holds values that are not finite")
+            continue
+        place = places.get(key.path, key.path)
+        stored = _stored(base, found, place, key.name)
+        if stored is None:
+            faults += _add(adapter, key, tensor, f"{place}.{key.name}".removeprefix("."), found)
+            continue
+        name, counterpart = stored
+        shape = base.tensors[counterpart][1].shape
+        if tuple(tensor.shape) != shape:
+            advice = ": resize the base's vocabulary first" if tensor.shape[1:] == shape[1:] and tensor.ndim > 1 else ""
+            faults.append(f"{label} has shape {list(tensor.shape)}, the base's has {list(shape)}{advice}")
+        elif not equals_stored(base, counterpart, tensor):
+            found.replaced[name] = tensor
+    return faults
+
+
+def _unadapted(base: BaseFiles, adapter: Adapter, found: Match) -> list[str]:
+    """A note where the adapter's list of targets names tensors that its file has nothing for: it may not be whole."""
+    config = adapter.files.config.lora
+    if not isinstance(config.target_modules, tuple) or config.layers_to_transform or config.exclude_modules:
+        return []
+    named = {
+        name
+        for name, (_, entry) in base.tensors.items()
+        if len(entry.shape) > 1 and matches(name.removesuffix(".weight"), config.target_modules, "target_modules")
+    }
+    missing = sorted(named - found.changed.keys() - found.replaced.keys())
+    if not missing or not named & found.changed.keys():
+        return []
+    more = f" and {len(missing) - 1} more" if missing[1:] else ""
+    return [f"{adapter.label}: target_modules names {missing[0]}{more} too, and the adapter's file has nothing for it"]
+
+
+def _add(adapter: Adapter, key: Key, tensor: Tensor, name: str, found: Match) -> list[str]:
+    """A tensor that the base does not have: the head of a task, or a name that means nothing."""
+    saved = adapter.files.config.lora.modules_to_save
+    parts = key.path.split(".")
+    if key.of_base or not any(word in parts or matches_name(key.path, word) for word in saved):
+        return [f"{name} is nowhere in the base"]
+    found.added[name] = tensor
+    found.notes.append(f"{name} is new: the base has no such tensor, the adapter brings it (modules_to_save)")
+    return []

@@ -1,0 +1,133 @@
+"""The whole merge, decided before a byte is written: a recipe for every tensor of the result."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank.errors import MergeError
+from lowrank.merge.disk.adapters import Adapter, Contribution
+from lowrank.merge.disk.base import BaseFiles, Shard
+from lowrank.merge.disk.layout import DTYPE_NAMES, DTYPES, FLOATS, build_layout
+from lowrank.merge.disk.match import Match, match
+from lowrank.merge.disk.recipe import Recipe, ResultFile, Source
+from lowrank.merge.disk.tie import settle_ties
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """files: what to write; untie: whether config.json must say that embedding and head are two tensors now;
+
+    renamed: leading parts of names that were exchanged, per adapter; notes: what a careful reader would want to know.
+    """
+
+    files: tuple[ResultFile, ...]
+    untie: bool
+    renamed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """Every tensor of the result, in order."""
+        return [recipe for file in self.files for recipe in file.recipes]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all weight files."""
+        return sum(file.layout.size for file in self.files)
+
+
+def plan_merge(base: BaseFiles, adapters: Sequence[Adapter], dtype: torch.dtype | None) -> MergePlan:
+    """Decide the result's every tensor.
+
+    Raises CheckpointError for an adapter that does not fit, MergeError for a merge that cannot be meant.
+    """
+    matches = [match(base, adapter) for adapter in adapters]
+    replaced = _replaced(adapters, matches)
+    changed = _changed(matches)
+    heads = {head: embedding for found in matches for head, embedding in found.heads.items()}
+    ties = settle_ties(base, changed, replaced, heads)
+    recipes = {name: _recipe(name, Source(*place), changed, replaced, dtype) for name, place in base.tensors.items()}
+    for head, embedding in ties.heads.items():
+        recipes[head] = _recipe(head, Source(*base.tensors[embedding]), changed, replaced, dtype)
+    for name, tensor in replaced.items():
+        if name not in recipes and name not in ties.dropped:
+            recipes[name] = _new(name, tensor, dtype or _commonest_float(base))
+    files = _files(base, recipes, ties.heads)
+    notes = [note for found in matches for note in found.notes] + list(ties.notes)
+    return MergePlan(files, ties.untie, tuple(_renamings(adapters, matches)), tuple(notes))
+
+
+def _changed(matches: Sequence[Match]) -> dict[str, tuple[Contribution, ...]]:
+    names = dict.fromkeys(name for found in matches for name in found.changed)
+    return {name: tuple(found.changed[name] for found in matches if name in found.changed) for name in names}
+
+
+def _replaced(adapters: Sequence[Adapter], matches: Sequence[Match]) -> dict[str, Tensor]:
+    """The full copies that adapters bring, each from one adapter of weight 1."""
+    owners: dict[str, Adapter] = {}
+    tensors: dict[str, Tensor] = {}
+    for adapter, found in zip(adapters, matches, strict=True):
+        for name, tensor in (found.replaced | found.added).items():
+            if name in owners:
+                raise MergeError(f"{owners[name].folder} and {adapter.folder} each bring a full copy of {name}")
+            if adapter.weight != 1:
+                raise MergeError(
+                    f"{adapter.folder} brings a full copy of {name}, which has no weighted form: give it the weight 1"
+                )
+            owners[name], tensors[name] = adapter, tensor
+    return tensors
+
+
+def _recipe(
+    name: str,
+    source: Source,
+    changed: Mapping[str, tuple[Contribution, ...]],
+    replaced: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+) -> Recipe:
+    entry, contributions = source.entry, changed.get(name, ())
+    if (contributions and entry.dtype not in FLOATS) or (name in replaced and entry.dtype not in DTYPES):
+        raise MergeError(
+            f"{name} is stored as {entry.dtype}: a quantised base cannot be merged into exactly, give the model in "
+            "float16, bfloat16, float32 or float64"
+        )
+    converted = DTYPE_NAMES[dtype] if dtype is not None and entry.dtype in FLOATS else entry.dtype
+    return Recipe(name, converted, entry.shape, source, replaced.get(name), contributions)
+
+
+def _new(name: str, tensor: Tensor, dtype: torch.dtype) -> Recipe:
+    kept = dtype if tensor.is_floating_point() else tensor.dtype
+    return Recipe(name, DTYPE_NAMES[kept], tuple(tensor.shape), None, tensor)
+
+
+def _commonest_float(base: BaseFiles) -> torch.dtype:
+    """The dtype of most of the base's floating tensors."""
+    counts = Counter(entry.dtype for _, entry in base.tensors.values() if entry.dtype in FLOATS)
+    return FLOATS[counts.most_common(1)[0][0]] if counts else torch.float32
+
+
+def _files(base: BaseFiles, recipes: Mapping[str, Recipe], heads: Mapping[str, str]) -> tuple[ResultFile, ...]:
+    """The result's files: the base's, tensor for tensor, and what is new behind the tensors of one of them."""
+    placed: dict[str, list[Recipe]] = {shard.name: [] for shard in base.shards}
+    for name, recipe in recipes.items():
+        home = base.tensors.get(name) or base.tensors.get(heads.get(name, ""))
+        placed[(home[0] if home else base.shards[-1]).name].append(recipe)
+    return tuple(_file(shard, placed[shard.name]) for shard in base.shards)
+
+
+def _file(shard: Shard, recipes: list[Recipe]) -> ResultFile:
+    before = shard.layout
+    same = [(r.name, r.dtype, r.shape) for r in recipes] == [(e.name, e.dtype, e.shape) for e in before.entries]
+    layout = before if same else build_layout(((r.name, r.dtype, r.shape) for r in recipes), before.metadata)
+    return ResultFile(shard.name, layout, tuple(recipes), shard)
+
+
+def _renamings(adapters: Sequence[Adapter], matches: Sequence[Match]) -> list[str]:
+    return [
+        f"{adapter.label}: {old or '(nothing)'} → {new or '(nothing)'}"
+        for adapter, found in zip(adapters, matches, strict=True)
+        for old, new in found.renamed
+    ]

@@ -1,0 +1,78 @@
+"""What the result will hold: every tensor of it, where its values come from, and in which file it goes."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank.merge.disk.adapters import Contribution
+from lowrank.merge.disk.base import Shard
+from lowrank.merge.disk.layout import FLOATS, Entry, Layout, nbytes_of
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor of the base."""
+
+    shard: Shard
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One tensor of the result: (replacement, else source) + Σ ΔW, rounded once to `dtype`.
+
+    dtype: the format's word; replacement: the adapter's own full copy; contributions: what is added, in order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: Source | None = None
+    replacement: Tensor | None = None
+    contributions: tuple[Contribution, ...] = ()
+
+    @property
+    def moved(self) -> bool:
+        """True where the result's bytes are the base's."""
+        return (
+            self.source is not None
+            and self.replacement is None
+            and not self.contributions
+            and self.source.entry.dtype == self.dtype
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """The tensor's length in the result."""
+        return nbytes_of(self.dtype, self.shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(n, m): the shape as a matrix of stored rows; vectors are columns."""
+        rows = self.shape[0] if self.shape else 1
+        return rows, math.prod(self.shape[1:])
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of W0 where it comes from; a replacement is first rounded to that of the tensor it replaces."""
+        if self.source is not None and self.source.entry.dtype in FLOATS:
+            return FLOATS[self.source.entry.dtype]
+        assert self.replacement is not None
+        return self.replacement.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFile:
+    """One weight file of the result. recipes and layout.entries correspond; shard: the base's file it follows."""
+
+    name: str
+    layout: Layout
+    recipes: tuple[Recipe, ...]
+    shard: Shard
+
+    @property
+    def unchanged(self) -> bool:
+        """True where the whole file is the base's, byte for byte."""
+        return self.layout.header == self.shard.layout.header and all(recipe.moved for recipe in self.recipes)

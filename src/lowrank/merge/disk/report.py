@@ -1,0 +1,64 @@
+"""What a merge did."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SWALLOWED = 0.5  # below this share of ‖ΔW‖², more of the change is lost in rounding than is left
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """The outcome of one merge. `print(report)` shows it.
+
+    merged, replaced, moved: how many tensors were changed by ΔW, replaced in full, taken over as they were; bytes: the
+    size of the weights; linked: weight files that share the base's blocks; renamed: leading parts of names that were
+    exchanged; notes, warnings: what a careful reader would want to know; surviving: {tensor: share of ‖ΔW‖² left after
+    rounding}; rows: merged rows recomputed in float64; worst: the largest error in parts of what is allowed;
+    seconds: how long each stage took.
+    """
+
+    out: Path
+    merged: int
+    replaced: int
+    moved: int
+    bytes: int
+    linked: tuple[str, ...]
+    renamed: tuple[str, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    surviving: dict[str, float]
+    rows: int
+    worst: float
+    seconds: dict[str, float]
+
+    def summary(self) -> str:
+        """One line for the result, one for its verification, one for each finding; the warnings are left out."""
+        seconds = sum(self.seconds.values())
+        lines = [
+            f"{self.out}: {self.merged} tensors merged, {self.replaced} replaced, {self.moved} unchanged, "
+            f"{self.bytes / 1e9:.2f} GB in {seconds:.1f} s",
+            f"verified: {self.rows} merged rows recomputed in float64, every element within one rounding",
+        ]
+        if self.surviving:
+            least = min(self.surviving, key=lambda name: self.surviving[name])
+            lines.append(f"left of ‖ΔW‖² after rounding: at least {self.surviving[least]:.1%} ({least})")
+        lines += [f"names exchanged, {text}" for text in self.renamed]
+        lines += [f"{', '.join(self.linked)}: shared with the base"] if self.linked else []
+        return "\n".join([*lines, *self.notes])
+
+    def __str__(self) -> str:
+        """The summary and the warnings."""
+        return "\n".join([self.summary(), *(f"warning: {text}" for text in self.warnings)])
+
+
+def survival_warnings(surviving: dict[str, float], dtype: str) -> list[str]:
+    """One sentence where rounding loses more of ΔW than it leaves."""
+    lost = {name: share for name, share in surviving.items() if share < SWALLOWED}
+    if not lost:
+        return []
+    worst = min(lost, key=lambda name: lost[name])
+    return [
+        f"{len(lost)} of {len(surviving)} merged tensors lose more than half of ‖ΔW‖² in rounding to {dtype} (worst: "
+        f"{worst}, {lost[worst]:.1%} left): the change is small against the weights; merge into float32 (--dtype "
+        "float32), or keep the adapter apart"
+    ]

@@ -1,0 +1,73 @@
+"""What lies beside the weights: config, tokenizer, chat template, licence. Copied, the config corrected at need."""
+
+import json
+import os
+from collections.abc import Iterator
+from filecmp import cmp
+from pathlib import Path
+from typing import Any
+
+from lowrank.merge.disk.base import INDEX_ENDING, OTHER_WEIGHTS, BaseFiles, inside
+from lowrank.merge.disk.tied import untied
+
+LEFT_OUT = frozenset({"README.md", "training_args.bin", "adapter_config.json", ".gitattributes"})
+DTYPE_FIELDS = ("dtype", "torch_dtype")
+
+
+def side_files(base: BaseFiles) -> Iterator[tuple[str, Path]]:
+    """(name in the result, real path) of every file to copy: those beside the weights, and one level below, texts only.
+
+    Weights in other formats, hidden files and the base's card are left out.
+    Raises CheckpointError for a link that leads out of the base's folder.
+    """
+    for entry in sorted(base.folder.iterdir()):
+        if entry.name.startswith(".") or entry.name in LEFT_OUT:
+            continue
+        if entry.is_dir():
+            for below in sorted(entry.iterdir()):
+                if below.suffix in (".json", ".jinja", ".txt") and below.is_file() and not _is_weights(below.name):
+                    yield f"{entry.name}/{below.name}", inside(base.folder, f"{entry.name}/{below.name}")
+        elif entry.is_file() and not _is_weights(entry.name):
+            yield entry.name, inside(base.folder, entry.name)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((*OTHER_WEIGHTS, ".index.json", INDEX_ENDING))
+
+
+def own_texts(base: BaseFiles, folder: Path) -> list[str]:
+    """The tokenizer and chat template of an adapter's folder, where they are not the base's."""
+    names = ("tokenizer.json", "chat_template.jinja")
+    return [
+        name
+        for name in names
+        if (folder / name).is_file()
+        and not ((base.folder / name).is_file() and cmp(folder / name, base.folder / name, shallow=False))
+    ]
+
+
+def corrected_config(config: dict[str, Any], dtype: str | None, untie: bool) -> bytes | None:
+    """config.json with another dtype, or saying that embedding and head are no longer tied; None if nothing changes."""
+    changed = untied(config) if untie else config
+    changed = changed if dtype is None else _with_dtype(changed, dtype)
+    if changed == config:
+        return None
+    return (json.dumps(changed, indent=2) + "\n").encode()
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config and those inside it that name a dtype, naming this one."""
+    content = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    named = [field for field in DTYPE_FIELDS if field in content]
+    if not named and "model_type" in content and not any(isinstance(value, dict) for value in config.values()):
+        named = ["dtype"]
+    return content | dict.fromkeys(named, dtype)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """A small file, on the disk when this returns."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,158 @@
+"""Merging and unloading a model that is in memory."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lowrank.core.factors import LoraFactors
+from lowrank.errors import MergeError
+from lowrank.injection.adapters import delete_adapter, forget, lora_layers, override_modules, set_active
+from lowrank.injection.state import require_adapter, require_state
+from lowrank.injection.targets import named_targets
+from lowrank.injection.tied import part_tied_weights, shared_weights
+from lowrank.layers.base import LoraLayer, restore
+from lowrank.layers.overrides import keep_override
+from lowrank.merge.overflow import merge_fault
+
+
+def merge_and_unload(model: nn.Module, adapters: Iterable[str] | None = None, progress: bool = False) -> nn.Module:
+    """In place: W ← W0 + Σ s·B·A over `adapters` (default: the active ones), and give the plain model back.
+
+    Merging some of a model's adapters leaves the others as they were, active or not; merging the active ones drops the
+    inactive ones, so that the result is one plain model with its original classes and `state_dict` keys.
+    Sums are formed in float32 (float64 for a float64 base) by blocks of rows and rounded once to the weight's dtype. A
+    weight that the target shared with another module gets a copy of its own first, and the model's config says so.
+
+    Every layer changes over as a whole, weight and adapter together: interrupted between two layers, the model still
+    answers as before, and a second call finishes. `progress` draws a bar on standard error.
+
+    Raises MergeError before anything changes: for factors, weights or results that are not finite, and where an
+    adapter that stays is a DoRA adapter of a merged layer (its row norms are those of the base that would be gone).
+    """
+    names = _chosen(model, adapters)
+    _check(model, names, everything=adapters is None)
+    shared = _shared_targets(model)
+    layers = [(path, layer) for path, layer in lora_layers(model) if set(names) & set(layer.adapter_names)]
+    for _, layer in _progress(layers, progress):
+        own = tuple(name for name in names if name in layer.adapter_names)
+        _fold(layer, own, untie=id(layer.weight) in shared)
+    return _finish(model, names, drop_rest=adapters is None)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """In place: drop every adapter. The base is back bit for bit: no weight was ever written."""
+    for name in list(require_state(model).configs):
+        delete_adapter(model, name)
+    return model
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """The active adapters folded in for the block: the speed of the plain model, its answers those of the merged one.
+
+    The original parameters are set aside, not overwritten, so leaving the block restores the exact bits, exceptions
+    included. Costs a copy of the adapted weights while it lasts; not for training, and not to be nested.
+    """
+    state = require_state(model)
+    active, trained = state.active, state.trained
+    _check(model, active, everything=True)
+    originals: dict[LoraLayer, nn.Parameter] = {}
+    try:
+        for _, layer in lora_layers(model):
+            if layer.active_adapters:
+                originals[layer] = layer.weight
+                merged_weight = layer.merged_weight(layer.active_adapters)
+                layer.weight = nn.Parameter(merged_weight, requires_grad=False)
+                layer.activate(())
+        yield model
+    finally:
+        for layer, weight in originals.items():
+            layer.weight = weight
+        set_active(model, active, trained)
+
+
+def _chosen(model: nn.Module, adapters: Iterable[str] | None) -> tuple[str, ...]:
+    state = require_state(model)
+    names = state.active if adapters is None else tuple(adapters)
+    for name in names:
+        require_adapter(model, name)
+    if len(set(names)) != len(names):
+        raise MergeError(f"merge: an adapter is named twice in {names}")
+    if not names:
+        raise MergeError("merge: no adapter is active; set_active one, name some, or use unload to get the base back")
+    return names
+
+
+def _check(model: nn.Module, names: tuple[str, ...], everything: bool) -> None:
+    """Everything that could go wrong with the arithmetic, found before the first weight is touched."""
+    faults = []
+    for path, layer in lora_layers(model):
+        own = [name for name in names if name in layer.adapter_names]
+        strange = [name for name in own if not _finite(layer.factors(name))]
+        faults += [f"adapter {name!r} has non-finite factors in {path}" for name in strange]
+        if own and not strange and (why := merge_fault(layer, tuple(own))):
+            faults.append(f"{path}: {why}")
+        staying = [] if everything else [name for name in layer.adapter_names if name not in names]
+        faults += [
+            f"adapter {name!r} is DoRA in {path}, and its row norms need the unmerged base: merge it too, or delete it"
+            for name in staying
+            if own and layer.factors(name).magnitude is not None
+        ]
+    if faults:
+        raise MergeError("cannot merge: " + "; ".join(faults))
+
+
+def _finite(factors: LoraFactors) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in factors.parameters())
+
+
+def _shared_targets(model: nn.Module) -> set[int]:
+    """The weights of adapted layers that other modules use too, by identity."""
+    modules = named_targets(model)
+    groups = [group for group in shared_weights(modules) if any(isinstance(modules[p], LoraLayer) for p in group)]
+    return {id(modules[path].weight) for group in groups for path in group}
+
+
+@torch.no_grad()
+def _fold(layer: LoraLayer, names: tuple[str, ...], untie: bool) -> None:
+    """In place: the layer's weight takes the merged values, and the merged adapters leave it."""
+    merged_weight = layer.merged_weight(names)
+    if untie:
+        layer.weight = nn.Parameter(merged_weight, requires_grad=layer.weight.requires_grad)
+    else:
+        layer.weight.data = merged_weight
+    for name in names:
+        layer.remove_factors(name)
+    if not layer.adapter_names:
+        restore(layer)
+
+
+def _finish(model: nn.Module, names: tuple[str, ...], drop_rest: bool) -> nn.Module:
+    """In place: full copies become the model's own; merged adapters are forgotten, and all others where asked."""
+    state = require_state(model)
+    for name in names:
+        for _, module in list(override_modules(model, name)):
+            keep_override(module, name)
+        del state.configs[name]
+    active = tuple(name for name in state.active if name in state.configs)
+    trained = tuple(name for name in state.trained if name in state.configs)
+    set_active(model, ())  # so that the base's own tensors are in place
+    part_tied_weights(model)
+    set_active(model, active, trained)
+    for name in list(state.configs) if drop_rest else ():
+        delete_adapter(model, name)
+    if not state.configs and model.__dict__.get("_lowrank_state") is state:
+        forget(model)
+    return model
+
+
+def _progress(layers: list[tuple[str, LoraLayer]], wanted: bool) -> Iterable[tuple[str, LoraLayer]]:
+    if not wanted:
+        return layers
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(layers, description="merging", console=Console(file=sys.stderr))

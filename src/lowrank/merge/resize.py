@@ -1,0 +1,94 @@
+"""An adapter at another rank, from its files alone."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowrank.checkpoint.read import read_adapter
+from lowrank.core.recompress import recompress
+from lowrank.core.truncation import Cut, check_energy, check_rank
+from lowrank.errors import ConfigError
+from lowrank.merge.adapter_folder import AdapterPath, Target, check_out, content_of, write_adapter
+from lowrank.merge.each_module import Progress, for_each, module_seed, one_core_each, silent
+from lowrank.merge.energy import ModuleEnergy, headline, overall
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeReport:
+    """What was resized. kept: the share of Σ‖ΔW‖²_F over all modules that the result holds."""
+
+    modules: tuple[ModuleEnergy, ...]
+    kept: float
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The ranks and the energy, the module that lost most, and what else there is to say."""
+        return "\n".join([*headline(self.modules), *self.notes])
+
+
+@one_core_each()
+def resize_adapter(
+    adapter: AdapterPath,
+    out: AdapterPath,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    seed: int = 0,
+    allow_pickle: bool = False,
+    progress: Progress = silent,
+) -> ResizeReport:
+    """Write to `out` the adapter in `adapter` with another rank and the same scale s in every module.
+
+    Downwards ΔW becomes its best approximation, module by module. rank: of every module; energy: the smallest rank that
+    keeps this share of a module's ‖ΔW‖²_F; with both, the smaller of the two. Upwards (by `rank` alone) ΔW stays as it
+    is, and there is room for training: new rows of A are drawn with `seed`, as large as the old ones, and the new
+    columns of B are zero. lora_alpha follows the rank, so that s = lora_alpha/r stays (lora_alpha/√r with rsLoRA).
+
+    For DoRA the ΔW inside the direction is resized and the magnitudes stay; the report says so. Tensors kept in full
+    are copied.
+
+    Raises ConfigError for arguments that cannot be meant, CheckpointError for files that cannot be read or written.
+    """
+    check_rank(rank)
+    check_energy(energy)
+    if rank is None and energy is None:
+        raise ConfigError("resize: give a rank, or the share of the energy to keep")
+    files = read_adapter(adapter, allow_pickle)
+    folder = check_out(out, [files.folder])
+    content, cut = content_of(files), Cut(rank, energy)
+    paths = list(content.targets)
+    results = for_each(paths, lambda path: _resize(path, content.targets[path], cut, seed), progress)
+    targets = dict(zip(paths, (target for target, _ in results), strict=True))
+    write_adapter(folder, replace(content, targets=targets))
+    modules = tuple(module for _, module in results)
+    return ResizeReport(modules, overall(modules), _notes(targets.values()))
+
+
+def _resize(path: str, target: Target, cut: Cut, seed: int) -> tuple[Target, ModuleEnergy]:
+    before = target.a.shape[0]
+    compressed = recompress(target.a, target.b, cut)
+    if cut.energy is None and cut.rank is not None and cut.rank >= before:
+        a, b = _grown(target, cut.rank, module_seed(seed, path))
+        kept = 1.0
+    else:
+        a, b, kept = compressed.a, compressed.b, compressed.kept
+    norm = math.sqrt(compressed.total) * abs(target.scale)
+    return replace(target, a=a, b=b), ModuleEnergy(path, (before,), a.shape[0], kept, norm)
+
+
+def _grown(target: Target, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A with random rows added, of the old rows' root mean square, and B with zero columns."""
+    more = rank - target.a.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    new = torch.randn(more, target.a.shape[1], generator=generator, dtype=target.a.dtype)
+    new *= target.a.square().mean().sqrt()
+    return torch.cat([target.a, new]), torch.cat([target.b, target.b.new_zeros(target.b.shape[0], more)], dim=1)
+
+
+def _notes(targets: Iterable[Target]) -> tuple[str, ...]:
+    if all(target.magnitude is None for target in targets):
+        return ()
+    return ("DoRA: the energy is that of the ΔW inside the direction; the magnitudes are as they were",)
