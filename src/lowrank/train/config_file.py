@@ -1,0 +1,76 @@
+"""Flag beats YAML beats default; an unknown name is an error that says what was perhaps meant."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from lowrank.errors import ConfigError
+from lowrank.train.settings import Settings
+
+S = TypeVar("S", bound=Settings)
+EXCLUSIVE = (("steps", "epochs"), ("eval_data", "eval_split"))  # a flag for one beats the other in a file
+
+
+def resolve(kind: type[S], flags: Mapping[str, object], file: str | Path | None = None) -> S:
+    """The settings of type `kind`, from the flags that were given, then the YAML file, then the defaults.
+
+    Raises ConfigError with every fault at once.
+    """
+    written = read_yaml(file, kind) if file is not None else {}
+    for one, other in (*EXCLUSIVE, *map(reversed, EXCLUSIVE)):
+        if one in flags:
+            written.pop(other, None)
+    return check(kind, {**written, **flags}, str(file) if file is not None else None)
+
+
+def read_yaml(file: str | Path, kind: type[Settings]) -> dict[str, object]:
+    """The settings a YAML file holds; every name in it must be one of `kind`'s."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {file}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {file} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {file} must be a list of `name: value` lines, not a {type(content).__name__}")
+    unknown = [str(name) for name in content if name not in kind.model_fields]
+    if unknown:
+        raise ConfigError(f"config {file}: " + "; ".join(_unknown(name, kind) for name in unknown))
+    return content
+
+
+def check(kind: type[S], values: Mapping[str, object], file: str | None = None) -> S:
+    """`kind(**values)`, with pydantic's faults put into one sentence."""
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        where = f" (flags, or {file})" if file else ""
+        raise ConfigError(sentence(error, kind) + where) from None
+
+
+def sentence(error: ValidationError, kind: type[Settings]) -> str:
+    """Every fault pydantic found, as one sentence in the words of the command line."""
+    return "; ".join(_fault(fault, kind) for fault in error.errors())
+
+
+def _unknown(name: str, kind: type[Settings]) -> str:
+    near = get_close_matches(name.replace("-", "_"), kind.model_fields, n=1, cutoff=0.6)
+    return f"{name!r} is no setting" + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def _fault(fault: Any, kind: type[Settings]) -> str:
+    name = str(fault["loc"][0]) if fault["loc"] else ""
+    flag = "--" + name.replace("_", "-")
+    if fault["type"] == "missing":
+        return f"{flag} is needed: {kind.model_fields[name].description}"
+    if fault["type"] == "extra_forbidden":
+        return _unknown(name, kind)
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    return f"{flag}: {message[:1].lower()}{message[1:]}, not {fault['input']!r}" if name else message

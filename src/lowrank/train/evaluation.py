@@ -1,0 +1,55 @@
+"""Measuring a model on encoded rows."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowrank.train.batches import Batch, chunks
+from lowrank.train.losses import Loss
+from lowrank.train.tokens import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """loss: mean −log p per trained token, or per row to classify, over all rows; count: how many those are.
+
+    accuracy: the share of them where the likeliest answer is the right one.
+    """
+
+    loss: float
+    count: int
+    accuracy: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that is too large for a number."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Everything that turns rows and a model into a loss."""
+
+    collate: Callable[[Sequence[Example]], Batch]
+    loss: Callable[[nn.Module, Batch], Loss]
+
+
+@torch.no_grad()
+def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch_size: int) -> Scores:
+    """The scores of `model` on the rows, weighted by what is trained in each; training mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    total, right, count = 0.0, 0, 0
+    try:
+        for indices in chunks(by_length, batch_size):
+            loss = measure.loss(model, measure.collate([examples[i] for i in indices]))
+            total += float(loss.total)
+            right += int(loss.right)
+            count += loss.count
+    finally:
+        model.train(was_training)
+    return Scores(total / count, count, right / count)

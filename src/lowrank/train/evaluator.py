@@ -1,0 +1,75 @@
+"""Measuring a model, with or without an adapter, on a data file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank.checkpoint import load_adapter
+from lowrank.errors import ConfigError, DataError
+from lowrank.train.dataset import Kind, read_dataset
+from lowrank.train.evaluation import Scores, score
+from lowrank.train.models import find_model, longest_row, own_labels
+from lowrank.train.recipe import Recipe, read_recipe
+from lowrank.train.settings import DataSettings, EvalSettings
+from lowrank.train.task import load
+from lowrank.train.tokens import encode
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """scores, over `rows` rows of `kind`; cut, dropped: rows shortened, and left out with nothing to score."""
+
+    kind: Kind
+    scores: Scores
+    rows: int
+    cut: int
+    dropped: int
+
+
+def evaluate(settings: EvalSettings) -> EvalResult:
+    """The loss on what would be trained in the rows, and the share of right answers.
+
+    Rows become tokens as they did when the adapter was trained (its run.json says how), but for what `settings` says.
+
+    Raises LowrankError for whatever is wrong with the settings, the data, the model or the adapter.
+    """
+    base = find_model(settings.model)
+    trained = read_recipe(settings.adapter or base)
+    data_settings = _data_settings(settings, trained)
+    data = read_dataset(settings.data, data_settings).spread(settings.rows)
+    if trained and data.kind != trained.kind:
+        raise DataError(
+            f"{data.path}: rows of kind {data.kind}, and {settings.adapter or base} was trained on {trained.kind}; "
+            "--kind chooses where rows could be either"
+        )
+    labels = _labels(settings, base, trained) if data.kind == "classification" else ()
+    loaded = load(base, data.kind, labels, settings)
+    if loaded.fresh and settings.adapter is None:
+        raise ConfigError(f"model {base}: it has no trained classification head to evaluate; give the --adapter")
+    if settings.adapter is not None:
+        load_adapter(loaded.model, settings.adapter)
+    longest = longest_row(loaded.model, loaded.tokenizer, data_settings.max_length)
+    encoded = encode(data, loaded.tokenizer, Recipe(data.kind, data_settings.template, longest, labels))
+    scores = score(loaded.model, encoded.examples, loaded.measure(data.kind), settings.batch_size)
+    return EvalResult(data.kind, scores, len(encoded.examples), encoded.cut, encoded.dropped)
+
+
+def _data_settings(settings: EvalSettings, trained: Recipe | None) -> DataSettings:
+    """What the user said, then what holds for the adapter, then the defaults."""
+    said = {name: getattr(settings, name) for name in DataSettings.model_fields if name in settings.model_fields_set}
+    known: dict[str, Any] = {}
+    if trained:
+        known = {"template": trained.template, "max_length": trained.max_length}
+        known |= dict(trained.columns)
+    return DataSettings.model_validate({**known, **said})
+
+
+def _labels(settings: EvalSettings, base: Path, trained: Recipe | None) -> tuple[str, ...]:
+    if trained:
+        return trained.labels
+    if known := own_labels(base):
+        return known
+    raise ConfigError(
+        f"the labels of {settings.adapter or base} are not known: it has no run.json, and the model's config does not "
+        "name them"
+    )

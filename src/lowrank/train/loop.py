@@ -1,0 +1,167 @@
+"""The training loop: steps over batches, evaluations between them, all that changes in one state."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.errors import LowrankError
+from lowrank.train.batches import chunks, endless_batches
+from lowrank.train.evaluation import Measure, Scores, score
+from lowrank.train.optimiser import Optimiser
+from lowrank.train.reporting import Progress, Reporter
+from lowrank.train.schedule import rate_factor
+from lowrank.train.settings import LoopSettings
+from lowrank.train.tokens import Example
+
+
+@dataclass(slots=True)
+class LoopState:
+    """All that a step changes beside the weights and torch's random state.
+
+    step: how many were taken; trained, tokens: what was trained and read so far; evaluations: (step, scores) in order;
+    best_weights: copies of the trained tensors at the best evaluation, where those are to be kept.
+    """
+
+    optimiser: Optimiser
+    step: int = 0
+    trained: int = 0
+    tokens: int = 0
+    evaluations: list[tuple[int, Scores]] = field(default_factory=list)
+    best_weights: list[Tensor] | None = None
+
+    @property
+    def best(self) -> tuple[int, Scores] | None:
+        """The evaluation with the least loss, the first of equals."""
+        return min(self.evaluations, key=lambda found: found[1].loss, default=None)
+
+
+@dataclass(slots=True)
+class Interval:
+    """What happened since the last report. total: summed loss; seconds: in steps, evaluations apart."""
+
+    total: float = 0.0
+    trained: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def steps_of(settings: LoopSettings, rows: int) -> int:
+    """How many steps the settings mean for so many rows: `steps`, or `epochs` passes over the rows."""
+    if settings.steps is not None:
+        return settings.steps
+    epochs = 1.0 if settings.epochs is None else settings.epochs
+    return max(1, math.ceil(epochs * math.ceil(rows / settings.batch_size)))
+
+
+@dataclass(slots=True)
+class Loop:
+    """One training: `run()` trains what requires gradients in `model`, in place."""
+
+    model: nn.Module
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    measure: Measure
+    settings: LoopSettings
+    reporter: Reporter
+    state: LoopState = field(init=False)
+    steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = LoopState(Optimiser([p for p in self.model.parameters() if p.requires_grad], self.settings))
+        self.steps = steps_of(self.settings, len(self.examples))
+
+    def run(self) -> LoopState:
+        """Take all steps, and leave the model in evaluation mode.
+
+        With `keep="best"` the weights of the best evaluation are put back at the end. Raises LowrankError, naming the
+        step, where the loss or the gradient stops being finite.
+        """
+        state, settings = self.state, self.settings
+        eval_every = settings.eval_every or math.ceil(self.steps / 5)
+        interval = Interval()
+        self._evaluate()
+        self.model.train()
+        for rows in self._batches():
+            rate = self._step(rows, interval)
+            self.reporter.stepped(state.step)
+            if state.step % settings.log_every == 0 or state.step == self.steps:
+                self._report(interval, rate)
+                interval = Interval()
+            if state.step % eval_every == 0 or state.step == self.steps:
+                self._evaluate()
+        self.model.eval()
+        self._restore_best()
+        return state
+
+    def _batches(self) -> Iterator[list[Example]]:
+        lengths = [len(example.ids) for example in self.examples]
+        settings = self.settings
+        batches = endless_batches(lengths, settings.batch_size, settings.seed, settings.group_by_length)
+        for _ in range(self.steps):
+            yield [self.examples[i] for i in next(batches)]
+
+    def _step(self, rows: Sequence[Example], interval: Interval) -> float:
+        """One step; returns the learning rate it was taken at."""
+        began = time.monotonic()
+        settings, state = self.settings, self.state
+        count = sum(example.trained for example in rows)
+        total = self._backward(rows, count)
+        factor = rate_factor(settings.schedule, state.step, self.steps, round(settings.warmup * self.steps))
+        norm = state.optimiser.step(factor)
+        state.step += 1
+        _check_finite(state.step, total / count, norm)
+        read = sum(len(example.ids) for example in rows)
+        state.trained += count
+        state.tokens += read
+        interval.total += total
+        interval.trained += count
+        interval.tokens += read
+        interval.seconds += time.monotonic() - began
+        return settings.lr * factor
+
+    def _backward(self, rows: Sequence[Example], count: int) -> float:
+        """Gradients of the mean loss over the `count` things trained in these rows; returns the summed loss.
+
+        Every micro-batch's sum is divided by the count of the whole step, so the gradient does not depend on how the
+        step was cut up.
+        """
+        totals = []
+        for part in chunks(rows, self.settings.micro_batch or self.settings.batch_size):
+            loss = self.measure.loss(self.model, self.measure.collate(part))
+            torch.autograd.backward(loss.total / count)
+            totals.append(loss.total.detach())
+        return float(torch.stack(totals).sum())
+
+    def _report(self, interval: Interval, rate: float) -> None:
+        speed = interval.tokens / max(interval.seconds, 1e-9)
+        mean = interval.total / interval.trained
+        self.reporter.progressed(Progress(self.state.step, mean, rate, speed, self.state.trained))
+
+    def _evaluate(self) -> None:
+        if not self.held_out:
+            return
+        settings, state = self.settings, self.state
+        scores = score(self.model, self.held_out, self.measure, settings.micro_batch or settings.batch_size)
+        state.evaluations.append((state.step, scores))
+        if settings.keep == "best" and state.best == (state.step, scores):
+            state.best_weights = [p.detach().clone() for p in state.optimiser.parameters]
+        self.reporter.evaluated(state.step, scores)
+
+    @torch.no_grad()
+    def _restore_best(self) -> None:
+        if self.state.best_weights is not None:
+            for parameter, kept in zip(self.state.optimiser.parameters, self.state.best_weights, strict=True):
+                parameter.copy_(kept)
+
+
+def _check_finite(step: int, loss: float, norm: float) -> None:
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        raise LowrankError(
+            f"step {step}: {what}, so nothing more can be learned, and nothing was saved; try a smaller --lr, a longer "
+            "--warmup, or --dtype float32"
+        )

@@ -1,0 +1,29 @@
+"""Small readings of what is typed on a command line: names with commas, and \\n for a new line."""
+
+import re
+
+NAME = r"[\w.-]+(?:\[[\w, ]+\])?"
+NAMES = re.compile(rf"\s*{NAME}(?:\s*,\s*{NAME})*\s*")
+
+
+def split_names(value: object) -> object:
+    """ "a,b" as ("a", "b"); commas in brackets belong to a fused selector: "c_attn[q,v],c_proj" is two names."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return tuple(re.findall(NAME, value))
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        return tuple(name for item in value for name in re.findall(NAME, item))
+    return value
+
+
+def read_targets(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """`--targets` as LoraConfig takes it: names with commas become a list, anything else is one regular expression."""
+    if not isinstance(value, str) or value == "all-linear" or not NAMES.fullmatch(value):
+        return value
+    return tuple(re.findall(NAME, value))
+
+
+def unescape(value: object) -> object:
+    """A shell passes \\n as two characters; nobody means those in a template."""
+    return value.replace("\\n", "\n").replace("\\t", "\t") if isinstance(value, str) else value

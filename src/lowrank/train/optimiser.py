@@ -1,0 +1,52 @@
+"""AdamW on float32 numbers, whatever dtype the trained tensors have."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lowrank.train.settings import LoopSettings
+
+
+class Optimiser:
+    """AdamW over the tensors that require gradients.
+
+    A tensor of a narrower dtype (a head saved in full beside a bfloat16 base) has a float32 master that the steps go to
+    and that it is rounded from: a step is mostly smaller than half a bfloat16 unit, and would be lost.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: LoopSettings) -> None:
+        self.parameters = list(parameters)
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        self.rate = settings.lr
+        self.clip = settings.clip
+        self.adamw = torch.optim.AdamW(
+            self.masters,
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+        )
+
+    def step(self, factor: float) -> float:
+        """In place: one step at `factor` of the highest rate, and the gradients are cleared.
+
+        Returns the gradient's norm before clipping. With a norm that is not finite nothing is changed.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf))
+        if math.isfinite(norm):
+            self._update(factor)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return norm
+
+    @torch.no_grad()
+    def _update(self, factor: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = self.rate * factor
+        narrow = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        for parameter, master in narrow:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.adamw.step()
+        for parameter, master in narrow:
+            parameter.copy_(master)

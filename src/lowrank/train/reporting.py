@@ -1,0 +1,104 @@
+"""What a run tells while it runs. The library says nothing by itself; the command line shows it, the log keeps it."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank.train.evaluation import Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The state after a step. loss: mean since the last report; trained: tokens (or rows to classify) so far."""
+
+    step: int
+    loss: float
+    rate: float
+    tokens_per_second: float
+    trained: int
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of the log."""
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "lr": self.rate,
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "trained_tokens": self.trained,
+        }
+
+
+def evaluation_json(step: int, scores: Scores) -> dict[str, Any]:
+    """A line of the log."""
+    return {"step": step, "eval_loss": scores.loss, "eval_accuracy": scores.accuracy, "eval_tokens": scores.count}
+
+
+class Reporter:
+    """Where a run reports to. This one says nothing; the others override what they want to hear."""
+
+    def started(self, summary: Sequence[tuple[str, str]], steps: int) -> None:
+        """Before the first step: (what, value) pairs to show, and how many steps there will be."""
+
+    def stepped(self, step: int) -> None:
+        """After every step."""
+
+    def progressed(self, progress: Progress) -> None:
+        """Every `log_every` steps, and after the last."""
+
+    def evaluated(self, step: int, scores: Scores) -> None:
+        """After an evaluation; step 0 is before training."""
+
+
+class Log(Reporter):
+    """A reporter that appends one JSON record a line to a file, each written before the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.began = time.monotonic()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        record["seconds"] = round(time.monotonic() - self.began, 3)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, (json.dumps(record) + "\n").encode())
+        finally:
+            os.close(descriptor)
+
+    def progressed(self, progress: Progress) -> None:
+        """A line with the step's figures."""
+        self._write(progress.as_json())
+
+    def evaluated(self, step: int, scores: Scores) -> None:
+        """A line with the evaluation's figures."""
+        self._write(evaluation_json(step, scores))
+
+
+class Several(Reporter):
+    """A reporter that passes everything on to others, in order."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def started(self, summary: Sequence[tuple[str, str]], steps: int) -> None:
+        """To all."""
+        for reporter in self.reporters:
+            reporter.started(summary, steps)
+
+    def stepped(self, step: int) -> None:
+        """To all."""
+        for reporter in self.reporters:
+            reporter.stepped(step)
+
+    def progressed(self, progress: Progress) -> None:
+        """To all."""
+        for reporter in self.reporters:
+            reporter.progressed(progress)
+
+    def evaluated(self, step: int, scores: Scores) -> None:
+        """To all."""
+        for reporter in self.reporters:
+            reporter.evaluated(step, scores)

@@ -1,0 +1,166 @@
+"""What a user may ask of train, eval and generate: one table of names for flags, YAML and the library."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from lowrank.train.names import split_names, unescape
+
+Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
+
+
+class Settings(BaseModel):
+    """Unknown names are refused, and a settings object never changes once it is checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
+
+
+class AdapterSettings(Settings):
+    """Which low-rank change is learned: h = W0·x + s·B·A·x, s = alpha/rank (/√rank with rslora)."""
+
+    rank: int = Field(8, description="Rank r of the change of every target")
+    alpha: float | None = Field(None, description="Scale is alpha / rank; twice the rank where not given")
+    targets: str | tuple[str, ...] | None = Field(
+        None,
+        description='Modules to adapt: names with commas (q_proj,v_proj), "all-linear", or one regular expression; '
+        "the query and value projections where not given",
+    )
+    exclude: Names = Field((), description="Modules to leave out, names with commas")
+    layers: tuple[int, ...] = Field((), description="Numbers of the layers to adapt; all where not given")
+    dropout: float = Field(0.0, description="Dropout on the input of A while training")
+    init: str = Field(
+        "gaussian", description="gaussian, kaiming, orthogonal, olora, pissa or pissa_niter_N (fast pissa)"
+    )
+    dora: bool = Field(False, description="Learn a magnitude per output row beside the direction (DoRA)")
+    rslora: bool = Field(False, description="Scale by alpha / √rank instead")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too")
+    modules_to_save: Names = Field((), description="Modules to train and save in full, names with commas")
+    rank_pattern: dict[str, int] = Field({}, description="Other ranks: regex that ends a module's name = rank")
+    alpha_pattern: dict[str, float] = Field({}, description="Other alphas: regex that ends a name = alpha")
+
+
+class DataSettings(Settings):
+    """Where the rows' fields are, and how they become tokens."""
+
+    kind: Literal["text", "completion", "classification"] | None = Field(
+        None, description="What a row is; seen from its fields where not given"
+    )
+    prompt_column: str | None = Field(None, description='Column of the prompt ("prompt" where not given)')
+    completion_column: str | None = Field(None, description='Column of the completion ("completion")')
+    text_column: str | None = Field(None, description='Column of the text ("text")')
+    text_pair_column: str | None = Field(None, description='Column of the second text of a pair ("text_pair")')
+    label_column: str | None = Field(None, description='Column of the label ("label")')
+    header: bool = Field(True, description="The first line of a csv or tsv names its columns; else they are 1, 2, ...")
+    template: Annotated[str, BeforeValidator(unescape)] = Field(
+        "{prompt}\\n", description="The text a completion follows; \\n is a new line"
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="Tokens a row is cut to; 512, or what the model holds, where not given"
+    )
+
+    @model_validator(mode="after")
+    def _has_prompt(self) -> Self:
+        if self.template.count("{prompt}") != 1:
+            raise ValueError(f"template must hold {{prompt}} once, not as in {self.template!r}")
+        return self
+
+
+class LoopSettings(Settings):
+    """How long, how fast, and what is looked at on the way."""
+
+    steps: int | None = Field(None, ge=1, description="Optimiser steps to take")
+    epochs: float | None = Field(None, gt=0, description="Or passes over the data; 1 where neither is given")
+    batch_size: int = Field(8, ge=1, description="Rows in one optimiser step")
+    micro_batch: int | None = Field(
+        None, ge=1, description="Rows in one forward pass: less memory, same result; all of them where not given"
+    )
+    lr: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Learning rate at its highest")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the rate falls after warm-up")
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
+    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 for no limit")
+    group_by_length: bool = Field(False, description="Put rows of like length together: less padding, another order")
+    gradient_checkpointing: bool = Field(False, description="Compute activations twice: slower, much less memory")
+    eval_data: str | None = Field(None, description="File to evaluate on while training")
+    eval_split: float = Field(0.0, ge=0, lt=1, description="Or the share of --data to hold out, chosen by the seed")
+    eval_rows: int | None = Field(None, ge=1, description="Evaluate on so many rows, spread evenly; all if not given")
+    eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; a fifth of all if not given")
+    keep: Literal["last", "best"] = Field("last", description="Save the last weights, or those of the best evaluation")
+    log_every: int = Field(10, ge=1, description="Steps between lines of the log")
+    seed: int = Field(0, ge=0, lt=2**63, description="Start of everything random; same seed, same bytes")
+
+
+class MachineSettings(Settings):
+    """Where the model is put and in which numbers its frozen weights are held."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Of the frozen weights; float32 on a CPU and bfloat16 on a GPU where not given"
+    )
+    device: str | None = Field(None, description="cpu, cuda, cuda:1...; a GPU if there is one, where not given")
+
+
+class TrainSettings(AdapterSettings, DataSettings, LoopSettings, MachineSettings):
+    """Everything `lowrank.train.run` needs. `model`, `data` and `out` are required."""
+
+    model: str = Field(description='The folder of a transformers model, or "nano", the one that ships with lowrank')
+    data: str = Field(description="A jsonl, csv or tsv file")
+    out: str = Field(description="The folder to make: adapter, log and resolved settings")
+    full: bool = Field(False, description="Train every weight instead, and save a whole model")
+
+    @model_validator(mode="after")
+    def _means_something(self) -> Self:
+        faults = []
+        if self.steps is not None and self.epochs is not None:
+            faults.append("steps and epochs cannot both be given")
+        if self.eval_data is not None and self.eval_split:
+            faults.append("eval_data and eval_split cannot both be given")
+        evaluated = self.eval_data is not None or bool(self.eval_split)
+        asked = {"eval_rows", "eval_every"} & self.model_fields_set
+        if not evaluated and (self.keep == "best" or any(getattr(self, name) is not None for name in asked)):
+            faults.append("keep, eval_rows and eval_every need eval_data or eval_split")
+        idle = self.model_fields_set & set(AdapterSettings.model_fields)
+        if self.full and idle:
+            faults.append(f"full trains every weight, so {', '.join(sorted(idle))} cannot be meant")
+        if self.dtype == "float16":
+            faults.append("dtype float16 overflows in training: use bfloat16 or float32")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def resolved(self) -> dict[str, object]:
+        """Every setting that has a meaning in this run, ready to be written down and read again."""
+        idle = set(AdapterSettings.model_fields) if self.full else set()
+        values = self.model_dump(mode="json", exclude=idle)
+        return {name: values[name] for name in sorted(values, key=_own_first)}
+
+
+def _own_first(name: str) -> bool:
+    """Sorts model, data and out, which every run says anew, before what it mostly leaves at rest."""
+    return name not in TrainSettings.__annotations__
+
+
+class EvalSettings(DataSettings, MachineSettings):
+    """Everything `lowrank.train.evaluate` needs. What an adapter was trained with holds where nothing else is given."""
+
+    model: str = Field(description='The folder of a transformers model, or "nano"')
+    data: str = Field(description="A jsonl, csv or tsv file")
+    adapter: str | None = Field(None, description="The folder of an adapter; the bare model where not given")
+    rows: int | None = Field(None, ge=1, description="Evaluate on so many rows, spread evenly over the file")
+    batch_size: int = Field(16, ge=1, description="Rows in one forward pass")
+
+
+class GenerateSettings(MachineSettings):
+    """Everything `lowrank.train.generate` needs."""
+
+    model: str = Field(description='The folder of a transformers model, or "nano"')
+    prompt: str = Field(description="The prompt, put into the template of the adapter if it has one")
+    adapter: str | None = Field(None, description="The folder of an adapter; the bare model where not given")
+    template: Annotated[str | None, BeforeValidator(unescape)] = Field(
+        None, description='Another template, as in "Q: {prompt}\\nA:"; the adapter\'s where not given'
+    )
+    max_new_tokens: int = Field(128, ge=1, description="Tokens to write at most")
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 takes the likeliest token; 1 samples")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that hold this probability")
+    seed: int = Field(0, ge=0, lt=2**63, description="Start of the sampling")

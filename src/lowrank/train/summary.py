@@ -1,0 +1,77 @@
+"""What a run is about to do, in a few lines, so that a mistake is seen before the hours are spent."""
+
+import warnings
+
+from lowrank.errors import LowrankWarning
+from lowrank.train.dataset import Dataset
+from lowrank.train.settings import TrainSettings
+from lowrank.train.task import Loaded
+from lowrank.train.tokens import Encoded
+
+
+def summarise(
+    settings: TrainSettings,
+    loaded: Loaded,
+    adapted: str,
+    rows: Dataset,
+    data: Encoded,
+    evaluated: Encoded | None,
+    steps: int,
+) -> list[tuple[str, str]]:
+    """(what, value) pairs. Warns of what will probably not go as meant."""
+    _warn(settings, rows, data, loaded)
+    kind = type(loaded.model).__name__
+    dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    lines = [
+        ("model", f"{settings.model} ({kind}, {dtype}, {loaded.device})"),
+        ("trained", adapted),
+        ("data", f"{rows.path}: {len(data.examples):,} rows of {rows.kind}{_cut(data)}"),
+        ("tokens", _tokens(rows, data)),
+        ("steps", f"{steps:,} of {settings.batch_size} rows{_passes(settings, len(data.examples), steps)}"),
+        ("rate", f"{settings.lr:g}, {settings.schedule} after {round(settings.warmup * steps)} steps of warm-up"),
+        ("out", settings.out),
+    ]
+    if evaluated:
+        where = settings.eval_data or f"{settings.eval_split:.0%} of the data, held out"
+        lines.insert(4, ("evaluation", f"{where}: {len(evaluated.examples):,} rows{_cut(evaluated)}"))
+    if loaded.fresh and not settings.full:
+        lines.insert(2, ("new", f"{', '.join(loaded.fresh)} starts from the seed, trained and saved in full"))
+    return lines
+
+
+def _cut(data: Encoded) -> str:
+    return f", {data.cut:,} cut to the longest length" if data.cut else ""
+
+
+def _tokens(rows: Dataset, data: Encoded) -> str:
+    if rows.kind == "classification":
+        return f"{data.tokens:,} in a pass"
+    return f"{data.trained:,} trained of {data.tokens:,} in a pass ({data.trained / data.tokens:.1%})"
+
+
+def _passes(settings: TrainSettings, rows: int, steps: int) -> str:
+    micro = settings.micro_batch
+    parts = f" in parts of {micro}" if micro and micro < settings.batch_size else ""
+    return f"{parts}, {steps * settings.batch_size / rows:.2g} passes over the data"
+
+
+def _warn(settings: TrainSettings, rows: Dataset, data: Encoded, loaded: Loaded) -> None:
+    if rows.kind != "classification" and loaded.tokenizer.eos_token_id is None:
+        warnings.warn(
+            f"the tokenizer of {settings.model} has no token that ends a text, so the model cannot learn to stop",
+            LowrankWarning,
+            stacklevel=2,
+        )
+    if data.dropped:
+        warnings.warn(
+            f"{rows.path}: {data.dropped} of {len(rows.rows)} rows have nothing to train within the longest length "
+            "and are left out; raise --max-length, or shorten them",
+            LowrankWarning,
+            stacklevel=2,
+        )
+    if rows.kind == "completion" and all(len(e.ids) == e.trained + 1 for e in data.examples):
+        warnings.warn(
+            f"{rows.path}: every token is trained, the prompts have become no tokens at all; is --template right?",
+            LowrankWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,74 @@
+"""What differs between writing and classifying: how the model is loaded, and how rows are cut, padded and scored."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.errors import CheckpointError
+from lowrank.train.batches import collate
+from lowrank.train.dataset import Kind
+from lowrank.train.evaluation import Measure
+from lowrank.train.losses import LOSSES
+from lowrank.train.models import (
+    device_of,
+    dtype_of,
+    head_modules,
+    load_causal,
+    load_classifier,
+    load_tokenizer,
+    pad_token,
+)
+from lowrank.train.settings import MachineSettings
+from lowrank.train.tokens import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready for one kind of rows. heads: the modules to train and save in full; fresh: those that start new."""
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    pad: int
+    heads: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+
+    def measure(self, kind: Kind) -> Measure:
+        """How rows of this kind are scored."""
+        per_token = kind != "classification"
+
+        def together(examples: Sequence[Example]) -> Any:
+            return collate(examples, self.pad, self.device, per_token)
+
+        return Measure(together, LOSSES[kind])
+
+
+def load(folder: Path, kind: Kind, labels: Sequence[str], settings: MachineSettings) -> Loaded:
+    """The model and tokenizer of a folder, on the device and in the dtype asked for."""
+    device = device_of(settings)
+    dtype = dtype_of(settings, device)
+    tokenizer = load_tokenizer(folder)
+    heads: tuple[str, ...] = ()
+    fresh: tuple[str, ...] = ()
+    if kind == "classification":
+        model, fresh = load_classifier(folder, labels, dtype)
+        heads = head_modules(model, fresh)
+    else:
+        model = load_causal(folder, dtype)
+    pad = pad_token(model, tokenizer)
+    _check_vocabulary(folder, model, tokenizer)
+    return Loaded(model.to(device), tokenizer, device, pad, heads, fresh)
+
+
+def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
+    """A tokenizer of another model gives token numbers the embedding lacks, which torch says obscurely."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"model {folder}: its tokenizer knows {len(tokenizer)} tokens and its embedding only {rows}; "
+            "they are not of the same model"
+        )

@@ -1,0 +1,195 @@
+"""One run from settings to a saved adapter: check, read, load, inject, train, save."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank import __version__
+from lowrank.checkpoint import save_adapter
+from lowrank.errors import DataError, LowrankError
+from lowrank.injection.apply import inject
+from lowrank.injection.config import LoraConfig
+from lowrank.train.dataset import Dataset, Kind, label_names, read_dataset, split
+from lowrank.train.evaluation import Scores
+from lowrank.train.loop import Loop, LoopState, steps_of
+from lowrank.train.models import checkpoint_activations, find_model, longest_row, own_labels
+from lowrank.train.names import read_targets
+from lowrank.train.recipe import Recipe
+from lowrank.train.reporting import Log, Reporter, Several
+from lowrank.train.run_folder import LOG, OWN, check_free, claim, save_whole, write_record
+from lowrank.train.settings import DataSettings, TrainSettings
+from lowrank.train.summary import summarise
+from lowrank.train.task import Loaded, load
+from lowrank.train.tokens import Encoded, encode
+
+COLUMNS = ("kind", "prompt_column", "completion_column", "text_column", "text_pair_column", "label_column")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run made. folder: where it is; before, after: the first and the last evaluation, None without any.
+
+    best: (step, scores) of the evaluation with the least loss.
+    """
+
+    folder: Path
+    steps: int
+    trained_tokens: int
+    before: Scores | None
+    after: Scores | None
+    best: tuple[int, Scores] | None
+
+
+def run(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResult:
+    """Train an adapter (or, with `full`, every weight) and save it into the new folder `settings.out`.
+
+    Same settings on the same machine give the same bytes. torch's random state is put back afterwards.
+
+    Raises LowrankError, before anything is written, for whatever is wrong with the settings, the data or the model; and
+    while training where the loss stops being finite or the memory does not suffice.
+    """
+    folder = check_free(settings.out)
+    base = find_model(settings.model)
+    if not settings.full:
+        lora_config(settings, ())  # what is wrong with it should be said before minutes of reading
+    rows, held_out = _read(settings)
+    labels = _labels(base, rows)
+    with _seeded(settings.seed):
+        loaded = load(base, rows.kind, labels, settings)
+        recipe = _recipe(settings, rows, labels, loaded)
+        data = encode(rows, loaded.tokenizer, recipe)
+        evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
+        adapted = _adapt(loaded, settings)
+        claim(folder, settings.resolved())
+        steps = steps_of(settings, len(data.examples))
+        listener = Several(Log(folder / LOG), reporter or Reporter())
+        listener.started(summarise(settings, loaded, adapted, rows, data, evaluated, steps), steps)
+        state = _train(loaded, rows.kind, data, evaluated, settings, listener)
+    _save(loaded, settings, folder)
+    write_record(folder, _record(recipe, state, loaded))
+    return _result(folder, state)
+
+
+def lora_config(settings: TrainSettings, heads: tuple[str, ...]) -> LoraConfig:
+    """The adapter the settings mean; a classifier's head is trained in full beside it."""
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank if settings.alpha is None else settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=read_targets(settings.targets),
+        exclude_modules=settings.exclude or None,
+        layers_to_transform=settings.layers or None,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+        modules_to_save=tuple(dict.fromkeys((*settings.modules_to_save, *heads))),
+        bias=settings.bias,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        init_lora_weights=settings.init,
+    )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _read(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
+    """(rows to train on, rows to evaluate on)."""
+    rows = read_dataset(settings.data, settings)
+    held_out = None
+    if settings.eval_data is not None:
+        held_out = read_dataset(settings.eval_data, settings)
+        if held_out.kind != rows.kind:
+            raise DataError(
+                f"--eval-data {held_out.path} has rows of kind {held_out.kind}, and --data {rows.path} of {rows.kind}"
+            )
+    elif settings.eval_split:
+        rows, held_out = split(rows, settings.eval_split, settings.seed)
+    return rows, held_out and held_out.spread(settings.eval_rows)
+
+
+def _labels(base: Path, rows: Dataset) -> tuple[str, ...]:
+    """The labels by their numbers: as the model has them where it knows them all, else as they occur in the data."""
+    if rows.kind != "classification":
+        return ()
+    known, found = own_labels(base), label_names(rows)
+    return known if set(found) <= set(known) else found
+
+
+def _recipe(settings: DataSettings, rows: Dataset, labels: tuple[str, ...], loaded: Loaded) -> Recipe:
+    columns = tuple((name, value) for name in COLUMNS if (value := getattr(settings, name)) is not None)
+    longest = longest_row(loaded.model, loaded.tokenizer, settings.max_length)
+    return Recipe(rows.kind, settings.template, longest, labels, columns)
+
+
+def _adapt(loaded: Loaded, settings: TrainSettings) -> str:
+    """In place: choose what is trained. Returns it in words."""
+    model: Any = loaded.model
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    if not settings.full:
+        return inject(model, lora_config(settings, loaded.heads)).summary()
+    model.requires_grad_(True)
+    return f"every weight: {sum(p.numel() for p in model.parameters()):,} trained parameters"
+
+
+def _train(
+    loaded: Loaded,
+    kind: Kind,
+    data: Encoded,
+    evaluated: Encoded | None,
+    settings: TrainSettings,
+    listener: Reporter,
+) -> LoopState:
+    held_out = evaluated.examples if evaluated else []
+    loop = Loop(loaded.model, data.examples, held_out, loaded.measure(kind), settings, listener)
+    try:
+        return loop.run()
+    except torch.OutOfMemoryError:
+        raise LowrankError(
+            f"step {loop.state.step + 1}: the memory of {loaded.device} does not suffice; try a smaller --micro-batch "
+            "(same result), --gradient-checkpointing (same result), or a smaller --max-length"
+        ) from None
+
+
+def _save(loaded: Loaded, settings: TrainSettings, folder: Path) -> None:
+    if settings.full:
+        save_whole(loaded.model, loaded.tokenizer, folder)
+    else:
+        save_adapter(loaded.model, folder, beside=OWN)
+
+
+def _record(recipe: Recipe, state: LoopState, loaded: Loaded) -> dict[str, Any]:
+    return {
+        "recipe": recipe.as_json(),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "trained_tokens": state.trained,
+        "evaluations": [
+            {"step": step, "loss": scores.loss, "accuracy": scores.accuracy, "tokens": scores.count}
+            for step, scores in state.evaluations
+        ],
+        "best_step": state.best[0] if state.best else None,
+        "device": str(loaded.device),
+        "versions": {"lowrank": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def _result(folder: Path, state: LoopState) -> TrainResult:
+    found = state.evaluations
+    return TrainResult(
+        folder=folder,
+        steps=state.step,
+        trained_tokens=state.trained,
+        before=found[0][1] if found else None,
+        after=found[-1][1] if found else None,
+        best=state.best,
+    )
