@@ -1,0 +1,244 @@
+"""Break the library on purpose, one term at a time, and see that its laws notice.
+
+Every mutation below replaces one piece of the source in a copy of it; the law tests then run against the copy and must
+fail. A mutant that survives means that a law is missing. The mutations are what a slip would look like: a dropped
+scale, a forgotten bias, a transposition, one adapter of several, the rows of another part.
+
+    python scripts/mutation_check.py [NAME ...] [--list] [--jobs N]
+
+Prints a table; exit status 1 where a mutant survived, 2 where a mutation no longer fits the source.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "lowrank"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`find`, which occurs once in `file`, becomes `put`; the tests that should notice run first."""
+
+    file: str
+    find: str
+    put: str
+    tests: str
+
+    def applied(self, text: str) -> str | None:
+        """The mutated source, or None where `find` does not occur exactly once."""
+        return text.replace(self.find, self.put) if text.count(self.find) == 1 else None
+
+
+ANSWERS, GRADIENTS, IDENTITY = "test_laws_answers.py", "test_laws_gradients.py", "test_laws_identity.py"
+MERGE, TIED, INIT = "test_merge_laws.py", "test_merge_tied.py", "test_init.py"
+REFUSALS = "test_merge_refusals.py"
+FUSED, CHECKPOINTING = "test_fused_rows.py", "test_injection_checkpointing.py"
+
+MUTATIONS: dict[str, Mutation] = {
+    "merge: no scale": Mutation("core/merging.py", "factors.scale * weighting", "weighting", MERGE),
+    "merge: one adapter of several": Mutation(
+        "core/merging.py", "for change in changes:", "for change in changes[:1]:", MERGE
+    ),
+    "merge: not transposed": Mutation("core/merging.py", "(a.t(), b.t()) if transposed", "(b, a) if transposed", MERGE),
+    "merge: sums in the weight's dtype": Mutation(
+        "core/merging.py",
+        "total = torch.empty(base.shape, dtype=wide, device=base.device)",
+        "total = torch.empty(base.shape, dtype=base.dtype, device=base.device)",
+        MERGE,
+    ),
+    "merge: not finite is not refused": Mutation(
+        "merge/memory.py", "if not _finite(layer.factors(name))", "if False", REFUSALS
+    ),
+    "merge: overflow is not refused": Mutation(
+        "merge/overflow.py", "if bound < 0.99 * limit or", "if True or", REFUSALS
+    ),
+    "merge: stays tied": Mutation("merge/memory.py", "    part_tied_weights(model)\n", "", TIED),
+    "merge: a tied weight is written for both": Mutation(
+        "merge/memory.py", "untie=id(layer.weight) in shared", "untie=False", TIED
+    ),
+    "merged: base not put back": Mutation(
+        "merge/memory.py", "            layer.weight = weight\n", "            pass\n", IDENTITY
+    ),
+    "factors: no start factors": Mutation(
+        "core/factors.py", "if self.start_a is None or self.start_b is None:", "if True:", ANSWERS
+    ),
+    "factors: start factors added": Mutation(
+        "core/factors.py", "-self.full_b(self.start_b)", "self.full_b(self.start_b)", ANSWERS
+    ),
+    "rows: start ignored": Mutation("core/rows.py", " * self.stride + self.start", " * self.stride", ANSWERS),
+    "scaling: rslora as lora": Mutation(
+        "core/scaling.py", "alpha / math.sqrt(rank) if rslora", "alpha / rank if rslora", ANSWERS
+    ),
+    "dora: gain one": Mutation(
+        "core/dora.py", "return magnitude.to(norms.dtype) / ", "return torch.ones_like(norms) + 0 * ", ANSWERS
+    ),
+    "dora: half the cross term": Mutation("core/dora.py", "2 * scale * cross", "scale * cross", ANSWERS),
+    "dora: bias scaled too": Mutation(
+        "layers/linear.py", "plain = base if self.bias is None else base - self.bias", "plain = base", ANSWERS
+    ),
+    "linear: no scale": Mutation("layers/linear.py", "f.full_b(f.b) * f.scale for", "f.full_b(f.b) for", ANSWERS),
+    "linear: one adapter of several": Mutation("layers/linear.py", "if len(active) == 1:", "if True:", ANSWERS),
+    "linear: parts not put on their rows": Mutation(
+        "layers/linear.py", "f.full_b(f.b) * f.scale for", "f.b * f.scale for", ANSWERS
+    ),
+    "linear: no start factors": Mutation(
+        "layers/linear.py",
+        "factors.full_b(factors.start_b), factors.scale)",
+        "factors.full_b(factors.start_b), 0.0)",
+        ANSWERS,
+    ),
+    "linear: dropout in evaluation": Mutation(
+        "layers/linear.py", "factors.dropout, self.training)", "factors.dropout, True)", GRADIENTS
+    ),
+    "fused: no bias": Mutation(
+        "kernels/fused.py",
+        "products.plus_low_rank(rows, weight.t(), s, b.t(), bias)",
+        "products.plus_low_rank(rows, weight.t(), s, b.t(), None)",
+        ANSWERS,
+    ),
+    "fused: another mask in backward": Mutation(
+        "kernels/fused.py", "ds.t() @ ctx.mask.apply(x)", "ds.t() @ x", GRADIENTS
+    ),
+    "fused: input gradient of the base alone": Mutation(
+        "kernels/fused.py",
+        "ctx.shared.add(dh, weight, dropped, ds, a)",
+        "ctx.shared.add(dh, weight, dropped, 0 * ds, a)",
+        GRADIENTS,
+    ),
+    "embedding: no embed_scale": Mutation("layers/embedding.py", "factors.scale * scale", "factors.scale", ANSWERS),
+    "embedding: padding row trained": Mutation(
+        "layers/embedding.py", "F.embedding(input, a.t(), self.padding_idx)", "F.embedding(input, a.t())", GRADIENTS
+    ),
+    "conv: no scale": Mutation("layers/conv.py", "return change * factors.scale", "return change", ANSWERS),
+    "conv: no padding mode": Mutation(
+        "layers/conv.py",
+        "self._conv_forward(x, kernel, None)",
+        "POINTWISE[len(spatial)](x, kernel, None, self.stride, self.padding, self.dilation, self.groups)",
+        ANSWERS,
+    ),
+    "init: standard deviation one": Mutation("core/init/gaussian.py", "1 / site.rank", "1.0", INIT),
+    "init: start factors not kept": Mutation(
+        "injection/creation.py", "if starts[0].subtract else None", "if False else None", IDENTITY
+    ),
+    "unload: flags not restored": Mutation(
+        "injection/adapters.py", "parameter.requires_grad_(path in state.trained_before)", "pass", IDENTITY
+    ),
+    "parts: per head read as one after another": Mutation(
+        "injection/fused.py",
+        "return repeated(heads, q=hidden // heads, k=hidden // heads, v=hidden // heads)",
+        "return stacked(q=hidden, k=hidden, v=hidden)",
+        FUSED,
+    ),
+    "parts: CodeGen in the usual order": Mutation(
+        "injection/fused.py", "q=quarter, v=quarter, k=quarter", "q=quarter, k=quarter, v=quarter", FUSED
+    ),
+    "checkpointing: no hook": Mutation(
+        "injection/checkpointing.py", "output.requires_grad_(True)", "pass", CHECKPOINTING
+    ),
+}
+LAWS = (ANSWERS, GRADIENTS, IDENTITY, MERGE)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant: the first test that failed, or None where it survived, and how long it took."""
+
+    killer: str | None
+    seconds: float
+
+
+def misfits(names: list[str]) -> list[str]:
+    """The mutations whose source text is not there exactly once, in words."""
+    return [
+        f"{name}: {MUTATIONS[name].find!r} is not once in {MUTATIONS[name].file}"
+        for name in names
+        if MUTATIONS[name].applied((SOURCE / MUTATIONS[name].file).read_text(encoding="utf-8")) is None
+    ]
+
+
+def try_mutant(mutation: Mutation) -> Verdict:
+    """Run the law tests against a mutated copy of the source."""
+    begun = time.perf_counter()
+    killer = first_failure_of(mutation, (mutation.tests, *(test for test in LAWS if test != mutation.tests)))
+    return Verdict(killer, time.perf_counter() - begun)
+
+
+def first_failure_of(mutation: Mutation, tests: tuple[str, ...]) -> str | None:
+    """The first of these tests that fails on a mutated copy of the source, or None."""
+    with tempfile.TemporaryDirectory(prefix="lowrank-mutant-") as folder:
+        copy = Path(folder) / "lowrank"
+        shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+        target = copy / mutation.file
+        mutated = mutation.applied(target.read_text(encoding="utf-8"))
+        assert mutated is not None
+        target.write_text(mutated, encoding="utf-8")
+        return _run(folder, tests)
+
+
+def _run(path: str, tests: tuple[str, ...]) -> str | None:
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-x",
+        "-q",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        "-rfE",
+    ]
+    files = [str(ROOT / "tests" / test) for test in tests]
+    done = subprocess.run([*command, *files], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    if done.returncode != 1:
+        raise SystemExit(f"the tests could not run:\n{done.stdout}{done.stderr}")
+    first = next(line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR")))
+    return first.split(" - ")[0].partition(" ")[2].partition("::")[2]
+
+
+def main() -> int:
+    """Try the named mutants, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="the mutants to try (default: all)")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="how many to try at a time")
+    parser.add_argument("--list", action="store_true", help="only name the mutants")
+    arguments = parser.parse_args()
+    names = arguments.names or list(MUTATIONS)
+    if arguments.list:
+        print("\n".join(MUTATIONS))
+        return 0
+    if unknown := [name for name in names if name not in MUTATIONS]:
+        parser.error(f"no mutant is called {', '.join(map(repr, unknown))}; --list names them")
+    if faults := misfits(names):
+        print("these mutations no longer fit the source:", *faults, sep="\n  ", file=sys.stderr)
+        return 2
+    return _report(names, arguments.jobs)
+
+
+def _report(names: list[str], jobs: int) -> int:
+    width = max(map(len, names))
+    survivors = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for name, verdict in zip(names, pool.map(try_mutant, (MUTATIONS[name] for name in names)), strict=True):
+            survivors += verdict.killer is None
+            fate = "SURVIVED" if verdict.killer is None else f"killed by {verdict.killer}"
+            print(f"{name.ljust(width)}  {verdict.seconds:5.1f} s  {fate}", flush=True)
+    print(f"{len(names) - survivors} of {len(names)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
