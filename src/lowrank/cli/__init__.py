@@ -1,0 +1,119 @@
+"""The command line: `lowrank COMMAND`. A command is imported when it is called, so `lowrank --help` costs no torch.
+
+To add one: a module with `command = App(name=...)` and its default function, and a line in COMMANDS.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+
+from lowrank.errors import LowrankError, LowrankWarning
+
+COMMANDS = {
+    "demo": "The whole story in a minute, offline: teach a small decoder a skill, merge it, prove the merge.",
+    "train": "Teach a model from a file of examples, and save the adapter.",
+    "eval": "Measure a model, with or without an adapter, on a file of examples.",
+    "generate": "Let a model write, with or without an adapter.",
+    "inspect": "Measure what an adapter learned: spectra and ranks, beside its base or another adapter.",
+    "merge": "Merge adapters into a checkpoint on disk, without building the model.",
+    "combine": "Make one adapter from several: their exact sum, or TIES, DARE and pruned merges.",
+    "extract": "Make an adapter of what a tuned checkpoint has beyond its base.",
+    "resize": "Give an adapter another rank.",
+    "convert": "Write an adapter in another program's format: loralib, mlx-lm, GGUF, old pickles.",
+    "doctor": "What is installed, what runs fast here, and how a model's layers would be computed.",
+}
+MODULES = {"eval": "evaluate"}  # where a module cannot be called as its command is
+
+WRONG_CALL, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+def make_app() -> App:
+    """The parser of all commands, none of them imported yet."""
+    app = App(
+        name="lowrank",
+        help="Adapt a pretrained model by a low-rank change of its weights (LoRA), measure it, merge it, ship it.",
+        help_format="plaintext",
+        version=lambda: version("lowrank"),
+        default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
+        suppress_keyboard_interrupt=False,
+    )
+    for name, help_text in COMMANDS.items():
+        app.command(f"lowrank.cli.{MODULES.get(name, name)}:command", name=name, help=help_text)
+    return app
+
+
+def _shown_default(value: object) -> str | None:
+    """What a flag is where it is not given; nothing for a switch that is off and a list that is empty."""
+    return str(value) if value or isinstance(value, float) else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command (from sys.argv where no arguments are given) and return the exit status.
+
+    0: done; 2: a wrong call or input, one sentence on stderr; 130: interrupted; 141: the reader of stdout is gone.
+    """
+    try:
+        with _warnings_as_lines():
+            _answer(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except LowrankError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print("lowrank: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, which would complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{where}{error.strerror or error}")
+    return 0
+
+
+def _answer(arguments: list[str]) -> None:
+    try:
+        make_app()(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        raise LowrankError(_wrong_call(error)) from None
+
+
+def _wrong_call(error: CycloptsError) -> str:
+    """One sentence for a call that cannot be parsed."""
+    from pydantic import ValidationError
+
+    if isinstance(error.__cause__, ValidationError):
+        from lowrank.train.config_file import sentence
+        from lowrank.train.settings import TrainSettings
+
+        return sentence(error.__cause__, TrainSettings)
+    if isinstance(error, UnusedCliTokensError):
+        return f"{' '.join(error.unused_tokens or ())}: every value needs its flag in front; --help lists them"
+    return " ".join(str(error).split())
+
+
+def _complain(text: str) -> int:
+    print(f"lowrank: error: {text}", file=sys.stderr)
+    return WRONG_CALL
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Our warnings as one line each on stderr, without the place in the code; all others as ever."""
+    with warnings.catch_warnings():
+        usual: Callable[..., None] = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
+            if issubclass(category, LowrankWarning):
+                print(f"lowrank: warning: {message}", file=sys.stderr)
+            else:
+                usual(message, category, filename, lineno, *rest)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.simplefilter("always", LowrankWarning)
+        yield

@@ -1,0 +1,74 @@
+"""`lowrank combine`: one adapter from several, from their files."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from lowrank.cli.merge import weighted
+from lowrank.cli.module_bar import module_bar
+from lowrank.merge.combine import combine_adapters
+
+Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+
+command = App(
+    name="combine",
+    help_epilogue="""Examples:
+  lowrank combine --adapter facts --adapter style:0.5 --out both
+  lowrank combine --adapter a:0.5 --adapter b:0.5 --method linear --rank 16 --out mean
+  lowrank combine --adapter a --adapter b --method ties --density 0.2 --rank 32 --out agreed
+
+PEFT loads what is written.""",
+)
+
+
+@command.default
+def combine(
+    *,
+    adapter: list[str],
+    out: Path,
+    method: Method = "linear",
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    allow_pickle: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Make one adapter from several: linear is exactly the sum of weight * s * B * A, with no cross terms.
+
+    Ranks, scales and targets may differ. Where the rank is not enough for the sum, the best approximation of that rank
+    is written, and the share of its energy that is kept is told.
+
+    Parameters
+    ----------
+    adapter
+        An adapter's folder, as DIR or DIR:WEIGHT; repeat the flag for several
+    out
+        The folder to make
+    method
+        linear, cat and svd add the changes; ties, dare_linear, dare_ties and magnitude_prune drop entries of them
+    rank
+        Of the result; without it linear and cat are exact, and the others take the largest rank of the adapters
+    density
+        The share of entries to keep, for the methods that drop some (0.2 in TIES' paper)
+    seed
+        For the methods that drop at random
+    allow_pickle
+        Read an old adapter's .bin file, with weights_only
+    as_json
+        Print the report as one JSON object
+    """
+    with module_bar("combining") as progress:
+        report = combine_adapters(
+            [weighted(text) for text in adapter],
+            out,
+            method=method,
+            rank=rank,
+            density=density,
+            seed=seed,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    print(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {out}")

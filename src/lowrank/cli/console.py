@@ -1,0 +1,135 @@
+"""What train, eval and generate show: a panel and a bar on a terminal, plain lines elsewhere."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lowrank.train.evaluation import Scores
+from lowrank.train.evaluator import EvalResult
+from lowrank.train.reporting import Progress as StepProgress
+from lowrank.train.reporting import Reporter
+from lowrank.train.settings import EvalSettings, TrainSettings
+from lowrank.train.trainer import TrainResult
+
+
+class RunDisplay(Reporter):
+    """Shows a run while it goes on."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self.bar: Progress | None = None
+        self.steps = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def started(self, summary: Sequence[tuple[str, str]], steps: int) -> None:
+        """The panel, and the bar below it."""
+        self.steps = steps
+        if not self.console.is_terminal:
+            self._lines([f"{what + ':':<12}{value}" for what, value in summary])
+            return
+        grid = Table.grid(padding=(0, 2))
+        for what, value in summary:
+            grid.add_row(f"[bold]{what}", _plain(value))
+        self.console.print(Panel(grid, title="lowrank train", title_align="left"))
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+        )
+        self.bar.add_task("steps", total=steps, figures="")
+        self.bar.start()
+
+    def stepped(self, step: int) -> None:
+        """The bar moves on."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=step)
+
+    def progressed(self, progress: StepProgress) -> None:
+        """The figures beside the bar, or a line."""
+        figures = f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], figures=figures)
+        else:
+            more = f"rate {progress.rate:.2e}  {progress.trained:,} trained"
+            self._lines([f"step {progress.step}/{self.steps}  {figures}  {more}"])
+
+    def evaluated(self, step: int, scores: Scores) -> None:
+        """A line above the bar."""
+        self._lines([f"step {step}/{self.steps}  evaluation: {describe(scores)}"])
+
+    def finished(self, result: TrainResult, settings: TrainSettings) -> None:
+        """What came out, and what can be done with it."""
+        lines = []
+        if result.before and result.after and result.best:
+            best = f"; best {result.best[1].loss:.4f} at step {result.best[0]}"
+            lines.append(f"evaluation loss {result.before.loss:.4f} before, {result.after.loss:.4f} after{best}")
+        flag = f"--model {result.folder}" if settings.full else f"--model {settings.model} --adapter {result.folder}"
+        lines += [f"saved to {result.folder}", f"next: lowrank eval {flag} --data {settings.data}"]
+        self._lines(lines)
+
+    def _lines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.console.print(_plain(line), soft_wrap=True)
+
+
+def _plain(text: str) -> Any:
+    """Text that brackets and colons mean nothing special in."""
+    from rich.text import Text
+
+    return Text(text)
+
+
+def describe(scores: Scores) -> str:
+    """Scores in a line."""
+    return f"loss {scores.loss:.4f}, accuracy {scores.accuracy:.2%}, over {scores.count:,}"
+
+
+def show_evaluation(result: EvalResult, settings: EvalSettings, as_json: bool) -> None:
+    """The figures of `lowrank eval`, as lines or as one JSON object."""
+    scores, classifies = result.scores, result.kind == "classification"
+    figures: dict[str, Any] = {
+        "model": settings.model,
+        "adapter": settings.adapter,
+        "data": settings.data,
+        "kind": result.kind,
+        "rows": result.rows,
+        "rows_cut": result.cut,
+        "rows_dropped": result.dropped,
+        "loss": scores.loss,
+        "accuracy": scores.accuracy,
+    }
+    if not classifies:
+        figures |= {"perplexity": min(scores.perplexity, sys.float_info.max), "tokens": scores.count}
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' ') + ':':<14}{'none' if shown is None else shown}")
+
+
+@contextmanager
+def stream() -> Iterator[Callable[[str], None]]:
+    """A function that prints text as it comes; the line is ended when the block is."""
+
+    def on_text(text: str) -> None:
+        print(text, end="", flush=True)
+
+    yield on_text
+    print()

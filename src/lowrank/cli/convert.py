@@ -1,0 +1,88 @@
+"""`lowrank convert`: adapters and pickled models in another format."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from cyclopts import App, Parameter
+
+from lowrank.cli.base import base_folder
+from lowrank.errors import LowrankError
+from lowrank.merge.convert import convert_adapter
+
+Format = Literal["peft", "peft-bin", "loralib", "mlx", "gguf", "safetensors"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+SWITCHES = {"true": True, "false": False}
+
+command = App(
+    name="convert",
+    help_epilogue="""Examples:
+  lowrank convert --source adapter --to gguf --model base --out adapter.gguf
+  lowrank convert --source adapter --to mlx --out adapter-mlx
+  lowrank convert --source mlx-adapter --out adapter
+  lowrank convert --source lora.bin --alpha 16 --enable-lora true,false,true --allow-pickle --out adapter
+  lowrank convert --source old-model --to safetensors --allow-pickle --out model""",
+)
+
+
+@command.default
+def convert(
+    *,
+    source: Path,
+    out: Path,
+    to: Format = "peft",
+    model: Path | None = None,
+    alpha: float | None = None,
+    enable_lora: str | None = None,
+    dtype: Dtype | None = None,
+    allow_pickle: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Write an adapter in another program's format; what the source is, its files tell.
+
+    The change of every module stays the same; what a format cannot hold is refused.
+
+    Parameters
+    ----------
+    source
+        A folder of PEFT's or mlx-lm's, a file of loralib's or llama.cpp's (.gguf), or a model's folder with .bin files
+    out
+        The folder or, for loralib and gguf, the file to make
+    to
+        peft; peft-bin, for PEFT before 0.6; loralib; mlx; gguf; safetensors, for a whole model
+    model
+        The base model's folder or "nano", of which gguf needs the config.json
+    alpha
+        The lora_alpha that a loralib file was trained with
+    enable_lora
+        Which parts of its MergedLinear layers a loralib file adapts, such as true,false,true
+    dtype
+        Of the factors written; as they are where not given
+    allow_pickle
+        Read .bin files, with weights_only
+    as_json
+        Print the report as one JSON object
+    """
+    report = convert_adapter(
+        source,
+        out,
+        to=to,
+        model=base_folder(model) if model else None,
+        alpha=alpha,
+        enable_lora=_switches(enable_lora),
+        dtype=getattr(torch, dtype) if dtype else None,
+        allow_pickle=allow_pickle,
+    )
+    print(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {out}")
+
+
+def _switches(text: str | None) -> list[bool] | None:
+    """ "true,false,true" → [True, False, True]"""
+    if text is None:
+        return None
+    words = [word.strip().lower() for word in text.split(",")]
+    if any(word not in SWITCHES for word in words):
+        raise LowrankError(f"--enable-lora {text}: give true or false for every part, such as true,false,true")
+    return [SWITCHES[word] for word in words]

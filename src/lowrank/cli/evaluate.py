@@ -1,0 +1,57 @@
+"""`lowrank eval`."""
+
+from typing import Annotated
+
+from cyclopts import App, Group, Parameter
+
+from lowrank.cli.flags import given
+from lowrank.train.config_file import resolve
+from lowrank.train.settings import DataSettings, EvalSettings, MachineSettings
+
+command = App(
+    name="eval",
+    help_epilogue="""Examples:
+  lowrank eval --model nano --adapter runs/skill --data unseen.jsonl
+  lowrank eval --model llama/ --data e2e.csv --rows 312 --json \\
+      --prompt-column mr --completion-column ref
+
+Columns, template and longest length are the adapter's unless given here.""",
+)
+
+
+@command.default
+def evaluate(
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    adapter: str | None = None,
+    count: Annotated[int | None, Parameter(name="--rows")] = None,
+    batch_size: int | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=1))] = None,
+    machine: Annotated[MachineSettings | None, Parameter(name="*", group=Group("The machine", sort_key=2))] = None,
+) -> None:
+    """Measure a model, with or without an adapter, on a file of examples.
+
+    Parameters
+    ----------
+    model
+        The folder of a transformers model, or "nano", the one that ships with lowrank
+    data
+        A jsonl, csv or tsv file
+    adapter
+        The folder of an adapter; the bare model where not given
+    count
+        Evaluate on so many rows, spread evenly over the file; all where not given
+    batch_size
+        Rows in one forward pass (16)
+    json
+        Print one JSON object, for a script to read
+    """
+    single = {"model": model, "data": data, "adapter": adapter, "rows": count, "batch_size": batch_size}
+    settings = resolve(EvalSettings, given(rows, machine, **single))
+
+    from lowrank.cli.console import show_evaluation
+    from lowrank.train.evaluator import evaluate as measure
+
+    show_evaluation(measure(settings), settings, json)

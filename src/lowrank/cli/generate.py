@@ -1,0 +1,70 @@
+"""`lowrank generate`."""
+
+from typing import Annotated
+
+from cyclopts import App, Group, Parameter
+
+from lowrank.cli.flags import given
+from lowrank.train.config_file import resolve
+from lowrank.train.settings import GenerateSettings, MachineSettings
+
+command = App(
+    name="generate",
+    help_epilogue="""Examples:
+  lowrank generate --model nano --prompt "Once upon a time"
+  lowrank generate --model llama/ --adapter runs/e2e --prompt "name[Aromi]" \\
+      --temperature 0.7 --seed 1""",
+)
+
+
+@command.default
+def generate(
+    *,
+    model: str | None = None,
+    prompt: str | None = None,
+    adapter: str | None = None,
+    template: str | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    machine: Annotated[MachineSettings | None, Parameter(name="*", group=Group("The machine", sort_key=1))] = None,
+) -> None:
+    """Let a model write, with or without an adapter.
+
+    Parameters
+    ----------
+    model
+        The folder of a transformers model, or "nano", the one that ships with lowrank
+    prompt
+        The prompt, put into the template of the adapter if it has one
+    adapter
+        The folder of an adapter; the bare model where not given
+    template
+        Another template, as in "Q: {prompt}\\nA:"; the adapter's where not given
+    max_new_tokens
+        Tokens to write at most (128)
+    temperature
+        0 takes the likeliest token each time (the default); 1 samples as the model has it
+    top_p
+        Sample from the likeliest tokens that hold this probability together (1)
+    seed
+        Start of the sampling; same seed, same text (0)
+    """
+    single = {
+        "model": model,
+        "prompt": prompt,
+        "adapter": adapter,
+        "template": template,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    settings = resolve(GenerateSettings, given(machine, **single))
+
+    from lowrank.cli.console import stream
+    from lowrank.train.generation import generate as write
+
+    with stream() as on_text:
+        write(settings, on_text)

@@ -1,0 +1,64 @@
+"""`lowrank inspect`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+command = App(
+    name="inspect",
+    help_epilogue="""Examples:
+  lowrank inspect runs/e2e
+  lowrank inspect runs/e2e --model llama/ --html e2e.html
+  lowrank inspect runs/e2e-r8 --against runs/e2e-r64 --json
+
+Only files are read: no model is built, and nothing of the adapter is changed.""",
+)
+
+
+@command.default
+def inspect(
+    adapter: Path,
+    *,
+    model: str | None = None,
+    against: Path | None = None,
+    html: Path | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    allow_pickle: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Measure what an adapter learned: spectra and ranks of ΔW, beside its base, beside another adapter.
+
+    Parameters
+    ----------
+    adapter
+        The folder of an adapter
+    model
+        The folder of its base, or "nano": adds ‖ΔW‖/‖W0‖, amplification and intruder dimensions
+    against
+        The folder of another adapter of the same base: adds how similar the two are
+    html
+        A file to write the report to, with figures; it needs no network to be read
+    json
+        Print every number as one JSON object, for a script to read
+    allow_pickle
+        Read the adapter_model.bin of old adapters, by torch.load(weights_only=True)
+    """
+    from lowrank.analysis import inspect_adapter
+    from lowrank.analysis.report import check_place, write_report
+    from lowrank.cli.inspect_display import measuring, show
+
+    if html is not None:
+        check_place(html)
+    with measuring() as progress:
+        inspection = inspect_adapter(adapter, _base_folder(model), against, allow_pickle, progress)
+    if html is not None:
+        write_report(inspection, html)
+    show(inspection, html, json)
+
+
+def _base_folder(model: str | None) -> Path | None:
+    if model is None:
+        return None
+    from lowrank.train.models import find_model  # here, since it takes memory and time that files alone do not need
+
+    return find_model(model)

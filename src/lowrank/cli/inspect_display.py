@@ -1,0 +1,85 @@
+"""What `lowrank inspect` shows: sentences and a table, or one JSON object. A terminal gets it fitted and in style."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowrank.analysis.as_json import as_json
+from lowrank.analysis.columns import columns
+from lowrank.analysis.inspection import Inspection
+from lowrank.analysis.summary import summary
+from lowrank.merge.each_module import silent
+
+
+@contextmanager
+def measuring() -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error while it takes long, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def show(inspection: Inspection, html: Path | None, as_object: bool) -> None:
+    """Print the inspection, and where the report went."""
+    if as_object:
+        print(json.dumps(as_json(inspection), allow_nan=False))
+        return
+    before = [*summary(inspection), *inspection.notes]
+    chosen = columns(inspection)
+    rows = [[column.value(layer) for column in chosen] for layer in inspection.layers]
+    after = [f"kept in full: {key} {list(shape)}" for key, shape in inspection.full.items()]
+    if html is not None:
+        after.append(f"report: {html}")
+    titles, meanings = [column.title for column in chosen], [column.meaning for column in chosen]
+    if sys.stdout.isatty():
+        _print_styled(before, titles, meanings, rows, after)
+    else:
+        print("\n".join([*before, "", *_plain_table([titles, *rows]), *after]))
+
+
+def _plain_table(rows: list[list[str]]) -> Iterator[str]:
+    """Lines of equal columns, however wide: nothing is cut where no one looks."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        yield "  ".join(cells).rstrip()
+
+
+def _print_styled(
+    before: list[str], titles: list[str], meanings: list[str], rows: list[list[str]], after: list[str]
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for sentence in before:
+        console.print(Text(f"• {sentence}"))
+    prefix = _common_prefix([row[0] for row in rows])
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, title in enumerate(titles):
+        name = title if i else title + (f" ({prefix}…)" if prefix else "")
+        table.add_column(Text(name), justify="right" if i else "left", overflow="ellipsis" if i else "fold")
+    for path, *cells in rows:
+        table.add_row(Text(path.removeprefix(prefix)), *map(Text, cells))
+    console.print()
+    console.print(table)
+    legend = "; ".join(f"{title}: {meaning}" for title, meaning in list(zip(titles, meanings, strict=True))[2:])
+    console.print(Text(legend, style="dim"))
+    for line in after:
+        console.print(Text(line))
+
+
+def _common_prefix(paths: list[str]) -> str:
+    """What all paths begin with, up to a dot; nothing for a single path."""
+    common = os.path.commonprefix(paths) if len(paths) > 1 else ""  # noqa: RUF071  these are no paths of files
+    return common[: common.rfind(".") + 1]

@@ -1,0 +1,89 @@
+"""`lowrank merge`: fold adapters into a checkpoint on disk, into a new one."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from lowrank.cli.base import base_folder
+from lowrank.errors import LowrankError
+from lowrank.merge.disk import MergeReport, merge_checkpoint
+from lowrank.merge.disk.merge import Untouched, Verify
+
+SHOWN = [name for name in MergeReport.__slots__ if name != "out"]
+
+command = App(
+    name="merge",
+    help_epilogue="""Examples:
+  lowrank merge --model base --adapter my-adapter --out merged
+  lowrank merge --model base --adapter facts --adapter style:0.5 --out merged --dtype float32 --verify full""",
+)
+
+
+@command.default
+def merge(
+    *,
+    model: Path,
+    adapter: list[str],
+    out: Path,
+    dtype: str | None = None,
+    verify: Verify = "sample",
+    untouched: Untouched = "copy",
+    threads: int | None = None,
+    allow_pickle: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Merge adapters into a checkpoint on disk: W = W0 + sum of weight * s * B * A, from files to files.
+
+    No model is built, so a model larger than the memory at hand is merged at the speed of the disk. The result gets its
+    name only when it is verified and on the disk.
+
+    Parameters
+    ----------
+    model
+        The base: a folder with safetensors weights, one weight file, or "nano"
+    adapter
+        An adapter's folder, as DIR or DIR:WEIGHT; repeat the flag for several
+    out
+        The folder to make
+    dtype
+        Of the result: float16, bfloat16, float32 or float64; as stored where not given
+    verify
+        Recompute some rows of every merged tensor, or every row and every byte
+    untouched
+        How weight files without a change get into the result, where the disk can; hard links are never to be edited
+    threads
+        Threads to merge with; as many as cores where not given
+    allow_pickle
+        Read an old adapter's .bin file, with weights_only
+    as_json
+        Print the report as one JSON object
+    """
+    report = merge_checkpoint(
+        base_folder(model),
+        [weighted(text) for text in adapter],
+        out,
+        dtype=dtype,
+        verify=verify,
+        untouched=untouched,
+        threads=threads,
+        allow_pickle=allow_pickle,
+        progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        print(json.dumps({name: getattr(report, name) for name in SHOWN} | {"out": str(report.out)}))
+    else:
+        print(report.summary())  # its warnings have been lines on stderr already
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """("DIR", weight) of "DIR:WEIGHT"; a folder whose own name ends like that is taken by its name."""
+    folder, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return text, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError:
+        raise LowrankError(f"--adapter {text}: {weight!r} after the colon is no weight, a number such as 0.5") from None

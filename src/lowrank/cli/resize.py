@@ -1,0 +1,59 @@
+"""`lowrank resize`: an adapter at another rank."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from lowrank.cli.module_bar import module_bar
+from lowrank.merge.resize import resize_adapter
+
+command = App(
+    name="resize",
+    help_epilogue="""Examples:
+  lowrank resize --adapter big --rank 8 --out small
+  lowrank resize --adapter big --energy 0.99 --out small --json
+
+PEFT loads what is written.""",
+)
+
+
+@command.default
+def resize(
+    *,
+    adapter: Path,
+    out: Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    seed: int = 0,
+    allow_pickle: Annotated[bool, Parameter(negative="")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Give an adapter another rank: the best approximation of every change below its own, room for training above it.
+
+    The scale s of every module stays, so lora_alpha follows the rank.
+
+    Parameters
+    ----------
+    adapter
+        The adapter's folder
+    out
+        The folder to make
+    rank
+        Of every module; with --energy, the most it may be
+    energy
+        The share of each change to keep, from 0 to 1; every module gets the rank that takes
+    seed
+        Of the new rows of A, where the rank grows
+    allow_pickle
+        Read an old adapter's .bin file, with weights_only
+    as_json
+        Print the report as one JSON object
+    """
+    with module_bar("resizing") as progress:
+        report = resize_adapter(
+            adapter, out, rank=rank, energy=energy, seed=seed, allow_pickle=allow_pickle, progress=progress
+        )
+    print(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {out}")

@@ -1,0 +1,62 @@
+"""`lowrank train`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Group, Parameter
+
+from lowrank.cli.flags import given
+from lowrank.train.config_file import resolve
+from lowrank.train.settings import AdapterSettings, DataSettings, LoopSettings, MachineSettings, TrainSettings
+
+command = App(
+    name="train",
+    help_epilogue="""Examples:
+  lowrank train --model nano --data skill.jsonl --out runs/skill --epochs 3
+  lowrank train --model llama/ --data e2e.csv --out runs/e2e \\
+      --prompt-column mr --completion-column ref --eval-split 0.05 \\
+      --targets all-linear --rank 8 --lr 3e-3 --batch-size 32
+  lowrank train --config runs/e2e/train.yaml --lr 1e-3 --out runs/slower
+
+Flags beat the lines of --config, which beat the defaults.
+PEFT loads what is saved.""",
+)
+
+
+@command.default
+def train(
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    out: str | None = None,
+    config: Path | None = None,
+    full: bool | None = None,
+    adapter: Annotated[AdapterSettings | None, Parameter(name="*", group=Group("The adapter", sort_key=1))] = None,
+    rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=2))] = None,
+    loop: Annotated[LoopSettings | None, Parameter(name="*", group=Group("The training", sort_key=3))] = None,
+    machine: Annotated[MachineSettings | None, Parameter(name="*", group=Group("The machine", sort_key=4))] = None,
+) -> None:
+    """Teach a model from a file of examples, and save the adapter.
+
+    Parameters
+    ----------
+    model
+        The folder of a transformers model, or "nano", the one that ships with lowrank
+    data
+        A jsonl, csv or tsv file: rows of prompt + completion, text, or text + label
+    out
+        The folder to make: adapter, log and resolved settings
+    config
+        A YAML file of settings, named as the flags are (rank: 8)
+    full
+        Train every weight instead, and save a whole model
+    """
+    flags = given(adapter, rows, loop, machine, model=model, data=data, out=out, full=full)
+    settings = resolve(TrainSettings, flags, config)
+
+    from lowrank.cli.console import RunDisplay
+    from lowrank.train.trainer import run
+
+    with RunDisplay() as display:
+        result = run(settings, display)
+    display.finished(result, settings)
