@@ -1,0 +1,89 @@
+"""The Triton kernels against float64, on a GPU where there is one and in Triton's interpreter elsewhere.
+
+The interpreter cannot multiply bfloat16 (it sees the raw bits), so float16 stands for the half types there.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to test")
+
+from lowrank.functional import lora_linear
+from lowrank.kernels import reference
+from lowrank.kernels.gpu import choice
+from lowrank.kernels.gpu.gradients import two_gradients
+from lowrank.kernels.gpu.product import plus_low_rank
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def draw(*shape, dtype, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def relative(got, wanted):
+    return float((got.detach().double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "inner", "width", "rank"), [(150, 70, 140, 5), (128, 64, 128, 16), (3, 7, 1, 1)])
+@pytest.mark.parametrize("form", ["bias", "plain", "onto"])
+def test_a_product_starts_at_its_low_rank_part(dtype, tokens, inner, width, rank, form):
+    x, m = draw(tokens, inner, dtype=dtype, seed=0), draw(width, inner, dtype=dtype, seed=1)
+    s, n = draw(tokens, rank, dtype=dtype, seed=2), draw(width, rank, dtype=dtype, seed=3)
+    bias = draw(width, dtype=dtype, seed=4) if form == "bias" else None
+    onto = draw(tokens, width, dtype=dtype, seed=5) if form == "onto" else None
+    wanted = x.double() @ m.double().t() + s.double() @ n.double().t()
+    wanted += 0 if bias is None else bias.double()
+    wanted += 0 if onto is None else onto.double()
+    got = plus_low_rank(x, m.t(), s, n.t(), bias, onto)
+    assert got.dtype is dtype and relative(got, wanted) < TOLERANCE[dtype]
+    assert onto is None or got is onto
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "width", "rank"), [(300, 70, 5), (128, 64, 16), (2, 3, 1)])
+def test_both_gradients_come_from_one_reading(dtype, tokens, width, rank):
+    dy, s, b = (
+        draw(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((tokens, width), (tokens, rank), (width, rank)))
+    )
+    ds, db = two_gradients(dy, s, b)
+    assert relative(ds, dy.double() @ b.double()) < TOLERANCE[dtype]
+    assert relative(db, dy.double().t() @ s.double()) < TOLERANCE[dtype]
+    again = two_gradients(dy, s, b)
+    assert torch.equal(ds, again[0]) and torch.equal(db, again[1])
+
+
+def test_the_fused_map_through_the_kernels(monkeypatch):
+    """Every product of three projections of one input goes through a kernel; the gradients are the reference's."""
+    used = []
+    monkeypatch.setattr(choice, "available", lambda x: True)
+    monkeypatch.setattr(choice, "product_is_faster", lambda *_: (used.append("product"), True)[1])
+    monkeypatch.setattr(choice, "gradients_are_faster", lambda *_: (used.append("gradients"), True)[1])
+
+    def run(linear, dtype):
+        x = draw(40, 24, dtype=torch.float32, seed=0).to(dtype).requires_grad_()
+        hidden, total, leaves = x * 2, 0, [x]
+        for seed in range(3):
+            weight, bias = (draw(*s, dtype=torch.float32, seed=9 + seed).to(dtype) for s in ((32, 24), (32,)))
+            a, b = (draw(*s, dtype=torch.float32, seed=5 + seed).to(dtype).requires_grad_() for s in ((4, 24), (32, 4)))
+            leaves += [a, b]
+            total = total + (seed + 1) * linear(hidden, weight, bias, a, b, 1.75).square().sum()
+        return torch.autograd.grad(total, leaves)
+
+    got = run(lora_linear, torch.float32)
+    assert used.count("gradients") == 3 and used.count("product") == 6
+    for mine, theirs in zip(got, run(reference.lora_linear, torch.float64), strict=True):
+        assert relative(mine, theirs) < 1e-5
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here: the choice by measurement cannot be tried")
+def test_the_choice_is_measured_and_kept():
+    assert choice.product_is_faster(1024, 256, 256, 16, torch.bfloat16, False) in (True, False)
+    assert choice._product_ratio.cache_info().currsize >= 1
+
+
+def test_without_a_gpu_no_kernel_is_considered():
+    assert not choice.available(torch.zeros(2, 2))

@@ -1,0 +1,45 @@
+"""The laws notice when a term of the library is broken; see scripts/mutation_check.py."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "mutation_check.py"
+
+
+def load() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("mutation_check", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mutation_check"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+check = load()
+
+
+def test_every_mutation_still_fits_the_source() -> None:
+    assert check.misfits(list(check.MUTATIONS)) == []
+
+
+@pytest.mark.parametrize("name", ["linear: no scale", "merge: one adapter of several"])
+def test_a_broken_term_is_noticed(name: str) -> None:
+    assert check.try_mutant(check.MUTATIONS[name]).killer is not None
+
+
+def test_code_that_is_not_broken_survives() -> None:
+    """The check itself can tell: a mutation of a comment kills no test."""
+    harmless = check.Mutation("core/scaling.py", "How strongly", "How much", check.MERGE)
+    assert check.first_failure_of(harmless, (harmless.tests,)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", check.MUTATIONS)
+def test_every_mutant_is_killed(name: str) -> None:
+    assert check.try_mutant(check.MUTATIONS[name]).killer is not None
