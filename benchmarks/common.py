@@ -1,0 +1,128 @@
+"""What the benchmarks share: the Llama-shaped model, taking turns, the conditions of a run, the result file."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+SHAPES = {"6x768": (6, 768, 2048), "2x2048": (2, 2048, 5632)}  # layers, hidden, intermediate
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {"all": ALL_LINEAR, "qv": ["q_proj", "v_proj"]}
+RANK, ALPHA = 16, 32
+VOCABULARY, ROWS, LENGTH = 1024, 4, 256
+
+Job = Callable[[], Tensor]
+
+
+def token_ids() -> Tensor:
+    """One batch of 4×256 tokens, the same each time."""
+    return torch.randint(VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(2))
+
+
+def base_model(shape: str, dtype: torch.dtype) -> nn.Module:
+    """The frozen Llama-shaped model, the same numbers each time."""
+    torch.manual_seed(0)
+    layers, hidden, intermediate = SHAPES[shape]
+    config = transformers.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2 * LENGTH,
+    )
+    return transformers.LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+
+
+def training_job(model: nn.Module, ids: Tensor) -> Job:
+    """Forward and backward of whatever requires gradients in the model."""
+
+    def step() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss
+
+    return step
+
+
+def floor_job(model: nn.Module, ids: Tensor) -> Job:
+    """Forward and the gradient with respect to the input embeddings, all weights frozen."""
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def step() -> Tensor:
+        embeds.grad = None
+        loss: Tensor = model(inputs_embeds=embeds, labels=ids).loss
+        loss.backward()
+        return loss
+
+    return step
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    """The process's own time with one thread, which other programs disturb little; the wall's with more."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def take_turns(jobs: dict[str, Job], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+    """Seconds of every job in every round, in another order each round, so that a noisy minute strikes all."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for step in jobs.values():
+        step(), step()
+    names = list(jobs)
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            started = clock()
+            jobs[name]()
+            seconds[name].append(clock() - started)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], to: str) -> dict[str, float]:
+    """The median over the rounds of each job's time over that of `to` in the same round."""
+    return {
+        name: round(statistics.median(a / b for a, b in zip(runs, seconds[to], strict=True)), 4)
+        for name, runs in seconds.items()
+        if name != to
+    }
+
+
+def conditions(threads: int) -> dict[str, Any]:
+    """What it ran on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "bf16": [name for name in ("avx512_bf16", "amx_bf16") if name in flags],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip(),
+        "load_average": os.getloadavg(),
+    }
+
+
+def keep(report: dict[str, Any], out: Path | None) -> None:
+    """Write the result where it is asked for."""
+    report["conditions"]["load_average_after"] = os.getloadavg()
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n")
