@@ -101,11 +101,16 @@ class MachineSettings(Settings):
     device: str | None = Field(None, description="cpu, cuda, cuda:1...; a GPU if there is one, where not given")
 
 
-class TrainSettings(AdapterSettings, DataSettings, LoopSettings, MachineSettings):
-    """Everything `lowrank.train.run` needs. `model`, `data` and `out` are required."""
+class RunSettings(DataSettings, LoopSettings, MachineSettings):
+    """What every kind of training needs."""
 
     model: str = Field(description='The folder of a transformers model, or "nano", the one that ships with lowrank')
     data: str = Field(description="A jsonl, csv or tsv file")
+
+
+class TrainSettings(AdapterSettings, RunSettings):
+    """Everything `lowrank.train.run` needs. `model`, `data` and `out` are required."""
+
     out: str = Field(description="The folder to make: adapter, log and resolved settings")
     full: bool = Field(False, description="Train every weight instead, and save a whole model")
 
@@ -138,7 +143,7 @@ class TrainSettings(AdapterSettings, DataSettings, LoopSettings, MachineSettings
 
 def _own_first(name: str) -> bool:
     """Sorts model, data and out, which every run says anew, before what it mostly leaves at rest."""
-    return name not in TrainSettings.__annotations__
+    return name not in ("model", "data", *TrainSettings.__annotations__)
 
 
 class EvalSettings(DataSettings, MachineSettings):

@@ -22,7 +22,7 @@ from lowrank.train.names import read_targets
 from lowrank.train.recipe import Recipe
 from lowrank.train.reporting import Log, Reporter, Several
 from lowrank.train.run_folder import LOG, OWN, check_free, claim, save_whole, write_record
-from lowrank.train.settings import DataSettings, TrainSettings
+from lowrank.train.settings import DataSettings, RunSettings, TrainSettings
 from lowrank.train.summary import summarise
 from lowrank.train.task import Loaded, load
 from lowrank.train.tokens import Encoded, encode
@@ -57,11 +57,11 @@ def run(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResul
     base = find_model(settings.model)
     if not settings.full:
         lora_config(settings, ())  # what is wrong with it should be said before minutes of reading
-    rows, held_out = _read(settings)
-    labels = _labels(base, rows)
-    with _seeded(settings.seed):
+    rows, held_out = read_rows(settings)
+    labels = labels_of(base, rows)
+    with seeded(settings.seed):
         loaded = load(base, rows.kind, labels, settings)
-        recipe = _recipe(settings, rows, labels, loaded)
+        recipe = recipe_of(settings, rows, labels, loaded)
         data = encode(rows, loaded.tokenizer, recipe)
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
         adapted = _adapt(loaded, settings)
@@ -95,13 +95,14 @@ def lora_config(settings: TrainSettings, heads: tuple[str, ...]) -> LoraConfig:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's random numbers start at the seed inside, and go on outside as if nothing had been."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
-def _read(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
+def read_rows(settings: RunSettings) -> tuple[Dataset, Dataset | None]:
     """(rows to train on, rows to evaluate on)."""
     rows = read_dataset(settings.data, settings)
     held_out = None
@@ -116,7 +117,7 @@ def _read(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
     return rows, held_out and held_out.spread(settings.eval_rows)
 
 
-def _labels(base: Path, rows: Dataset) -> tuple[str, ...]:
+def labels_of(base: Path, rows: Dataset) -> tuple[str, ...]:
     """The labels by their numbers: as the model has them where it knows them all, else as they occur in the data."""
     if rows.kind != "classification":
         return ()
@@ -124,7 +125,8 @@ def _labels(base: Path, rows: Dataset) -> tuple[str, ...]:
     return known if set(found) <= set(known) else found
 
 
-def _recipe(settings: DataSettings, rows: Dataset, labels: tuple[str, ...], loaded: Loaded) -> Recipe:
+def recipe_of(settings: DataSettings, rows: Dataset, labels: tuple[str, ...], loaded: Loaded) -> Recipe:
+    """How the rows become tokens."""
     columns = tuple((name, value) for name in COLUMNS if (value := getattr(settings, name)) is not None)
     longest = longest_row(loaded.model, loaded.tokenizer, settings.max_length)
     return Recipe(rows.kind, settings.template, longest, labels, columns)
