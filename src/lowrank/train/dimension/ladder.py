@@ -16,7 +16,7 @@ from lowrank.injection.planning import plan
 from lowrank.train.dataset import Dataset, Kind
 from lowrank.train.dimension.crossing import Crossing, crossing
 from lowrank.train.dimension.settings import DimensionSettings
-from lowrank.train.dimension.subspace import Subspace
+from lowrank.train.dimension.subspace import Subspace, check_dimension, owners
 from lowrank.train.evaluation import Scores, score
 from lowrank.train.loop import Loop, steps_of
 from lowrank.train.models import find_model
@@ -84,8 +84,9 @@ def measure_dimension(
     """
     base = find_model(settings.model)
     rows, held_out = _rows(settings)
-    folder = _claim(settings)
     labels = labels_of(base, rows)
+    _check_ladder(settings, load(base, rows.kind, labels, settings))
+    folder = _claim(settings)
     points: list[Point] = []
     weights = 0
     for seed in range(settings.seed, settings.seed + settings.seeds):
@@ -120,6 +121,14 @@ def _rows(settings: DimensionSettings) -> tuple[Dataset, Dataset]:
             f"at least {settings.batch_size} (a batch) and 2 are needed, so give more rows or a smaller --batch-size"
         )
     return rows, held_out
+
+
+def _check_ladder(settings: DimensionSettings, loaded: Loaded) -> None:
+    names = moving_names(loaded, settings)
+    parameters = dict(loaded.model.named_parameters())
+    scales = len(owners(names)) if settings.method == "said" else 0
+    for d in settings.ladder:
+        check_dimension(d, sum(parameters[name].numel() for name in names), scales)
 
 
 def _claim(settings: DimensionSettings) -> Path:

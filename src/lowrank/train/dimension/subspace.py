@@ -11,6 +11,18 @@ from lowrank.core.fastfood import Fastfood
 from lowrank.errors import ConfigError
 
 
+def owners(names: Iterable[str]) -> list[str]:
+    """The modules that hold these parameters, each once."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def check_dimension(d: int, weights: int, scales: int) -> None:
+    """Raise ConfigError for a d that the number of weights D, or of scales, does not allow."""
+    if not scales < d <= weights:
+        least = f"more than {scales} (a scale each for so many modules)" if scales else "at least 1"
+        raise ConfigError(f"--ladder: d = {d}, but it must be {least} and at most {weights:,}, the weights that move")
+
+
 class Subspace(nn.Module):
     """`model` called with the weights θ0 + λ ⊙ (P·z); z = 0 and λ = 1 at the start, so it starts as the model itself.
 
@@ -26,17 +38,14 @@ class Subspace(nn.Module):
         parameters = dict(model.named_parameters())
         self.start = {name: parameters[name] for name in names}
         self.sizes = [value.numel() for value in self.start.values()]
-        owners = [name.rpartition(".")[0] for name in self.start]
-        modules = list(dict.fromkeys(owners))
+        modules = owners(self.start)
         scales = len(modules) if scaled else 0
-        if not scales < d <= sum(self.sizes):
-            least = f"more than {scales} (a scale each for so many modules)" if scales else "1"
-            raise ConfigError(f"--ladder: d = {d}, but it must be {least} and at most {sum(self.sizes):,}, the weights")
+        check_dimension(d, sum(self.sizes), scales)
         device = next(iter(self.start.values())).device
         self.projection = Fastfood(d - scales, sum(self.sizes), seed)
         self.z = nn.Parameter(torch.zeros(d - scales, device=device))
         self.scales = nn.Parameter(torch.ones(scales, device=device)) if scales else None
-        self.owner = [modules.index(owner) for owner in owners]
+        self.owner = [modules.index(name.rpartition(".")[0]) for name in self.start]
         self._at_rest: tuple[tuple[int, ...], dict[str, Tensor]] = ((), {})
 
     def weights(self) -> dict[str, Tensor]:
