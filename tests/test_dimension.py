@@ -130,6 +130,16 @@ def test_a_classifier_moves_its_targets_and_its_head(method: str, tmp_path: Path
     assert 0 < frozen.trained < full.trained == measured.weights
 
 
+def test_of_several_rates_the_best_counts(llama: dict[str, Any], tmp_path: Path) -> None:
+    one, other, both = (
+        measure_dimension(settings(llama, tmp_path / name, ladder=(64,), seeds=1, rates=rates)).points
+        for name, rates in [("one", (1.0,)), ("other", "0.01"), ("both", "0.01,1")]
+    )
+    assert [max(pair, key=lambda point: point.score) for pair in zip(one, other, strict=True)] == list(both)
+    assert one[0].lr == pytest.approx(100 * other[0].lr)
+    assert both[0].score > other[0].score
+
+
 def call(common: dict[str, Any], out: Path, *more: str) -> int:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in common.items()]
     return main(["dimension", *flags, "--out", str(out), *more])
@@ -152,6 +162,7 @@ def test_the_command_writes_numbers_words_and_a_figure(
         (["--ladder", "4,lots"], "--ladder"),
         (["--ladder", "99999999"], "d = 99999999, but it must be at least 1 and at most"),
         (["--eval-split", "0.01"], "are too few"),
+        (["--rates", "0,1"], "rates must be positive"),
         (["--targets", "q_proj"], "targets needs --over targets"),
         (["--over", "targets", "--targets", "nowhere"], "nowhere"),
     ],

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "paper"))
 
-from table import BEGIN, END, PAGE, read, table, write
+from table import BEGIN, END, PAGE, dimension, read, table, write
 from verdicts import FAILED, HELD, MISSING, UNCLEAR, larger, spread, within
 
 
@@ -52,3 +52,14 @@ def test_spread_of_known_values() -> None:
 
 def test_bounds_belong_to_the_range() -> None:
     assert [within(value, 1, 2) for value in (1, 2, 2.1)] == [HELD, HELD, FAILED]
+
+
+def test_the_intrinsic_dimension_is_told_with_its_range_and_judged_by_its_share() -> None:
+    gain = [{"d": 100.0}, {"d": 300.0}, {"d": None}]
+    found = {"weights": 10_000, "of_gain": gain, "of_score": [{"d": 50.0}, None, None], "points": [{"seed": 0}]}
+    assert "of the gain: reached by 2 of 3 seeds, d = 200 (100 to 300)" in dimension(found)[1]
+    assert dimension(found)[-1] == FAILED
+    assert dimension({**found, "of_gain": [{"d": 100.0}, {"d": 99.0}]})[-1] == HELD
+    assert dimension({**found, "of_gain": [{"d": 101.0}]})[-1] == FAILED
+    assert dimension({**found, "of_gain": [None]})[-1] == "no d90 exists"
+    assert dimension(None)[-1] == MISSING

@@ -29,8 +29,11 @@ def main() -> None:
             print(f"{result['name']}: accuracy {result['accuracy']:.4f} in {result['seconds']} s", flush=True)
     if not asked.train:
         from mechanics import measure_all
+        from subspaces import measure_subspaces
         from table import write
 
+        if asked.long:
+            measure_subspaces(asked.again)
         measure_all(asked.again)
         write()
 

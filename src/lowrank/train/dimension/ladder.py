@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,15 @@ FULL, FROZEN = "full", "frozen"
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One finished training. name: "full", "frozen" or the d; trained: how many numbers moved; score: higher is better.
+    """One finished training. name: "full", "frozen" or the d; trained: how many numbers moved; lr: at its highest.
 
-    The score is the accuracy where rows are classified, and minus the loss where text is written.
+    score: the accuracy where rows are classified, and minus the loss where text is written; higher is better.
     """
 
     name: str
     seed: int
     trained: int
+    lr: float
     loss: float
     accuracy: float
     score: float
@@ -75,8 +77,9 @@ def measure_dimension(
 
     Each training takes the same steps over the same batches. Adam moves each of n numbers by about the learning rate,
     and P keeps norms, so a rate of lr·√(D/n) moves θ equally far in all of them: that is the rate of each, with lr that
-    of full fine-tuning. Frozen features: only the head is trained, or, where there is none, nothing. Same settings,
-    same bytes; a second start goes on where the first was stopped.
+    of full fine-tuning. Where `rates` has several factors on it, each is tried and the best counts. Frozen features:
+    only the head is trained, or, where there is none, nothing. Same settings, same bytes; a second start goes on where
+    the first was stopped.
 
     told: called with a point's name before it is run, and with the point after it.
 
@@ -95,13 +98,10 @@ def measure_dimension(
             point = _kept(file)
             if point is None:
                 told(f"{name}, seed {seed}", None)
-                with seeded(seed):
-                    loaded = load(base, rows.kind, labels, settings)
-                    recipe = recipe_of(settings, rows, labels, loaded)
-                    data = encode(rows, loaded.tokenizer, recipe)
-                    evaluated = encode(held_out, loaded.tokenizer, recipe)
-                    run = settings.model_copy(update={"seed": seed})
-                    point = _Run(loaded, rows.kind, run, data, evaluated, reporter).point(name)
+                fresh = partial(
+                    _run, base, rows, held_out, labels, settings.model_copy(update={"seed": seed}), reporter
+                )
+                point = max((fresh(name, rate) for rate in settings.rates), key=lambda point: point.score)
                 write_file(file, (json.dumps(asdict(point), indent=2, allow_nan=False) + "\n").encode())
             told(f"{name}, seed {seed}", point)
             weights = point.trained if name == FULL else weights
@@ -109,6 +109,26 @@ def measure_dimension(
     measured = _measured(settings, weights, "accuracy" if rows.kind == "classification" else "loss", points)
     write_file(folder / RESULT, (json.dumps(measured.as_json(), indent=2, allow_nan=False) + "\n").encode())
     return measured
+
+
+def _run(
+    base: Path,
+    rows: Dataset,
+    held_out: Dataset,
+    labels: tuple[str, ...],
+    settings: DimensionSettings,
+    reporter: Reporter | None,
+    name: str,
+    rate: float,
+) -> Point:
+    """One training, of a model that is loaded for it, at `rate` times the rate of the rule."""
+    with seeded(settings.seed):
+        loaded = load(base, rows.kind, labels, settings)
+        recipe = recipe_of(settings, rows, labels, loaded)
+        data = encode(rows, loaded.tokenizer, recipe)
+        evaluated = encode(held_out, loaded.tokenizer, recipe)
+        scaled = settings.model_copy(update={"lr": settings.lr * rate})
+        return _Run(loaded, rows.kind, scaled, data, evaluated, reporter).point(name)
 
 
 def _rows(settings: DimensionSettings) -> tuple[Dataset, Dataset]:
@@ -204,16 +224,16 @@ class _Run:
     def _trained(self, name: str, model: nn.Module, moving: int, total: int) -> Point:
         measure = self.loaded.measure(self.kind)
         held_out = self.evaluated.examples
+        rate = self.settings.lr * math.sqrt(total / moving) if moving else 0.0
         if moving:
             steps = steps_of(self.settings, len(self.data.examples))
-            rate = self.settings.lr * math.sqrt(total / moving)
             settings = self.settings.model_copy(update={"lr": rate, "steps": steps, "eval_every": steps})
             Loop(model, self.data.examples, [], measure, settings, self.reporter or Reporter()).run()
         scores: Scores = score(model, held_out, measure, self.settings.micro_batch or self.settings.batch_size)
         best = scores.accuracy if self.kind == "classification" else -scores.loss
         if not math.isfinite(best):
             raise DataError(f"{name}, seed {self.settings.seed}: the loss is {scores.loss}; try a smaller --lr")
-        return Point(name, self.settings.seed, moving, scores.loss, scores.accuracy, best)
+        return Point(name, self.settings.seed, moving, rate, scores.loss, scores.accuracy, best)
 
 
 def _only(model: nn.Module, names: set[str]) -> int:

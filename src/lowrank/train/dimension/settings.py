@@ -30,10 +30,16 @@ class LadderSettings(Settings):
     )
     seeds: int = Field(3, ge=1, description="Repetitions, each with other subspaces, another order and another head")
 
+    rates: Annotated[tuple[float, ...], BeforeValidator(_numbers)] = Field(
+        (1.0,), description="Factors on the learning rate to try, with commas; of every point the best one counts"
+    )
+
     @model_validator(mode="after")
     def _rises(self) -> Self:
         if not self.ladder or self.ladder[0] < 1 or list(self.ladder) != sorted(set(self.ladder)):
             raise ValueError(f"ladder must be rising dimensions, as in 16,64,256, not {self.ladder}")
+        if not self.rates or not all(0 < rate < float("inf") for rate in self.rates):
+            raise ValueError(f"rates must be positive factors, as in 1,10, not {self.rates}")
         return self
 
 
