@@ -70,6 +70,7 @@ def dimension(
     sentences = in_words(measured, settings.ladder)
     curve = {d: [p.score for p in measured.points if p.name == str(d)] for d in settings.ladder}
     levels = {name: fmean(p.score for p in measured.points if p.name == name) for name in ("full", "frozen")}
+    levels["90 % of the gain"] = levels["frozen"] + 0.9 * (levels["full"] - levels["frozen"])
     metric = "accuracy" if measured.metric == "accuracy" else "minus the loss"
     page = dimension_page(dimension_curve(curve, levels, metric), sentences)
     write_file(Path(settings.out) / "dimension.html", page.encode())
