@@ -1,16 +1,20 @@
 """Laws of the loop: cutting a step up changes nothing, the schedule, the optimiser, evaluation, best weights."""
 
 import math
+from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from lowrank import LoraConfig, inject
 from lowrank.errors import LowrankError
 from lowrank.train.batches import collate
 from lowrank.train.dataset import Dataset, Row
-from lowrank.train.evaluation import Measure, score
+from lowrank.train.evaluation import Measure, matthews, score
 from lowrank.train.loop import Loop, steps_of
 from lowrank.train.losses import LOSSES
 from lowrank.train.models import checkpoint_activations, load_causal
@@ -19,7 +23,7 @@ from lowrank.train.recipe import Recipe
 from lowrank.train.reporting import Reporter
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import LoopSettings
-from lowrank.train.tokens import encode
+from lowrank.train.tokens import Example, encode
 from train_models import completion_rows, save_llama, tokenizer
 
 CPU = torch.device("cpu")
@@ -238,3 +242,50 @@ def test_bfloat16_base_trains_float32_factors(llama):
     state = run(model, rows, rows, steps=25, batch_size=16, lr=2e-2)
     assert {p.dtype for p in trained(model)} == {torch.float32}
     assert state.evaluations[-1][1].loss < 0.8 * state.evaluations[0][1].loss
+
+
+def correlated(true, predicted):
+    """Matthews' coefficient as numpy's correlation of the two columns of 0 and 1."""
+    return float(numpy.corrcoef(true, predicted)[0, 1])
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=2, max_size=30))
+def test_matthews_is_the_correlation_of_two_classes(pairs):
+    true, predicted = ([pair[i] for pair in pairs] for i in (0, 1))
+    confusion = torch.zeros(2, 2, dtype=torch.int64)
+    for row, column in pairs:
+        confusion[row, column] += 1
+    wanted = correlated(true, predicted) if len(set(true)) == len(set(predicted)) == 2 else 0.0
+    assert matthews(confusion) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_matthews_of_more_classes_is_one_where_all_are_right_and_below_where_not():
+    assert matthews(torch.diag(torch.tensor([3, 1, 5]))) == pytest.approx(1.0)
+    # three of four right, one of class 0 taken for class 2: (3·4 − 5)/√((16 − 6)(16 − 6)) by hand
+    assert matthews(torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 1]])) == pytest.approx(0.7)
+
+
+class Remembers(nn.Module):
+    """Answers row i with logits[i]; a row's one token is its number."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=self.logits[input_ids[:, 0]])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_a_classifier_is_scored_over_all_batches_together(batch_size):
+    logits = torch.tensor([[0.0, 1], [1, 0], [0, 1], [0, 1], [1, 0]])  # taken for 1, 0, 1, 1, 0
+    true = [1, 0, 0, 1, 1]
+    rows = [Example([i], [label]) for i, label in enumerate(true)]
+    measure = Measure(lambda found: collate(found, 0, CPU, False), LOSSES["classification"])
+    scores = score(Remembers(logits), rows, measure, batch_size)
+    assert scores.accuracy == pytest.approx(3 / 5)
+    assert scores.matthews == pytest.approx(correlated(true, [1, 0, 1, 1, 0]))
+
+
+def test_tokens_have_no_matthews(llama):
+    assert score(adapted(llama), examples(3), MEASURE, 2).matthews is None

@@ -97,7 +97,8 @@ def _plain(text: str) -> Any:
 
 def describe(scores: Scores) -> str:
     """Scores in a line."""
-    return f"loss {scores.loss:.4f}, accuracy {scores.accuracy:.2%}, over {scores.count:,}"
+    matthews = "" if scores.matthews is None else f", Matthews {scores.matthews:.4f}"
+    return f"loss {scores.loss:.4f}, accuracy {scores.accuracy:.2%}{matthews}, over {scores.count:,}"
 
 
 def show_evaluation(result: EvalResult, settings: EvalSettings, as_json: bool) -> None:
@@ -114,7 +115,9 @@ def show_evaluation(result: EvalResult, settings: EvalSettings, as_json: bool) -
         "loss": scores.loss,
         "accuracy": scores.accuracy,
     }
-    if not classifies:
+    if classifies:
+        figures |= {"matthews": scores.matthews}
+    else:
         figures |= {"perplexity": min(scores.perplexity, sys.float_info.max), "tokens": scores.count}
     if as_json:
         print(json.dumps(figures))

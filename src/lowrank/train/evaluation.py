@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.train.batches import Batch, chunks
 from lowrank.train.losses import Loss
@@ -16,12 +16,14 @@ from lowrank.train.tokens import Example
 class Scores:
     """loss: mean −log p per trained token, or per row to classify, over all rows; count: how many those are.
 
-    accuracy: the share of them where the likeliest answer is the right one.
+    accuracy: the share of them where the likeliest answer is the right one; matthews: Matthews' correlation of the
+    labels with what they were taken for, where rows are classified (GLUE's score for CoLA).
     """
 
     loss: float
     count: int
     accuracy: float
+    matthews: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -44,12 +46,29 @@ def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch
     model.eval()
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     total, right, count = 0.0, 0, 0
+    confusion: Tensor | None = None
     try:
         for indices in chunks(by_length, batch_size):
             loss = measure.loss(model, measure.collate([examples[i] for i in indices]))
             total += float(loss.total)
             right += int(loss.right)
             count += loss.count
+            if loss.confusion is not None:
+                confusion = loss.confusion if confusion is None else confusion + loss.confusion
     finally:
         model.train(was_training)
-    return Scores(total / count, count, right / count)
+    return Scores(total / count, count, right / count, None if confusion is None else matthews(confusion))
+
+
+def matthews(confusion: Tensor) -> float:
+    """Matthews' correlation coefficient for any number of classes: 1 all right, 0 no better than chance.
+
+    confusion (classes, classes): true classes down, predicted ones across. (c·n − Σ t·p)/√((n² − Σp²)(n² − Σt²)) with
+    the right ones c, all rows n, and per class the true t and predicted p (Gorodkin 2004); 0 where only one class is
+    there or predicted.
+    """
+    table = confusion.double()
+    n, right = float(table.sum()), float(table.trace())
+    true, predicted = table.sum(1), table.sum(0)
+    spread = (n * n - float(predicted.square().sum())) * (n * n - float(true.square().sum()))
+    return (right * n - float(true @ predicted)) / math.sqrt(spread) if spread > 0 else 0.0

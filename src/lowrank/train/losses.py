@@ -1,9 +1,10 @@
 """What is minimised, as a sum with its count, so that batches of any size can be put together without bias."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -14,11 +15,15 @@ from lowrank.train.tokens import IGNORED
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """total: the sum over what is trained, in float32 and differentiable; count: how many that are; right: of those."""
+    """total: the sum over what is trained, in float32 and differentiable; count: how many that are; right: of those.
+
+    confusion: how many rows of class i (down) were called j (across), (classes, classes); None where tokens are scored.
+    """
 
     total: Tensor
     count: int
     right: Tensor
+    confusion: Tensor | None = None
 
 
 def _scored(logits: Tensor, targets: Tensor) -> Loss:
@@ -40,7 +45,11 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Loss:
 def class_loss(model: nn.Module, batch: Batch) -> Loss:
     """−Σ log p(label | text) over the rows."""
     call: Any = model
-    return _scored(call(**batch.inputs).logits, batch.labels)
+    logits = call(**batch.inputs).logits  # (rows, classes)
+    classes = logits.shape[-1]
+    pairs = batch.labels * classes + logits.detach().argmax(-1)
+    confusion = torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+    return replace(_scored(logits, batch.labels), confusion=confusion)
 
 
 LOSSES: dict[Kind, Callable[[nn.Module, Batch], Loss]] = {

@@ -34,7 +34,8 @@ class Progress:
 
 def evaluation_json(step: int, scores: Scores) -> dict[str, Any]:
     """A line of the log."""
-    return {"step": step, "eval_loss": scores.loss, "eval_accuracy": scores.accuracy, "eval_tokens": scores.count}
+    line = {"step": step, "eval_loss": scores.loss, "eval_accuracy": scores.accuracy, "eval_tokens": scores.count}
+    return line if scores.matthews is None else {**line, "eval_matthews": scores.matthews}
 
 
 class Reporter:

@@ -176,7 +176,13 @@ def _record(recipe: Recipe, state: LoopState, loaded: Loaded) -> dict[str, Any]:
         "tokens": state.tokens,
         "trained_tokens": state.trained,
         "evaluations": [
-            {"step": step, "loss": scores.loss, "accuracy": scores.accuracy, "tokens": scores.count}
+            {
+                "step": step,
+                "loss": scores.loss,
+                "accuracy": scores.accuracy,
+                "tokens": scores.count,
+                **({} if scores.matthews is None else {"matthews": scores.matthews}),
+            }
             for step, scores in state.evaluations
         ],
         "best_step": state.best[0] if state.best else None,
