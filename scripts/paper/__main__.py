@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--task", choices=("sst2", "cola", "e2e"), help="only the trainings of this task")
     parser.add_argument("--jobs", nargs="+", default=[], help="only these trainings of the task")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--ranks", action="store_true", help="what following `lowrank rank` gave")
     parser.add_argument("--again", action="store_true", help="measure what was measured before")
     asked = parser.parse_args()
     if lacks := missing():
@@ -33,6 +34,11 @@ def main() -> None:
                 print(
                     f"{result['name']}: {result['metric']} {result['score']:.4f} in {result['seconds']} s", flush=True
                 )
+    if asked.ranks or (asked.long and not asked.task):
+        from rank_choice import measure_ranks
+
+        for result in measure_ranks(asked.again):
+            print(result["name"], flush=True)
     if not asked.task:
         from mechanics import measure_all
         from subspaces import measure_subspaces

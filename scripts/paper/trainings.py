@@ -41,7 +41,7 @@ def tune(task: str, job: str) -> Result:
     held_out = {"eval_split": how.tuning_share, "eval_rows": 500}
     found = {}
     for rate in how.jobs[job].rates:
-        scores = _run(how, how.jobs[job], rate, TUNING_SEED, RUNS / "tuning" / f"{task}-{job}", held_out)
+        scores = run_task(how, how.jobs[job], rate, TUNING_SEED, RUNS / "tuning" / f"{task}-{job}", held_out)
         # the loss decides where text is written: BLEU of so few rows would be noise
         found[rate] = (
             -scores.loss if how.metric == "bleu" else (scores.matthews if how.metric == "matthews" else scores.accuracy)
@@ -55,7 +55,9 @@ def train(task: str, job: str, rate: float, seed: int) -> Result:
     how = tasks()[task]
     out = RUNS / f"{task}-{job}-seed{seed}"
     began = time.perf_counter()
-    scores = _run(how, how.jobs[job], rate, seed, out, how.scored or {"eval_split": how.tuning_share, "eval_rows": 500})
+    scores = run_task(
+        how, how.jobs[job], rate, seed, out, how.scored or {"eval_split": how.tuning_share, "eval_rows": 500}
+    )
     seconds = time.perf_counter() - began
     score, error, rows = _score(how, out, scores, bool(how.jobs[job].changes.get("full")))
     return {
@@ -73,7 +75,8 @@ def train(task: str, job: str, rate: float, seed: int) -> Result:
     }
 
 
-def _run(how: Task, job: Job, rate: float, seed: int, out: Path, scored: Result) -> Scores:
+def run_task(how: Task, job: Job, rate: float, seed: int, out: Path, scored: Result) -> Scores:
+    """The scores of one training at its end; its folder stays."""
     shutil.rmtree(out, ignore_errors=True)
     settings = TrainSettings(
         model=how.model,

@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "Measure a model, with or without an adapter, on a file of examples.",
     "generate": "Let a model write, with or without an adapter.",
     "dimension": "Measure how few numbers a task needs: its intrinsic dimension, d90.",
+    "rank": "Say which rank each module needs, from the gradient before training or from an adapter after it.",
     "inspect": "Measure what an adapter learned: spectra and ranks, beside its base or another adapter.",
     "merge": "Merge adapters into a checkpoint on disk, without building the model.",
     "combine": "Make one adapter from several: their exact sum, or TIES, DARE and pruned merges.",

@@ -11,6 +11,7 @@ from lowrank.analysis.as_json import as_json
 from lowrank.analysis.columns import columns
 from lowrank.analysis.inspection import Inspection
 from lowrank.analysis.summary import summary
+from lowrank.cli.table import plain_table
 from lowrank.merge.each_module import silent
 
 
@@ -43,15 +44,7 @@ def show(inspection: Inspection, html: Path | None, as_object: bool) -> None:
     if sys.stdout.isatty():
         _print_styled(before, titles, meanings, rows, after)
     else:
-        print("\n".join([*before, "", *_plain_table([titles, *rows]), *after]))
-
-
-def _plain_table(rows: list[list[str]]) -> Iterator[str]:
-    """Lines of equal columns, however wide: nothing is cut where no one looks."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        yield "  ".join(cells).rstrip()
+        print("\n".join([*before, "", *plain_table([titles, *rows]), *after]))
 
 
 def _print_styled(

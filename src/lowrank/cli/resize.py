@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from lowrank.cli.module_bar import module_bar
+from lowrank.errors import ConfigError
 from lowrank.merge.resize import resize_adapter
 
 command = App(
@@ -15,6 +16,7 @@ command = App(
     help_epilogue="""Examples:
   lowrank resize --adapter big --rank 8 --out small
   lowrank resize --adapter big --energy 0.99 --out small --json
+  lowrank resize --adapter big --ranks ranks.yaml --out small
 
 PEFT loads what is written.""",
 )
@@ -27,6 +29,7 @@ def resize(
     out: Path,
     rank: int | None = None,
     energy: float | None = None,
+    ranks: Path | None = None,
     seed: int = 0,
     allow_pickle: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
@@ -45,6 +48,8 @@ def resize(
         Of every module; with --energy, the most it may be
     energy
         The share of each change to keep, from 0 to 1; every module gets the rank that takes
+    ranks
+        A YAML file of rank and rank_pattern, as `lowrank rank --out` writes it
     seed
         Of the new rows of A, where the rank grows
     allow_pickle
@@ -52,8 +57,34 @@ def resize(
     as_json
         Print the report as one JSON object
     """
+    pattern = None
+    if ranks is not None:
+        if rank is not None or energy is not None:
+            raise ConfigError("--ranks says every module's rank, so --rank and --energy cannot be given with it")
+        rank, pattern = read_ranks(ranks)
     with module_bar("resizing") as progress:
         report = resize_adapter(
-            adapter, out, rank=rank, energy=energy, seed=seed, allow_pickle=allow_pickle, progress=progress
+            adapter,
+            out,
+            rank=rank,
+            energy=energy,
+            ranks=pattern,
+            seed=seed,
+            allow_pickle=allow_pickle,
+            progress=progress,
         )
     print(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {out}")
+
+
+def read_ranks(file: Path) -> tuple[int | None, dict[str, int]]:
+    """(rank, rank_pattern) of a YAML file of settings, of which nothing else is looked at."""
+    from lowrank.train.config_file import check, read_yaml
+    from lowrank.train.settings import AdapterSettings
+
+    written = read_yaml(file, AdapterSettings)
+    found = check(
+        AdapterSettings, {name: written[name] for name in ("rank", "rank_pattern") if name in written}, str(file)
+    )
+    if not found.model_fields_set:
+        raise ConfigError(f"--ranks {file}: neither rank nor rank_pattern is in it")
+    return found.rank if "rank" in written else None, found.rank_pattern

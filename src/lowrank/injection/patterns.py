@@ -1,11 +1,11 @@
 """Which module names a pattern means, with PEFT's semantics, and what was probably meant when it means none."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TypeVar
 
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, TargetError
 
 Value = TypeVar("Value")
 FUSED = re.compile(r"(?P<name>[^\[\]*+?()|^$\\]+)\[(?P<parts>\w+(?:,\s*\w+)*)\]")
@@ -57,6 +57,14 @@ def pattern_value(path: str, table: Mapping[str, Value], default: Value, field: 
         if compile_regex(rf"(.*\.)?({key})$", field).match(path):
             return value
     return default
+
+
+def check_patterns(field: str, keys: Iterable[str], paths: Collection[str]) -> None:
+    """Raise TargetError for the first key that, as `pattern_value` reads it, means none of the paths."""
+    for key in keys:
+        regex = compile_regex(rf"(.*\.)?({key})$", field)
+        if not any(regex.match(path) for path in paths):
+            raise TargetError(f"{field}: {key!r} matches no target{suggestion(key, paths)}")
 
 
 def nearest(name: str, paths: Iterable[str], count: int = 3) -> list[str]:

@@ -6,7 +6,7 @@ from lowrank.core.scaling import lora_scale
 from lowrank.errors import ConfigError, TargetError
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.fused import part_rows
-from lowrank.injection.patterns import compile_regex, pattern_value, suggestion
+from lowrank.injection.patterns import check_patterns, pattern_value
 from lowrank.injection.plan import InjectionPlan, PlanEntry
 from lowrank.injection.targets import check_adaptable, find_targets, named_targets, saved_modules
 from lowrank.injection.tied import sharing_warnings
@@ -27,7 +27,8 @@ def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
     targets = find_targets(model, modules, config, saved)
     check_adaptable(modules, targets)
     entries = tuple(_entry(model, path, modules[path], parts, config) for path, parts in targets.items())
-    _check_patterns(config, targets)
+    check_patterns("rank_pattern", config.rank_pattern, targets)
+    check_patterns("alpha_pattern", config.alpha_pattern, targets)
     _check_dora(config, entries)
     biases = _biases(modules, config, set(targets), set(saved))
     full = [p.numel() for module in saved.values() for p in module.parameters()]
@@ -53,14 +54,6 @@ def _entry(
     alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha, "alpha_pattern")
     parts = part_rows(path, d, part_names, getattr(model, "config", None)) if part_names else ()
     return PlanEntry(path, kind, d, k, rank, alpha, lora_scale(alpha, rank, config.use_rslora), parts, part_names)
-
-
-def _check_patterns(config: LoraConfig, targets: dict[str, tuple[str, ...]]) -> None:
-    for field, keys in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in keys:
-            regex = compile_regex(rf"(.*\.)?({key})$", field)
-            if not any(regex.match(path) for path in targets):
-                raise TargetError(f"{field}: {key!r} matches no target{suggestion(key, targets)}")
 
 
 def _check_dora(config: LoraConfig, entries: tuple[PlanEntry, ...]) -> None:

@@ -1,7 +1,7 @@
 """An adapter at another rank, from its files alone."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from lowrank.checkpoint.read import read_adapter
 from lowrank.core.recompress import recompress
 from lowrank.core.truncation import Cut, check_energy, check_rank
 from lowrank.errors import ConfigError
+from lowrank.injection.patterns import check_patterns, pattern_value
 from lowrank.merge.adapter_folder import AdapterPath, Target, check_out, content_of, write_adapter
 from lowrank.merge.each_module import Progress, for_each, module_seed, one_core_each, silent
 from lowrank.merge.energy import ModuleEnergy, headline, overall
@@ -36,6 +37,7 @@ def resize_adapter(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    ranks: Mapping[str, int] | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
     progress: Progress = silent,
@@ -43,9 +45,12 @@ def resize_adapter(
     """Write to `out` the adapter in `adapter` with another rank and the same scale s in every module.
 
     Downwards ΔW becomes its best approximation, module by module. rank: of every module; energy: the smallest rank that
-    keeps this share of a module's ‖ΔW‖²_F; with both, the smaller of the two. Upwards (by `rank` alone) ΔW stays as it
-    is, and there is room for training: new rows of A are drawn with `seed`, as large as the old ones, and the new
-    columns of B are zero. lora_alpha follows the rank, so that s = lora_alpha/r stays (lora_alpha/√r with rsLoRA).
+    keeps this share of a module's ‖ΔW‖²_F; with both, the smaller of the two; ranks: {regex that ends a module's name:
+    its rank}, first match wins; modules that none matches get `rank`, or else keep the one they have.
+
+    Upwards (without `energy`) ΔW stays as it is, and there is room for training: new rows of A are drawn with `seed`,
+    as large as the old ones, and the new columns of B are zero. lora_alpha follows the rank, so that s = lora_alpha/r
+    stays (lora_alpha/√r with rsLoRA).
 
     For DoRA the ΔW inside the direction is resized and the magnitudes stay; the report says so. Tensors kept in full
     are copied.
@@ -54,13 +59,22 @@ def resize_adapter(
     """
     check_rank(rank)
     check_energy(energy)
-    if rank is None and energy is None:
-        raise ConfigError("resize: give a rank, or the share of the energy to keep")
+    if rank is None and energy is None and not ranks:
+        raise ConfigError("resize: give a rank, ranks by module, or the share of the energy to keep")
+    for pattern in ranks.values() if ranks else ():
+        check_rank(pattern)
     files = read_adapter(adapter, allow_pickle)
     folder = check_out(out, [files.folder])
-    content, cut = content_of(files), Cut(rank, energy)
+    content = content_of(files)
     paths = list(content.targets)
-    results = for_each(paths, lambda path: _resize(path, content.targets[path], cut, seed), progress)
+    check_patterns("ranks", ranks or {}, paths)
+
+    def resize(path: str) -> tuple[Target, ModuleEnergy]:
+        target = content.targets[path]
+        kept = rank if rank is not None or energy is not None else target.a.shape[0]
+        return _resize(path, target, Cut(pattern_value(path, ranks or {}, kept, "ranks"), energy), seed)
+
+    results = for_each(paths, resize, progress)
     targets = dict(zip(paths, (target for target, _ in results), strict=True))
     write_adapter(folder, replace(content, targets=targets))
     modules = tuple(module for _, module in results)

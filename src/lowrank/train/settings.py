@@ -15,8 +15,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
 
 
-class AdapterSettings(Settings):
-    """Which low-rank change is learned: h = W0·x + s·B·A·x, s = alpha/rank (/√rank with rslora)."""
+class TargetSettings(Settings):
+    """Which modules get a low-rank change, of which rank and scale: h = W0·x + s·B·A·x, s = alpha/rank."""
 
     rank: int = Field(8, description="Rank r of the change of every target")
     alpha: float | None = Field(None, description="Scale is alpha / rank; twice the rank where not given")
@@ -27,12 +27,17 @@ class AdapterSettings(Settings):
     )
     exclude: Names = Field((), description="Modules to leave out, names with commas")
     layers: tuple[int, ...] = Field((), description="Numbers of the layers to adapt; all where not given")
+    rslora: bool = Field(False, description="Scale by alpha / √rank instead")
+
+
+class AdapterSettings(TargetSettings):
+    """Which low-rank change is learned, and how it starts."""
+
     dropout: float = Field(0.0, description="Dropout on the input of A while training")
     init: str = Field(
         "gaussian", description="gaussian, kaiming, orthogonal, olora, pissa or pissa_niter_N (fast pissa)"
     )
     dora: bool = Field(False, description="Learn a magnitude per output row beside the direction (DoRA)")
-    rslora: bool = Field(False, description="Scale by alpha / √rank instead")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too")
     modules_to_save: Names = Field((), description="Modules to train and save in full, names with commas")
     rank_pattern: dict[str, int] = Field({}, description="Other ranks: regex that ends a module's name = rank")

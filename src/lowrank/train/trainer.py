@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lowrank.train.names import read_targets
 from lowrank.train.recipe import Recipe
 from lowrank.train.reporting import Log, Reporter, Several
 from lowrank.train.run_folder import LOG, OWN, check_free, claim, save_whole, write_record
-from lowrank.train.settings import DataSettings, RunSettings, TrainSettings
+from lowrank.train.settings import DataSettings, RunSettings, TargetSettings, TrainSettings
 from lowrank.train.summary import summarise
 from lowrank.train.task import Loaded, load
 from lowrank.train.tokens import Encoded, encode
@@ -75,20 +75,27 @@ def run(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResul
     return _result(folder, state)
 
 
-def lora_config(settings: TrainSettings, heads: tuple[str, ...]) -> LoraConfig:
-    """The adapter the settings mean; a classifier's head is trained in full beside it."""
+def target_config(settings: TargetSettings) -> LoraConfig:
+    """The targets, rank and scale that the settings mean, and nothing of what is trained beside them."""
     return LoraConfig(
         r=settings.rank,
         lora_alpha=2 * settings.rank if settings.alpha is None else settings.alpha,
-        lora_dropout=settings.dropout,
         target_modules=read_targets(settings.targets),
         exclude_modules=settings.exclude or None,
         layers_to_transform=settings.layers or None,
+        use_rslora=settings.rslora,
+    )
+
+
+def lora_config(settings: TrainSettings, heads: tuple[str, ...]) -> LoraConfig:
+    """The adapter the settings mean; a classifier's head is trained in full beside it."""
+    return replace(
+        target_config(settings),
+        lora_dropout=settings.dropout,
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
         modules_to_save=tuple(dict.fromkeys((*settings.modules_to_save, *heads))),
         bias=settings.bias,
-        use_rslora=settings.rslora,
         use_dora=settings.dora,
         init_lora_weights=settings.init,
     )

@@ -1,0 +1,82 @@
+"""`lowrank rank`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Group, Parameter
+
+from lowrank.cli.flags import given
+from lowrank.train.config_file import check
+from lowrank.train.rank.settings import AdapterRankSettings, GradientRankSettings, GradientRows
+from lowrank.train.settings import DataSettings, MachineSettings, TargetSettings
+
+command = App(
+    name="rank",
+    help_epilogue="""Examples:
+  lowrank rank --model llama/ --data e2e.csv --targets all-linear \\
+      --rank 8 --out ranks.yaml
+  lowrank train --config ranks.yaml --model llama/ --data e2e.csv --out runs/e2e
+  lowrank rank --adapter runs/e2e --energy 0.95
+  lowrank rank --adapter runs/e2e --budget 50000 --out small.yaml
+  lowrank resize --adapter runs/e2e --ranks small.yaml --out runs/e2e-small
+
+The ranks are a heuristic: what holds a matrix's energy need not be what
+training needs. Measure what they gave.""",
+)
+
+
+@command.default
+def rank(
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    adapter: str | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    out: Path | None = None,
+    json: Annotated[bool, Parameter(negative=())] = False,
+    allow_pickle: Annotated[bool, Parameter(negative=())] = False,
+    targets: Annotated[TargetSettings | None, Parameter(name="*", group=Group("The targets", sort_key=1))] = None,
+    gradient: Annotated[GradientRows | None, Parameter(name="*", group=Group("The gradient", sort_key=2))] = None,
+    rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=3))] = None,
+    machine: Annotated[MachineSettings | None, Parameter(name="*", group=Group("The machine", sort_key=4))] = None,
+) -> None:
+    """Say which rank each module needs: from the gradient before training, or from an adapter after it.
+
+    Parameters
+    ----------
+    model
+        Before training: the folder of a transformers model, or "nano"
+    data
+        Before training: a jsonl, csv or tsv file to take the gradient on
+    adapter
+        After training: the folder of an adapter, whose ΔW is measured exactly
+    energy
+        The share of a module's energy (its sum of σ²) that its rank should hold; 0.9 where not given
+    budget
+        Numbers to give out to all A and B; before training those of the uniform --rank where not given. After
+        it every module gets the rank that holds --energy, where neither --budget nor --rank is given
+    out
+        A YAML file to write the ranks to, for `train --config` or `resize --ranks`
+    json
+        Print every number as one JSON object
+    allow_pickle
+        Read an old adapter's .bin file, with weights_only
+    """
+    from lowrank.cli.rank_display import show, write
+
+    flags = given(targets, gradient, rows, machine, model=model, data=data, energy=energy, budget=budget)
+    if adapter is not None:
+        from lowrank.train.rank.choice import from_adapter
+
+        choice = from_adapter(check(AdapterRankSettings, {**flags, "adapter": adapter, "allow_pickle": allow_pickle}))
+    else:
+        from lowrank.cli.module_bar import module_bar
+        from lowrank.train.rank.choice import from_gradient
+
+        settings = check(GradientRankSettings, flags)
+        with module_bar("gradient") as progress:
+            choice = from_gradient(settings, progress)
+    if out is not None:
+        write(choice, out)
+    show(choice, out, as_object=json)
