@@ -1,11 +1,12 @@
 """What following `lowrank rank` gave: its ranks beside a uniform rank of as many parameters, before and after training.
 
 before  trained with the ranks that the gradient proposes, beside uniform rank 4, at one learning rate
-after   a trained adapter of a high rank, resized without training to the ranks that its ΔW proposes, beside uniform ones
+after   a trained adapter, resized without training to the ranks that its ΔW proposes, beside a uniform lower rank
 """
 
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from common import RUNS, Result, kept
 from tasks import Job, tasks
 from trainings import SEEDS, run_task
 
+from lowrank.checkpoint import read_adapter
 from lowrank.merge.resize import resize_adapter
-from lowrank.train.evaluation import Scores
 from lowrank.train.evaluator import evaluate
 from lowrank.train.rank import AdapterRankSettings, Choice, GradientRankSettings, from_adapter, from_gradient
 from lowrank.train.settings import EvalSettings
@@ -23,7 +24,6 @@ UNIFORM = 4
 TARGETS = {"sst2": "query,value", "e2e": "all-linear"}
 RATE = {"sst2": 2e-3, "e2e": 1e-2}
 TRAINED = {"sst2": ("qv-r64", 4), "e2e": ("all-r8", 2)}  # the adapter to resize, and the uniform rank to go down to
-
 COMMAND = "python scripts/paper --ranks"
 
 
@@ -31,24 +31,9 @@ def measure_ranks(again: bool = False) -> Iterator[Result]:
     """Every training and every resizing, seed by seed."""
     for seed in SEEDS:
         for task in TARGETS:
-            for arm in ("uniform", "gradient"):
-                yield kept(
-                    f"ranks-{task}-{arm}-seed{seed}", lambda t=task, a=arm, s=seed: before(t, a, s), COMMAND, again
-                )
-            yield kept(f"ranks-{task}-resized-seed{seed}", lambda t=task, s=seed: after(t, s), COMMAND, again)
-
-
-def before(task: str, arm: str, seed: int) -> Result:
-    """One training; the gradient is taken with the training's seed, so with its new head."""
-    how, found = tasks()[task], None
-    changes: dict[str, Any] = {"targets": TARGETS[task], "rank": UNIFORM}
-    if arm == "gradient":
-        found = propose(task, seed)
-        changes = found.config
-    out = RUNS / f"ranks-{task}-{arm}-seed{seed}"
-    scores = run_task(how, Job(changes), RATE[task], seed, out, scored(task))
-    parameters = count(out)
-    return {**_figures(task, arm, seed, scores), "low_rank_parameters": parameters, "ranks": _ranks(found)}
+            jobs = {arm: partial(before, task, arm, seed) for arm in ("uniform", "gradient")}
+            for name, job in {**jobs, "resized": partial(after, task, seed)}.items():
+                yield kept(f"ranks-{task}-{name}-seed{seed}", job, COMMAND, again)
 
 
 def scored(task: str) -> Result:
@@ -57,6 +42,24 @@ def scored(task: str) -> Result:
     if task != "e2e":
         return how.scored
     return {"eval_data": str(Path(how.settings["data"]).with_name("devset.csv")), "eval_rows": 1000}
+
+
+def before(task: str, arm: str, seed: int) -> Result:
+    """One training; the gradient is taken with the training's seed, so with its new head."""
+    found = propose(task, seed) if arm == "gradient" else None
+    changes: dict[str, Any] = {"targets": TARGETS[task], "rank": UNIFORM} if found is None else found.config
+    out = RUNS / f"ranks-{task}-{arm}-seed{seed}"
+    scores = run_task(tasks()[task], Job(changes), RATE[task], seed, out, scored(task))
+    return {
+        "task": task,
+        "arm": arm,
+        "seed": seed,
+        "rate": RATE[task],
+        "accuracy": scores.accuracy,
+        "loss": scores.loss,
+        "low_rank_parameters": count(out),
+        "ranks": UNIFORM if found is None else list(found.proposal.ranks),
+    }
 
 
 def propose(task: str, seed: int) -> Choice:
@@ -71,22 +74,16 @@ def after(task: str, seed: int) -> Result:
     """The scores of a trained adapter as it is, at a uniform lower rank, and at the ranks its ΔW proposes."""
     job, uniform = TRAINED[task]
     trained = RUNS / f"{task}-{job}-seed{seed}"
-    choice = from_adapter(AdapterRankSettings(adapter=str(trained), rank=uniform))
-    found = {"trained": _evaluated(task, trained)}
-    for name, how in (
-        ("uniform", {"rank": uniform}),
-        ("spectrum", dict(zip(("rank", "ranks"), _pattern(choice), strict=True))),
-    ):
-        out = RUNS / "resized" / f"{task}-{name}-seed{seed}"
+    config = from_adapter(AdapterRankSettings(adapter=str(trained), rank=uniform)).config
+    arms = {"uniform": {"rank": uniform}, "spectrum": {"rank": config["rank"], "ranks": config["rank_pattern"]}}
+    found: Result = {"trained": _evaluated(task, trained)}
+    for arm, how in arms.items():
+        out = RUNS / "resized" / f"{task}-{arm}-seed{seed}"
         shutil.rmtree(out, ignore_errors=True)
         report = resize_adapter(trained, out, **how)
-        shutil.copy(trained / "run.json", out)
-        found[name] = {**_evaluated(task, out), "kept": report.kept, "low_rank_parameters": count(out)}
+        shutil.copy(trained / "run.json", out)  # how rows become tokens, for the evaluation
+        found[arm] = {**_evaluated(task, out), "kept": report.kept, "low_rank_parameters": count(out)}
     return {"task": task, "seed": seed, "adapter": f"{task}-{job}", "uniform_rank": uniform, **found}
-
-
-def _pattern(choice: Choice) -> tuple[int, dict[str, int]]:
-    return choice.config["rank"], choice.config["rank_pattern"]
 
 
 def _evaluated(task: str, adapter: Path) -> Result:
@@ -96,24 +93,7 @@ def _evaluated(task: str, adapter: Path) -> Result:
     return {"accuracy": found.accuracy, "loss": found.loss}
 
 
-def _figures(task: str, arm: str, seed: int, scores: Scores) -> Result:
-    return {
-        "task": task,
-        "arm": arm,
-        "seed": seed,
-        "rate": RATE[task],
-        "accuracy": scores.accuracy,
-        "loss": scores.loss,
-    }
-
-
-def _ranks(found: Choice | None) -> Any:
-    return UNIFORM if found is None else list(found.proposal.ranks)
-
-
 def count(folder: Path) -> int:
     """Numbers in all A and B."""
-    from lowrank.checkpoint import read_adapter
-
     files = read_adapter(folder)
     return sum(sum(factor.numel() for factor in files.pair(path)) for path in files.low_rank)
