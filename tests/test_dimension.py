@@ -11,8 +11,9 @@ from torch import nn
 from lowrank.cli import main
 from lowrank.core.fastfood import Fastfood
 from lowrank.errors import ConfigError
-from lowrank.train.dimension import Crossing, DimensionSettings, crossing, measure_dimension
+from lowrank.train.dimension import Crossing, DimensionSettings, crossing, ladder, measure_dimension
 from lowrank.train.dimension.subspace import Subspace
+from lowrank.train.dimension.training import Point
 from train_models import completion_rows, label_rows, save_bert, save_llama, write_jsonl
 
 
@@ -138,6 +139,86 @@ def test_of_several_rates_the_best_counts(llama: dict[str, Any], tmp_path: Path)
     assert [max(pair, key=lambda point: point.score) for pair in zip(one, other, strict=True)] == list(both)
     assert one[0].lr == pytest.approx(100 * other[0].lr)
     assert both[0].score > other[0].score
+
+
+def test_a_rate_that_diverges_is_lost_and_the_others_count(llama: dict[str, Any], tmp_path: Path) -> None:
+    one, two = (
+        measure_dimension(settings(llama, tmp_path / name, ladder=(64,), seeds=1, rates=rates)).points
+        for name, rates in [("one", "1"), ("two", "1,1e25")]
+    )
+    assert one == two
+
+
+def test_where_every_rate_diverges_the_run_ends_with_the_points_it_has(
+    llama: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call({**llama, "seeds": 1}, tmp_path / "out", "--rates", "1e25,1e26") == 2
+    error = capsys.readouterr().err
+    assert "full, seed 0: step" in error and "--rates" in error and error.count("\n") == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"dimension-settings.json"}
+
+
+def test_a_full_disk_loses_no_finished_point(
+    llama: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = ladder.write_file
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "point-4-seed0.json":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, data)
+
+    monkeypatch.setattr(ladder, "write_file", full)
+    assert call(llama, tmp_path / "out", "--ladder", "4,64", "--seeds", "1") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert sorted(files(tmp_path / "out")) == [
+        "dimension-settings.json",
+        "point-frozen-seed0.json",
+        "point-full-seed0.json",
+    ]
+    monkeypatch.undo()
+    measure_dimension(settings(llama, tmp_path / "out", seeds=1))
+    measure_dimension(settings(llama, tmp_path / "whole", seeds=1))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_d90_is_read_at_nine_tenths_of_the_gain_and_of_the_accuracy(llama: dict[str, Any], tmp_path: Path) -> None:
+    def scored(name: str, score: float) -> Point:
+        return Point(name, 0, 1, 1e-3, 0.0, score, score)
+
+    points = [scored("full", 1.0), scored("frozen", 0.5), scored("4", 0.85), scored("64", 1.0)]
+    asked = settings(llama, tmp_path, seeds=1)
+    found = ladder.summarised(asked, 100, "accuracy", points)
+    assert found.of_gain == (crossing({4: 0.85, 64: 1.0}, 0.95),)  # 0.5 + 0.9·(1 − 0.5)
+    assert found.of_score == (crossing({4: 0.85, 64: 1.0}, 0.9),)
+    assert ladder.summarised(asked, 100, "loss", points).of_score == (None,)
+    level = [scored("full", 0.5), scored("frozen", 0.5), *points[2:]]
+    assert ladder.summarised(asked, 100, "accuracy", level).of_gain == (None,)
+
+
+def test_scales_of_the_modules_reach_what_one_subspace_cannot() -> None:
+    """θ0 + λ·P·z with another λ for each module is not in the range of P; SAID finds it and the direct form cannot."""
+    model = small()
+    names = list(dict(model.named_parameters()))
+    truth = Subspace(model, names, 6, 5, scaled=True)
+    with torch.no_grad():
+        truth.z.copy_(torch.tensor([1.0, -2.0, 1.5, 0.5]))
+        assert truth.scales is not None
+        truth.scales.copy_(torch.tensor([3.0, -1.0]))
+        wanted = {name: value.clone() for name, value in truth.weights().items()}
+
+    def left(scaled: bool) -> float:
+        space = Subspace(model, names, 6 if scaled else 4, 5, scaled)
+        optimiser = torch.optim.Adam(space.parameters(), lr=0.05)
+        for _ in range(400):
+            optimiser.zero_grad()
+            moved = space.weights()
+            loss = sum(((moved[name] - wanted[name]).square().sum() for name in names), torch.zeros(()))
+            torch.autograd.backward(loss)
+            optimiser.step()
+        return float(loss.detach())
+
+    assert left(True) < 1e-3 < 1.0 < left(False)
 
 
 def call(common: dict[str, Any], out: Path, *more: str) -> int:

@@ -5,7 +5,8 @@ LowrankError
 ├── TargetError      patterns that match nothing, or modules that cannot be adapted
 ├── CheckpointError  adapter or model files that are missing, damaged or of another shape
 ├── MergeError       a merge that would not be exact, or not finite
-└── DataError        rows, columns or files of training data
+├── DataError        rows, columns or files of training data
+└── Diverged         a training whose loss or gradient stopped being finite
 """
 
 
@@ -31,6 +32,10 @@ class MergeError(LowrankError):
 
 class DataError(LowrankError):
     """Training data that cannot be used, named by file, line and field."""
+
+
+class Diverged(LowrankError):  # noqa: N818  the field's word
+    """A training whose loss or gradient is not finite any more, so that nothing can be learned from there."""
 
 
 class LowrankWarning(UserWarning):

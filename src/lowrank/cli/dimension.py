@@ -8,12 +8,12 @@ from cyclopts import App, Group, Parameter
 
 from lowrank.cli.flags import given
 from lowrank.train.config_file import resolve
-from lowrank.train.dimension.settings import DimensionSettings, LadderSettings
-from lowrank.train.settings import DataSettings, LoopSettings, MachineSettings
+from lowrank.train.dimension.settings import DimensionSettings, LadderSettings, TrainingSettings
+from lowrank.train.settings import DataSettings, MachineSettings
 
 if TYPE_CHECKING:
     from lowrank.train.dimension import Crossing, Measured
-    from lowrank.train.dimension.ladder import Point
+    from lowrank.train.dimension.training import Point
 
 command = App(
     name="dimension",
@@ -36,7 +36,7 @@ def dimension(
     json: bool = False,
     ladder: Annotated[LadderSettings | None, Parameter(name="*", group=Group("The subspaces", sort_key=1))] = None,
     rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=2))] = None,
-    loop: Annotated[LoopSettings | None, Parameter(name="*", group=Group("Every training", sort_key=3))] = None,
+    loop: Annotated[TrainingSettings | None, Parameter(name="*", group=Group("Every training", sort_key=3))] = None,
     machine: Annotated[MachineSettings | None, Parameter(name="*", group=Group("The machine", sort_key=4))] = None,
 ) -> None:
     """Measure a task's intrinsic dimension: in how small a random subspace of the weights it can be learned.

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowrank.errors import LowrankError
+from lowrank.errors import Diverged
 from lowrank.train.batches import chunks, endless_batches
 from lowrank.train.evaluation import Measure, Scores, score
 from lowrank.train.optimiser import Optimiser
 from lowrank.train.reporting import Progress, Reporter
 from lowrank.train.schedule import rate_factor
-from lowrank.train.settings import LoopSettings
+from lowrank.train.settings import LoopSettings, StepSettings
 from lowrank.train.tokens import Example
 
 
@@ -49,7 +49,7 @@ class Interval:
     seconds: float = 0.0
 
 
-def steps_of(settings: LoopSettings, rows: int) -> int:
+def steps_of(settings: StepSettings, rows: int) -> int:
     """How many steps the settings mean for so many rows: `steps`, or `epochs` passes over the rows."""
     if settings.steps is not None:
         return settings.steps
@@ -77,7 +77,7 @@ class Loop:
     def run(self) -> LoopState:
         """Take all steps, and leave the model in evaluation mode.
 
-        With `keep="best"` the weights of the best evaluation are put back at the end. Raises LowrankError, naming the
+        With `keep="best"` the weights of the best evaluation are put back at the end. Raises Diverged, naming the
         step, where the loss or the gradient stops being finite.
         """
         state, settings = self.state, self.settings
@@ -161,7 +161,7 @@ class Loop:
 def _check_finite(step: int, loss: float, norm: float) -> None:
     if not math.isfinite(loss) or not math.isfinite(norm):
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        raise LowrankError(
+        raise Diverged(
             f"step {step}: {what}, so nothing more can be learned, and nothing was saved; try a smaller --lr, a longer "
             "--warmup, or --dtype float32"
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lowrank.train.settings import LoopSettings
+from lowrank.train.settings import StepSettings
 
 
 class Optimiser:
@@ -16,7 +16,7 @@ class Optimiser:
     and that it is rounded from: a step is mostly smaller than half a bfloat16 unit, and would be lost.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], settings: LoopSettings) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: StepSettings) -> None:
         self.parameters = list(parameters)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         self.rate = settings.lr

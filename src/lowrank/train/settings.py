@@ -70,8 +70,8 @@ class DataSettings(Settings):
         return self
 
 
-class LoopSettings(Settings):
-    """How long, how fast, and what is looked at on the way."""
+class StepSettings(Settings):
+    """How long and how fast a training is, and on which rows it is measured."""
 
     steps: int | None = Field(None, ge=1, description="Optimiser steps to take")
     epochs: float | None = Field(None, gt=0, description="Or passes over the data; 1 where neither is given")
@@ -87,14 +87,19 @@ class LoopSettings(Settings):
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
     clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 for no limit")
     group_by_length: bool = Field(False, description="Put rows of like length together: less padding, another order")
-    gradient_checkpointing: bool = Field(False, description="Compute activations twice: slower, much less memory")
     eval_data: str | None = Field(None, description="File to evaluate on while training")
     eval_split: float = Field(0.0, ge=0, lt=1, description="Or the share of --data to hold out, chosen by the seed")
     eval_rows: int | None = Field(None, ge=1, description="Evaluate on so many rows, spread evenly; all if not given")
+    seed: int = Field(0, ge=0, lt=2**63, description="Start of everything random; same seed, same bytes")
+
+
+class LoopSettings(StepSettings):
+    """What is looked at on the way, what is kept, and what memory it may take."""
+
+    gradient_checkpointing: bool = Field(False, description="Compute activations twice: slower, much less memory")
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; a fifth of all if not given")
     keep: Literal["last", "best"] = Field("last", description="Save the last weights, or those of the best evaluation")
     log_every: int = Field(10, ge=1, description="Steps between lines of the log")
-    seed: int = Field(0, ge=0, lt=2**63, description="Start of everything random; same seed, same bytes")
 
 
 class MachineSettings(Settings):
@@ -106,14 +111,14 @@ class MachineSettings(Settings):
     device: str | None = Field(None, description="cpu, cuda, cuda:1...; a GPU if there is one, where not given")
 
 
-class RunSettings(DataSettings, LoopSettings, MachineSettings):
+class RunSettings(DataSettings, StepSettings, MachineSettings):
     """What every kind of training needs."""
 
     model: str = Field(description='The folder of a transformers model, or "nano", the one that ships with lowrank')
     data: str = Field(description="A jsonl, csv or tsv file")
 
 
-class TrainSettings(AdapterSettings, RunSettings):
+class TrainSettings(AdapterSettings, LoopSettings, RunSettings):
     """Everything `lowrank.train.run` needs. `model`, `data` and `out` are required."""
 
     out: str = Field(description="The folder to make: adapter, log and resolved settings")

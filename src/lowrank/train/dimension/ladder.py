@@ -1,51 +1,26 @@
 """The ladder: full fine-tuning, frozen features and a subspace of every d, all to the same budget, for every seed."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lowrank.checkpoint.atomic import write_file
 from lowrank.errors import CheckpointError, ConfigError, DataError
-from lowrank.injection.config import LoraConfig
-from lowrank.injection.planning import plan
-from lowrank.train.dataset import Dataset, Kind
+from lowrank.train.dataset import Dataset
 from lowrank.train.dimension.crossing import Crossing, crossing
 from lowrank.train.dimension.settings import DimensionSettings
-from lowrank.train.dimension.subspace import Subspace, check_dimension, owners
-from lowrank.train.evaluation import Scores, score
-from lowrank.train.loop import Loop, steps_of
+from lowrank.train.dimension.subspace import check_dimension, owners
+from lowrank.train.dimension.training import FROZEN, FULL, Point, Task, moving_names
 from lowrank.train.models import find_model
-from lowrank.train.names import read_targets
 from lowrank.train.reporting import Reporter
 from lowrank.train.task import Loaded, load
-from lowrank.train.tokens import Encoded, encode
-from lowrank.train.trainer import labels_of, read_rows, recipe_of, seeded
+from lowrank.train.tokens import encode
+from lowrank.train.trainer import labels_of, read_rows, recipe_of
 
 SETTINGS = "dimension-settings.json"
 RESULT = "dimension.json"
-FULL, FROZEN = "full", "frozen"
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One finished training. name: "full", "frozen" or the d; trained: how many numbers moved; lr: at its highest.
-
-    score: the accuracy where rows are classified, and minus the loss where text is written; higher is better.
-    """
-
-    name: str
-    seed: int
-    trained: int
-    lr: float
-    loss: float
-    accuracy: float
-    score: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +60,7 @@ def measure_dimension(
 
     Raises LowrankError for whatever is wrong with settings, data or model, before anything is trained.
     """
-    base = find_model(settings.model)
-    rows, held_out = _rows(settings)
-    labels = labels_of(base, rows)
-    _check_ladder(settings, load(base, rows.kind, labels, settings))
+    task = _task(settings)
     folder = _claim(settings)
     points: list[Point] = []
     weights = 0
@@ -98,37 +70,26 @@ def measure_dimension(
             point = _kept(file)
             if point is None:
                 told(f"{name}, seed {seed}", None)
-                fresh = partial(
-                    _run, base, rows, held_out, labels, settings.model_copy(update={"seed": seed}), reporter
-                )
-                point = max((fresh(name, rate) for rate in settings.rates), key=lambda point: point.score)
+                point = task.point(name, seed, reporter)
                 write_file(file, (json.dumps(asdict(point), indent=2, allow_nan=False) + "\n").encode())
             told(f"{name}, seed {seed}", point)
             weights = point.trained if name == FULL else weights
             points.append(point)
-    measured = _measured(settings, weights, "accuracy" if rows.kind == "classification" else "loss", points)
+    metric = "accuracy" if task.recipe.kind == "classification" else "loss"
+    measured = summarised(settings, weights, metric, points)
     write_file(folder / RESULT, (json.dumps(measured.as_json(), indent=2, allow_nan=False) + "\n").encode())
     return measured
 
 
-def _run(
-    base: Path,
-    rows: Dataset,
-    held_out: Dataset,
-    labels: tuple[str, ...],
-    settings: DimensionSettings,
-    reporter: Reporter | None,
-    name: str,
-    rate: float,
-) -> Point:
-    """One training, of a model that is loaded for it, at `rate` times the rate of the rule."""
-    with seeded(settings.seed):
-        loaded = load(base, rows.kind, labels, settings)
-        recipe = recipe_of(settings, rows, labels, loaded)
-        data = encode(rows, loaded.tokenizer, recipe)
-        evaluated = encode(held_out, loaded.tokenizer, recipe)
-        scaled = settings.model_copy(update={"lr": settings.lr * rate})
-        return _Run(loaded, rows.kind, scaled, data, evaluated, reporter).point(name)
+def _task(settings: DimensionSettings) -> Task:
+    """The rows as tokens, once for all trainings; a ladder that cannot be is refused here."""
+    base = find_model(settings.model)
+    rows, held_out = _rows(settings)
+    loaded = load(base, rows.kind, labels := labels_of(base, rows), settings)
+    _check_ladder(settings, loaded)
+    recipe = recipe_of(settings, rows, labels, loaded)
+    data, evaluated = (encode(part, loaded.tokenizer, recipe) for part in (rows, held_out))
+    return Task(base, recipe, data, evaluated, settings)
 
 
 def _rows(settings: DimensionSettings) -> tuple[Dataset, Dataset]:
@@ -154,7 +115,7 @@ def _check_ladder(settings: DimensionSettings, loaded: Loaded) -> None:
 def _claim(settings: DimensionSettings) -> Path:
     """The folder, which must hold nothing, or points of the same settings; more seeds and more d may come."""
     folder = Path(settings.out)
-    own = settings.model_dump(mode="json", exclude={"out", "ladder", "seeds", "log_every", "eval_every"})
+    own = settings.model_dump(mode="json", exclude={"out", "ladder", "seeds"})
     file = folder / SETTINGS
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -183,67 +144,8 @@ def _kept(file: Path) -> Point | None:
         raise CheckpointError(f"{file} is not a point of this program; remove it, and it is run again") from None
 
 
-def moving_names(loaded: Loaded, settings: DimensionSettings) -> list[str]:
-    """The parameters that make up θ: all, or the targets' weights and the head."""
-    model = loaded.model
-    names = [name for name, _ in model.named_parameters()]
-    if settings.over == "all":
-        return names
-    config = LoraConfig(target_modules=read_targets(settings.targets), modules_to_save=loaded.heads)
-    done = plan(model, config)
-    heads = tuple(f"{path}." for path in done.saved_modules)
-    targets = {f"{entry.path}.weight" for entry in done.entries}
-    return [name for name in names if name in targets or name.startswith(heads)]
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """One training of a freshly loaded model."""
-
-    loaded: Loaded
-    kind: Kind
-    settings: DimensionSettings
-    data: Encoded
-    evaluated: Encoded
-    reporter: Reporter | None
-
-    def point(self, name: str) -> Point:
-        """Train what the name says."""
-        names = moving_names(self.loaded, self.settings)
-        model = self.loaded.model
-        parameters = dict(model.named_parameters())
-        total = sum(parameters[moving].numel() for moving in names)
-        if name == FULL:
-            return self._trained(name, model, _only(model, set(names)), total)
-        if name == FROZEN:
-            heads = {n for n in parameters if n.startswith(tuple(f"{head}." for head in self.loaded.heads))}
-            return self._trained(name, model, _only(model, heads), total)
-        subspace = Subspace(model, names, int(name), self.settings.seed, self.settings.method == "said")
-        return self._trained(name, subspace, int(name), total)
-
-    def _trained(self, name: str, model: nn.Module, moving: int, total: int) -> Point:
-        measure = self.loaded.measure(self.kind)
-        held_out = self.evaluated.examples
-        rate = self.settings.lr * math.sqrt(total / moving) if moving else 0.0
-        if moving:
-            steps = steps_of(self.settings, len(self.data.examples))
-            settings = self.settings.model_copy(update={"lr": rate, "steps": steps, "eval_every": steps})
-            Loop(model, self.data.examples, [], measure, settings, self.reporter or Reporter()).run()
-        scores: Scores = score(model, held_out, measure, self.settings.micro_batch or self.settings.batch_size)
-        best = scores.accuracy if self.kind == "classification" else -scores.loss
-        if not math.isfinite(best):
-            raise DataError(f"{name}, seed {self.settings.seed}: the loss is {scores.loss}; try a smaller --lr")
-        return Point(name, self.settings.seed, moving, rate, scores.loss, scores.accuracy, best)
-
-
-def _only(model: nn.Module, names: set[str]) -> int:
-    """In place: train these parameters alone. Returns how many numbers they are."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _measured(settings: DimensionSettings, weights: int, metric: str, points: list[Point]) -> Measured:
+def summarised(settings: DimensionSettings, weights: int, metric: str, points: list[Point]) -> Measured:
+    """Where d90 lies in each seed, from the finished points."""
     of_gain, of_score = [], []
     for full, frozen, curve in _by_seed(settings, points):
         better = full > frozen

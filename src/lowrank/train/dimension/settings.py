@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lowrank.train.settings import RunSettings, Settings
+from lowrank.train.settings import RunSettings, Settings, StepSettings
 
 
 def _numbers(value: object) -> object:
@@ -43,8 +43,18 @@ class LadderSettings(Settings):
         return self
 
 
-class DimensionSettings(LadderSettings, RunSettings):
-    """Everything `measure_dimension` needs. Rows to measure on: a tenth of the data where nothing else is said."""
+class TrainingSettings(StepSettings):
+    """What every training of the ladder has in common, and the rows that it is measured on."""
+
+    eval_data: str | None = Field(None, description="File to measure on")
+    eval_split: float = Field(
+        0.1, gt=0, lt=1, description="Or the share of --data to hold out and measure on, chosen by the seed"
+    )
+    eval_rows: int | None = Field(None, ge=1, description="Measure on so many rows, spread evenly; all if not given")
+
+
+class DimensionSettings(LadderSettings, TrainingSettings, RunSettings):
+    """Everything `measure_dimension` needs."""
 
     out: str = Field(description="The folder of finished points; what is there already is not run again")
 
@@ -56,8 +66,6 @@ class DimensionSettings(LadderSettings, RunSettings):
             raise ValueError("eval_data and eval_split cannot both be given")
         if self.targets is not None and self.over == "all":
             raise ValueError("targets needs --over targets")
-        if self.keep != "last":
-            raise ValueError("every point is trained to the same budget, so keep must be last")
         if self.dtype not in (None, "float32"):
             raise ValueError("the subspace is trained in float32, so dtype must be float32")
         return self
@@ -65,4 +73,4 @@ class DimensionSettings(LadderSettings, RunSettings):
     @property
     def share_held_out(self) -> float:
         """The share of the data that is measured on."""
-        return 0.0 if self.eval_data is not None else self.eval_split or 0.1
+        return 0.0 if self.eval_data is not None else self.eval_split
