@@ -85,10 +85,10 @@ MUTATIONS: dict[str, Mutation] = {
     "dora: bias scaled too": Mutation(
         "layers/linear.py", "plain = base if self.bias is None else base - self.bias", "plain = base", ANSWERS
     ),
-    "linear: no scale": Mutation("layers/linear.py", "f.full_b(f.b) * f.scale for", "f.full_b(f.b) for", ANSWERS),
-    "linear: one adapter of several": Mutation("layers/linear.py", "if len(active) == 1:", "if True:", ANSWERS),
+    "linear: no scale": Mutation("layers/linear.py", "f.full_b(f.b), f.scale) for", "f.full_b(f.b), 1.0) for", ANSWERS),
+    "linear: one adapter of several": Mutation("kernels/fused.py", "if len(pairs) == 1:", "if True:", ANSWERS),
     "linear: parts not put on their rows": Mutation(
-        "layers/linear.py", "f.full_b(f.b) * f.scale for", "f.b * f.scale for", ANSWERS
+        "layers/linear.py", "f.full_b(f.b), f.scale) for", "f.b, f.scale) for", ANSWERS
     ),
     "linear: no start factors": Mutation(
         "layers/linear.py",
@@ -106,7 +106,7 @@ MUTATIONS: dict[str, Mutation] = {
         ANSWERS,
     ),
     "fused: another mask in backward": Mutation(
-        "kernels/fused.py", "ds.t() @ ctx.mask.apply(x)", "ds.t() @ x", GRADIENTS
+        "kernels/fused.py", "torch.mm(ds.t(), ctx.mask.apply(x))", "torch.mm(ds.t(), x)", GRADIENTS
     ),
     "fused: input gradient of the base alone": Mutation(
         "kernels/fused.py",

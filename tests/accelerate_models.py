@@ -145,9 +145,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ranks: list[int] = []
     fused = lowrank.peft.layer.fused_linear
 
-    def counting(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout: float = 0.0) -> Tensor:
+    def counting(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *rest: float) -> Tensor:
         ranks.append(a.shape[0])
-        return fused(x, weight, bias, a, b, dropout)
+        return fused(x, weight, bias, a, b, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(lowrank.peft.layer, "fused_linear", counting)

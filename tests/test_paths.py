@@ -1,16 +1,19 @@
 """Which path computes which layer is said, and said truly."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import lowrank
-from lowrank import LoraConfig
+from lowrank import LoraConfig, inject
 from lowrank.cli import main
 from lowrank.injection.paths import execution_paths, shared_inputs
 from lowrank.kernels import fused
+from lowrank.kernels.shared_input import SharedInput
 
 
 class Shifted(nn.Linear):
@@ -97,3 +100,39 @@ def test_doctor_describes_a_model_from_its_config_alone(tmp_path, capsys):
     assert told["machine"]["torch"] == torch.__version__
     assert main(["doctor", "--model", str(tmp_path), "--targets", "q_porj"]) == 2
     assert "nearest: q_proj" in capsys.readouterr().err
+
+
+class Saved:
+    """A tensor that autograd keeps, in a box that can be watched."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_is_kept_once_the_answer_is_gone(backward):
+    """Not for the garbage collector to find: a circle through autograd's graph is one that it does not see through."""
+    model = block()
+    inject(model, LoraConfig(r=2, target_modules=["q", "k", "v", "o"]))
+    kept = []
+
+    def pack(tensor):
+        kept.append(weakref.ref(box := Saved(tensor)))
+        return box
+
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+            for _ in range(3):
+                x = torch.randn(4, 6, requires_grad=True)
+                y = model(x.sin())
+                if backward:
+                    y.sum().backward()
+        assert len(kept) >= 12
+        assert any(box() is not None for box in kept) != backward
+        del x, y
+        assert not any(box() is not None for box in kept)
+        assert not any(isinstance(found, SharedInput) for found in gc.get_objects())
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ nothing is kept for a gradient of the frozen weight, and no input gradient is fo
 Per T×d output that is 6·r·T·(k + d) operations beyond the frozen layer's, the least there is when S is kept.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,21 +39,36 @@ def reason_against(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
     return None
 
 
-def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout: float = 0.0) -> Tensor:
-    """W0·x + bias + B·A·dropout(x) with the scale already in B: x (..., k), weight (d, k), a (r, k), b (d, r).
+def stacked(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:
+    """Σ s_i·B_i·A_i as one (A, B, s): A = [A₁; A₂; …], B = [s₁·B₁, s₂·B₂, …], s = 1; a single one as it is."""
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([a for a, _, _ in pairs]), torch.cat([b * scale for _, b, scale in pairs], dim=1), 1.0
 
-    a and b are rounded to x's dtype. `weight` may be a transposed view (Conv1D): no copy is made. The dropout mask is
-    not kept: it is drawn again in backward from the same seed. Second derivatives are refused by autograd.
+
+def fused_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float = 1.0, dropout: float = 0.0
+) -> Tensor:
+    """W0·x + bias + s·B·A·dropout(x): x (..., k), weight (d, k), a (r, k), b (d, r).
+
+    a and s·b are rounded to x's dtype, inside of the function, so that autograd sees one node. `weight` may be a
+    transposed view (Conv1D): no copy is made. The dropout mask is not kept: it is drawn again in backward from the same
+    seed. Second derivatives are refused by autograd.
     """
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, a, b))
     if not tracked and not dropout and thin_products_are_slow(x):
-        return F.linear(x, weight, bias) + F.linear(F.linear(x.float(), a.float()), b.float()).to(x.dtype)
-    a, b = a.to(x.dtype), b.to(x.dtype)
+        low_rank = F.linear(F.linear(x.float(), a.float()), (b * scale).float())
+        return F.linear(x, weight, bias) + low_rank.to(x.dtype)
     if not tracked:
-        return _forward(x, weight, bias, a, b, _Mask(dropout, x), keep=False)[0]
+        return _forward(x, weight, bias, a.to(x.dtype), _scaled(b, scale, x), _Mask(dropout, x), keep=False)[0]
     shared = shared_input(x)
-    result: Tensor = _FusedLinear.apply(shared.token, x.detach(), weight, bias, a, b, shared, dropout)  # type: ignore[no-untyped-call]
+    result: Tensor = _FusedLinear.apply(shared.token, x.detach(), weight, bias, a, b, shared, scale, dropout)  # type: ignore[no-untyped-call]
     return result
+
+
+def _scaled(b: Tensor, scale: float, x: Tensor) -> Tensor:
+    """s·B in x's dtype."""
+    return (b if scale == 1.0 else b * scale).to(x.dtype)
 
 
 class _Mask:
@@ -81,9 +97,9 @@ def _forward(
     order = choose_order(rows.shape[0], k, d, a.shape[0], x.dtype, x.device.type)
     if order.fold and not mask.probability:
         h = F.linear(rows, torch.addmm(weight, b, a), bias)  # (T, d)
-        s = rows @ a.t() if keep else None  # (T, r)
+        s = torch.mm(rows, a.t()) if keep else None  # (T, r)
     else:
-        s = mask.apply(rows) @ a.t()  # (T, r)
+        s = torch.mm(mask.apply(rows), a.t())  # (T, r)
         h = products.plus_low_rank(rows, weight.t(), s, b.t(), bias)  # (T, d)
     # a view made in a Function may not be written to by the caller (ReLU(inplace=True)): this one counts as no view
     return torch.ops.aten._unsafe_view(h, (*x.shape[:-1], d)), rows, s
@@ -100,9 +116,11 @@ class _FusedLinear(Function):
         a: Tensor,
         b: Tensor,
         shared: SharedInput,
+        scale: float,
         dropout: float,
     ) -> Tensor:
-        ctx.mask, ctx.shared = _Mask(dropout, x), shared
+        ctx.mask, ctx.shared, ctx.scale, ctx.masters = _Mask(dropout, x), shared, scale, (a.dtype, b.dtype)
+        a, b = a.to(x.dtype), _scaled(b, scale, x)
         h, rows, s = _forward(x, weight, bias, a, b, ctx.mask, keep=True)
         ctx.save_for_backward(rows, s, weight, a, b)
         return h
@@ -112,11 +130,14 @@ class _FusedLinear(Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         x, s, weight, a, b = ctx.saved_tensors
         dh = dh.reshape(-1, dh.shape[-1])  # (T, d)
-        _, _, _, needs_bias, needs_a, needs_b, _, _ = ctx.needs_input_grad
+        _, _, _, needs_bias, needs_a, needs_b, _, _, _ = ctx.needs_input_grad
+        a_dtype, b_dtype = ctx.masters
         ds, db = products.two_gradients(dh, s, b, needs_b)  # (T, r), (d, r)
         if ctx.shared.needs_gradient:
             dropped = ctx.mask.apply(ds @ a) if ctx.mask.probability else None
             ctx.shared.add(dh, weight, dropped, ds, a)
         dbias = dh.sum(0) if needs_bias else None
-        da = ds.t() @ ctx.mask.apply(x) if needs_a else None  # (r, k)
-        return None, None, None, dbias, da, db, None, None
+        da = torch.mm(ds.t(), ctx.mask.apply(x)).to(a_dtype) if needs_a else None  # (r, k)
+        if db is not None:  # laid out as B is, so that autograd need not copy it once more
+            db = torch.mul(db.to(b_dtype), ctx.scale, out=db.new_empty(b.shape, dtype=b_dtype))
+        return None, None, None, dbias, da, db, None, None, None

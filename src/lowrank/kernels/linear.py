@@ -26,7 +26,7 @@ def lora_linear(
     x, weight, bias = autocast_inputs(x, weight, bias)
     if reason_against(x, weight, bias) is not None:
         return reference.lora_linear(x, weight, bias, a, b, scale, dropout, training)
-    return fused_linear(x, weight, bias, a, b * scale, dropout if training else 0.0)
+    return fused_linear(x, weight, bias, a, b, scale, dropout if training else 0.0)
 
 
 def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

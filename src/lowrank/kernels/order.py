@@ -57,6 +57,7 @@ def thin_products_are_slow(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype.itemsize == 2 and x.numel() < FEW_TOKENS * x.shape[-1]
 
 
+@cache
 def choose_order(
     tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device: str, measure: bool = MEASURE
 ) -> Order:

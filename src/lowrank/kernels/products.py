@@ -1,5 +1,6 @@
 """The products of the fused map, each by the form that is fastest where its tensors are."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,4 +30,4 @@ def two_gradients(dy: Tensor, s: Tensor, b: Tensor, needs_b: bool) -> tuple[Tens
         from lowrank.kernels.gpu.gradients import two_gradients as kernel
 
         return kernel(dy, s, b)
-    return dy @ b, (s.t() @ dy).t() if needs_b else None
+    return torch.mm(dy, b), torch.mm(s.t(), dy).t() if needs_b else None

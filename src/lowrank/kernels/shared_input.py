@@ -24,22 +24,31 @@ class SharedInput:
     """The gradient of one tensor x, (T, k), gathered from the adapted projections it was given to.
 
     It lives as long as the graph nodes of these projections. `token` is what ties them to x in autograd's graph: the
-    engine runs x's node only when every projection that took the token has added its part.
+    engine runs x's node only when every projection that took the token has added its part. The token holds x's graph
+    and is held here, which the graph holds: a circle that the garbage collector does not see through. So it goes when x
+    goes, after which nobody can ask for it, and at the latest with the backward pass.
     """
 
     def __init__(self, x: Tensor) -> None:
-        self._x = weakref.ref(x)
+        me = weakref.ref(self)
+        self._x = weakref.ref(x, lambda _: SharedInput._part(me))
         self._version = x._version
         self._task = -1
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._dx: Tensor | None = None
         self.members = 0
         self.needs_gradient = x.requires_grad
-        self.token: Tensor = _Join.apply(x, self) if x.requires_grad else x.new_empty(0)  # type: ignore[no-untyped-call]
+        self.token: Tensor | None = _Join.apply(x, self) if x.requires_grad else x.new_empty(0)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _part(me: "weakref.ref[SharedInput]") -> None:
+        if (shared := me()) is not None:
+            shared.token = None
 
     def is_for(self, x: Tensor) -> bool:
         """True for the very tensor this was made for, not written to since, and as much in need of a gradient."""
-        return self._x() is x and self._version == x._version and self.needs_gradient == x.requires_grad
+        same = self._x() is x and self._version == x._version and self.needs_gradient == x.requires_grad
+        return same and self.token is not None
 
     def add(self, dy: Tensor, weight: Tensor, low_rank_part: Tensor | None, ds: Tensor, a: Tensor) -> None:
         """dX += dY·W + dS·A: dy (T, d), weight (d, k), ds (T, r), a (r, k).
@@ -93,6 +102,7 @@ class _Join(Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
+        ctx.shared.token = None  # calls from here on belong to another pass, and the circle ends here at the latest
         with torch.no_grad():
             dx = ctx.shared.take()
         if dx is None:

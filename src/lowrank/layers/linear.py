@@ -1,12 +1,11 @@
 """Adapted linear maps: nn.Linear, every subclass of it, and transformers' Conv1D."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.core.dora import row_gain
 from lowrank.core.factors import LoraFactors
-from lowrank.kernels.fused import fused_linear, reason_against
+from lowrank.kernels.fused import fused_linear, reason_against, stacked
 from lowrank.kernels.linear import autocast_inputs
 from lowrank.kernels.reference import low_rank
 from lowrank.layers.base import LoraLayer, plain_class
@@ -41,8 +40,8 @@ class LoraLinear(LoraLayer):
         if self.plain_reason is None:
             x, weight, bias = autocast_inputs(input, self.matrix(self.weight), self.bias)
             if reason_against(x, weight, bias) is None:
-                a, b = _stack(factors)
-                return fused_linear(x, weight, bias, a, b, factors[0].dropout if self.training else 0.0)
+                a, b, scale = stacked([(f.a, f.full_b(f.b), f.scale) for f in factors])
+                return fused_linear(x, weight, bias, a, b, scale, factors[0].dropout if self.training else 0.0)
         return self._plain_forward(input, factors)
 
     def reason_for_plain_path(self) -> str | None:
@@ -94,11 +93,3 @@ class LoraConv1D(LoraLinear):
 
     kind = "conv1d-linear"
     transposed = True
-
-
-def _stack(active: tuple[LoraFactors, ...]) -> tuple[Tensor, Tensor]:
-    """The active adapters as one pair: A = [A₁; A₂; …], B = [s₁·B₁, s₂·B₂, …], so that B·A = Σ s_i·B_i·A_i."""
-    scaled = [f.full_b(f.b) * f.scale for f in active]
-    if len(active) == 1:
-        return active[0].a, scaled[0]
-    return torch.cat([f.a for f in active]), torch.cat(scaled, dim=1)

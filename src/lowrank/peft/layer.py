@@ -6,7 +6,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
-from lowrank.kernels.fused import fused_linear, reason_against
+from lowrank.kernels.fused import fused_linear, reason_against, stacked
 from lowrank.kernels.linear import autocast_inputs
 from lowrank.peft.eligibility import active_names, base_matrix, dropout_of, reason_against_dtype, reason_for_peft_path
 
@@ -46,15 +46,8 @@ def _fused(layer: Any, x: Tensor) -> Tensor | None:
     if type(layer) is not FusedLinear or reason_for_peft_path(layer) is not None:
         return None
     names = active_names(layer)
-    a, b = _stack(layer, names)
+    a, b, scale = stacked([(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in names])
     x, weight, bias = autocast_inputs(x, *base_matrix(layer))
     if reason_against(x, weight, bias) is not None or reason_against_dtype(x, a) is not None:
         return None
-    return fused_linear(x, weight, bias, a, b, dropout_of(layer, names[0]))
-
-
-def _stack(layer: Any, names: list[str]) -> tuple[Tensor, Tensor]:
-    """The active adapters as one pair: A = [A₁; A₂; …] (Σr, k), B = [s₁·B₁, s₂·B₂, …] (d, Σr)."""
-    a = [layer.lora_A[name].weight for name in names]
-    b = [layer.lora_B[name].weight * layer.scaling[name] for name in names]
-    return (a[0], b[0]) if len(names) == 1 else (torch.cat(a), torch.cat(b, dim=1))
+    return fused_linear(x, weight, bias, a, b, scale, dropout_of(layer, names[0]))
