@@ -5,12 +5,12 @@ from statistics import median
 
 from common import RUNS, SST2, Result, kept, minilm
 
-RECIPE = {"steps": 60, "batch_size": 16, "max_length": 64, "lr": 1e-4, "group_by_length": True, "eval_rows": 400}
-LADDER = {"over": "targets", "targets": "query,value", "ladder": "64,1024,16384,262144", "rates": "1,10", "seeds": 2}
+RECIPE = {"steps": 200, "batch_size": 16, "max_length": 64, "lr": 1e-4, "group_by_length": True, "eval_rows": 872}
+LADDER = {"over": "targets", "targets": "query,value", "ladder": "1024,16384,262144", "rates": "1,10", "seeds": 2}
 COMMAND = (
     "lowrank dimension --model MINILM --data SST-2/train.tsv --text-column sentence --eval-data SST-2/dev.tsv "
-    "--eval-rows 400 --steps 60 --batch-size 16 --max-length 64 --lr 1e-4 --over targets --targets query,value "
-    "--ladder 64,1024,16384,262144 --rates 1,10 --seeds 2 --group-by-length --out runs/paper/dimension"
+    "--steps 200 --batch-size 16 --max-length 64 --lr 1e-4 --over targets --targets query,value "
+    "--ladder 1024,16384,262144 --rates 1,10 --seeds 2 --group-by-length --out runs/paper/dimension"
 )
 
 
