@@ -106,7 +106,7 @@ MUTATIONS: dict[str, Mutation] = {
         ANSWERS,
     ),
     "fused: another mask in backward": Mutation(
-        "kernels/fused.py", "torch.mm(ds.t(), ctx.mask.apply(x))", "torch.mm(ds.t(), x)", GRADIENTS
+        "kernels/fused.py", "weight_gradient(ds, ctx.mask.apply(x))", "weight_gradient(ds, x)", GRADIENTS
     ),
     "fused: input gradient of the base alone": Mutation(
         "kernels/fused.py",

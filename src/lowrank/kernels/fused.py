@@ -97,9 +97,9 @@ def _forward(
     order = choose_order(rows.shape[0], k, d, a.shape[0], x.dtype, x.device.type)
     if order.fold and not mask.probability:
         h = F.linear(rows, torch.addmm(weight, b, a), bias)  # (T, d)
-        s = torch.mm(rows, a.t()) if keep else None  # (T, r)
+        s = products.down(rows, a) if keep else None  # (T, r)
     else:
-        s = torch.mm(mask.apply(rows), a.t())  # (T, r)
+        s = products.down(mask.apply(rows), a)  # (T, r)
         h = products.plus_low_rank(rows, weight.t(), s, b.t(), bias)  # (T, d)
     # a view made in a Function may not be written to by the caller (ReLU(inplace=True)): this one counts as no view
     return torch.ops.aten._unsafe_view(h, (*x.shape[:-1], d)), rows, s
@@ -137,7 +137,7 @@ class _FusedLinear(Function):
             dropped = ctx.mask.apply(ds @ a) if ctx.mask.probability else None
             ctx.shared.add(dh, weight, dropped, ds, a)
         dbias = dh.sum(0) if needs_bias else None
-        da = torch.mm(ds.t(), ctx.mask.apply(x)).to(a_dtype) if needs_a else None  # (r, k)
+        da = products.weight_gradient(ds, ctx.mask.apply(x)).to(a_dtype) if needs_a else None  # (r, k)
         if db is not None:  # laid out as B is, so that autograd need not copy it once more
             db = torch.mul(db.to(b_dtype), ctx.scale, out=db.new_empty(b.shape, dtype=b_dtype))
         return None, None, None, dbias, da, db, None, None, None

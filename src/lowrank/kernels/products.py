@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank.kernels import onednn
 from lowrank.kernels.gpu import choice
 
 
@@ -30,4 +31,22 @@ def two_gradients(dy: Tensor, s: Tensor, b: Tensor, needs_b: bool) -> tuple[Tens
         from lowrank.kernels.gpu.gradients import two_gradients as kernel
 
         return kernel(dy, s, b)
-    return torch.mm(dy, b), torch.mm(s.t(), dy).t() if needs_b else None
+    return input_gradient(dy, b), weight_gradient(s, dy).t() if needs_b else None
+
+
+def down(x: Tensor, a: Tensor) -> Tensor:
+    """S = x·Aᵀ: x (T, k), a (r, k) → (T, r)."""
+    return onednn.times_transposed(x, a) if onednn.serves(x, x.shape[0], a.shape[0]) else torch.mm(x, a.t())
+
+
+def input_gradient(dy: Tensor, m: Tensor) -> Tensor:
+    """dY·M, for M = W0 or B: dy (T, d), m (d, n) → (T, n)."""
+    thin = min(m.shape)
+    return onednn.times_transposed(dy, m.t()) if onednn.serves(dy, dy.shape[0], thin) else torch.mm(dy, m)
+
+
+def weight_gradient(s: Tensor, y: Tensor) -> Tensor:
+    """Sᵀ·Y, which is dA or dBᵀ: s (T, r), y (T, n) → (r, n)."""
+    if onednn.serves(y, y.shape[0], s.shape[1]):
+        return onednn.times_transposed(s.t(), y.t())
+    return torch.mm(s.t(), y)
