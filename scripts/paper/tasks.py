@@ -71,7 +71,7 @@ def tasks() -> dict[str, Task]:
             0.08,
             {
                 "full": replace(FULL, rates=(1e-4, 3e-4)),
-                "qv-r8": replace(adapter(QV, 8), rates=(2e-3, 4e-3)),
+                "qv-r8": replace(adapter(QV, 8), rates=(5e-4, 1e-3, 2e-3, 4e-3)),
                 "frozen": replace(FROZEN, rates=(1e-2, 5e-2)),
             },
         ),
