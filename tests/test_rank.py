@@ -306,8 +306,8 @@ REFUSED = {
     "budget and rank": (["--model", "MODEL", "--data", "DATA", "--budget", "9", "--rank", "2"], "cannot both be given"),
     "too small": (["--model", "MODEL", "--data", "DATA", "--budget", "9"], "--budget 9 is too small"),
     "energy": (["--model", "MODEL", "--data", "DATA", "--energy", "1.5"], "--energy"),
-    "adapter and model": (["--adapter", "ADAPTER", "--model", "MODEL"], "'model' is no setting"),
-    "adapter and sample": (["--adapter", "ADAPTER", "--sample", "3"], "'sample' is no setting"),
+    "adapter and model": (["--adapter", "ADAPTER", "--model", "MODEL"], "so --model cannot be meant with it"),
+    "adapter and sample": (["--adapter", "ADAPTER", "--sample", "3"], "so --sample cannot be meant with it"),
     "no adapter": (["--adapter", "nowhere"], "nowhere"),
     "target": (["--model", "MODEL", "--data", "DATA", "--targets", "q_prj"], "'q_prj' matches no module"),
 }

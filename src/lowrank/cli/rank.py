@@ -67,7 +67,12 @@ def rank(
 
     flags = given(targets, gradient, rows, machine, model=model, data=data, energy=energy, budget=budget)
     if adapter is not None:
+        from lowrank.errors import ConfigError
         from lowrank.train.rank.choice import from_adapter
+
+        if idle := sorted(flags.keys() - AdapterRankSettings.model_fields):
+            named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+            raise ConfigError(f"--adapter is measured from its own files, so {named} cannot be meant with it")
 
         choice = from_adapter(check(AdapterRankSettings, {**flags, "adapter": adapter, "allow_pickle": allow_pickle}))
     else:
