@@ -1,4 +1,4 @@
-"""oneDNN's float32 products, in backward, on processors where torch's own choice is slower.
+"""oneDNN's float32 products, for the low-rank part and the gradients, on processors where torch's own choice is slower.
 
 On a CPU torch multiplies float32 matrices by Intel's MKL. On AMD's processors oneDNN, which torch has as well, takes
 0.83 to 0.95 of that for a layer's products, and 0.35 to 0.8 where one side is as thin as the factors (measured on an

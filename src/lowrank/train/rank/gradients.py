@@ -43,8 +43,9 @@ class Gradients:
 def gradient_spectra(settings: GradientRankSettings, progress: Progress = lambda _done, _count: None) -> Gradients:
     """The first `most` singular values of every target's gradient, over a few rows, the model as it is.
 
-    Backward hands over one weight's gradient at a time; it goes into a sketch and is dropped, so that no two of them
-    are ever held. A matrix no larger than its sketch is measured exactly. Same settings, same figures.
+    Backward hands over one weight's gradient at a time; it goes into a sketch and is dropped. Where a sketch would be
+    about as large as the matrix, the sum of the gradients is kept instead, and measured exactly. Same settings, same
+    figures.
 
     Raises LowrankError for whatever is wrong with settings, data or model, and for a gradient that is not finite.
     """
