@@ -101,8 +101,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "fused: no bias": Mutation(
         "kernels/fused.py",
-        "products.plus_low_rank(rows, weight.t(), s, b.t(), bias)",
-        "products.plus_low_rank(rows, weight.t(), s, b.t(), None)",
+        "products.plus_low_rank(x, rows, weight, bias, s, b, scale)",
+        "products.plus_low_rank(x, rows, weight, None, s, b, scale)",
         ANSWERS,
     ),
     "fused: another mask in backward": Mutation(

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lowrank.functional import lora_linear
 from lowrank.kernels import onednn, reference
 from lowrank.kernels.fused import fused_linear, reason_against
-from lowrank.kernels.order import accumulates, choose_order
+from lowrank.kernels.order import accumulates, choose_order, has_matrix_tiles
 
 SCALE = 1.75
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -322,7 +322,8 @@ def test_orders_are_explained_and_do_not_depend_on_the_clock():
         assert ("fold" if first.fold else "accumulate") == first.why.split(":")[0]
     measured = choose_order(256, 200, 200, 4, torch.float32, "cpu", measure=True)
     assert "measured" in measured.why or "estimated" in measured.why
-    assert accumulates(torch.float32, "cpu") and not accumulates(torch.bfloat16, "cpu")
+    assert accumulates(torch.float32, "cpu") and accumulates(torch.bfloat16, "cuda")
+    assert accumulates(torch.bfloat16, "cpu") == has_matrix_tiles()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

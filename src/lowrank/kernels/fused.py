@@ -55,20 +55,22 @@ def fused_linear(
     transposed view (Conv1D): no copy is made. The dropout mask is not kept: it is drawn again in backward from the same
     seed. Second derivatives are refused by autograd.
     """
-    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, a, b))
+    trained = a.requires_grad or b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+    tracked = trained and torch.is_grad_enabled()
     if not tracked and not dropout and thin_products_are_slow(x):
         low_rank = F.linear(F.linear(x.float(), a.float()), (b * scale).float())
         return F.linear(x, weight, bias) + low_rank.to(x.dtype)
     if not tracked:
-        return _forward(x, weight, bias, a.to(x.dtype), _scaled(b, scale, x), _Mask(dropout, x), keep=False)[0]
+        b, scale = _beside(x, b, scale)
+        return _forward(x, weight, bias, a.to(x.dtype), b, scale, _Mask(dropout, x), keep=False)[0]
     shared = shared_input(x)
     result: Tensor = _FusedLinear.apply(shared.token, x.detach(), weight, bias, a, b, shared, scale, dropout)  # type: ignore[no-untyped-call]
     return result
 
 
-def _scaled(b: Tensor, scale: float, x: Tensor) -> Tensor:
-    """s·B in x's dtype."""
-    return (b if scale == 1.0 else b * scale).to(x.dtype)
+def _beside(x: Tensor, b: Tensor, scale: float) -> tuple[Tensor, float]:
+    """(B, s) as they meet x: B as it is where it has x's dtype, else s·B rounded to that, and 1."""
+    return (b, scale) if b.dtype is x.dtype else (torch.mul(b, scale, out=b.new_empty(b.shape, dtype=x.dtype)), 1.0)
 
 
 class _Mask:
@@ -89,20 +91,20 @@ class _Mask:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, mask: _Mask, keep: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, mask: _Mask, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(h, x as a matrix, S): x (..., k) → h (..., d), (T, k), (T, r); S is None where it is not kept and not needed."""
+    """(h, x as a matrix, S): x (..., k) → (..., d), (T, k), (T, r); S is None where it is not kept and not needed."""
     rows = x.reshape(-1, x.shape[-1])  # (T, k)
     d, k = weight.shape
     order = choose_order(rows.shape[0], k, d, a.shape[0], x.dtype, x.device.type)
-    if order.fold and not mask.probability:
-        h = F.linear(rows, torch.addmm(weight, b, a), bias)  # (T, d)
-        s = products.down(rows, a) if keep else None  # (T, r)
+    fold = order.fold and not mask.probability
+    s = products.down(mask.apply(rows), a) if keep or not fold else None  # (T, r)
+    if s is None or fold:
+        h = F.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)  # (..., d)
     else:
-        s = products.down(mask.apply(rows), a)  # (T, r)
-        h = products.plus_low_rank(rows, weight.t(), s, b.t(), bias)  # (T, d)
+        h = products.plus_low_rank(x, rows, weight, bias, s, b, scale)  # (..., d)
     # a view made in a Function may not be written to by the caller (ReLU(inplace=True)): this one counts as no view
-    return torch.ops.aten._unsafe_view(h, (*x.shape[:-1], d)), rows, s
+    return torch.ops.aten._unsafe_view.default(h, h.shape) if h._is_view() else h, rows, s
 
 
 class _FusedLinear(Function):
@@ -120,9 +122,10 @@ class _FusedLinear(Function):
         dropout: float,
     ) -> Tensor:
         ctx.mask, ctx.shared, ctx.scale, ctx.masters = _Mask(dropout, x), shared, scale, (a.dtype, b.dtype)
-        a, b = a.to(x.dtype), _scaled(b, scale, x)
-        h, rows, s = _forward(x, weight, bias, a, b, ctx.mask, keep=True)
+        a, (b, scale) = a.to(x.dtype), _beside(x, b, scale)
+        h, rows, s = _forward(x, weight, bias, a, b, scale, ctx.mask, keep=True)
         ctx.save_for_backward(rows, s, weight, a, b)
+        ctx.scale_beside = scale
         return h
 
     @staticmethod
@@ -132,12 +135,13 @@ class _FusedLinear(Function):
         dh = dh.reshape(-1, dh.shape[-1])  # (T, d)
         _, _, _, needs_bias, needs_a, needs_b, _, _, _ = ctx.needs_input_grad
         a_dtype, b_dtype = ctx.masters
-        ds, db = products.two_gradients(dh, s, b, needs_b)  # (T, r), (d, r)
+        ds, dbt = products.two_gradients(dh, s, b, ctx.scale_beside, needs_b)  # (T, r), (r, d)
+        da = products.weight_gradient(ds, ctx.mask.apply(x)).to(a_dtype) if needs_a else None  # (r, k)
+        db = None
+        if dbt is not None:  # laid out as B is, so that autograd need not copy it once more
+            db = torch.mul(dbt.to(b_dtype).t(), ctx.scale, out=dbt.new_empty(b.shape, dtype=b_dtype))  # (d, r)
+        dbias = dh.sum(0) if needs_bias else None
         if ctx.shared.needs_gradient:
             dropped = ctx.mask.apply(ds @ a) if ctx.mask.probability else None
             ctx.shared.add(dh, weight, dropped, ds, a)
-        dbias = dh.sum(0) if needs_bias else None
-        da = products.weight_gradient(ds, ctx.mask.apply(x)).to(a_dtype) if needs_a else None  # (r, k)
-        if db is not None:  # laid out as B is, so that autograd need not copy it once more
-            db = torch.mul(db.to(b_dtype), ctx.scale, out=db.new_empty(b.shape, dtype=b_dtype))
         return None, None, None, dbias, da, db, None, None, None

@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lowrank.kernels import onednn
+from lowrank.kernels import onednn, pieces
 from lowrank.kernels.gpu import choice
+from lowrank.kernels.order import accumulates
+
+WIDE = 1536  # columns from which oneDNN's half-precision Sᵀ·Y gains more than laying Sᵀ out anew costs (Xeon with AMX)
 
 
 def fits_one_kernel(x: Tensor, m: Tensor, rank: int, onto: bool) -> bool:
@@ -13,25 +15,38 @@ def fits_one_kernel(x: Tensor, m: Tensor, rank: int, onto: bool) -> bool:
     return choice.available(x) and choice.product_is_faster(x.shape[0], x.shape[1], m.shape[1], rank, x.dtype, onto)
 
 
-def plus_low_rank(x: Tensor, m: Tensor, s: Tensor, n: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x·m + bias + s·n: x (T, k), m (k, d), s (T, r), n (r, d), bias (d,) → (T, d)."""
-    if fits_one_kernel(x, m, s.shape[1], onto=False):
+def plus_low_rank(
+    x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float
+) -> Tensor:
+    """W0·x + bias + s·S·Bᵀ: x (..., k) and the same as rows (T, k), weight (d, k), s (T, r), b (d, r) → (..., d)."""
+    if fits_one_kernel(rows, weight.t(), s.shape[1], onto=False):
         from lowrank.kernels.gpu.product import plus_low_rank as kernel
 
-        return kernel(x, m, s, n, bias)
-    return F.linear(x, m.t(), bias).addmm_(s, n)
+        scaled = b if scale == 1.0 else b * scale
+        return kernel(rows, weight.t(), s, scaled.t(), bias).view(*x.shape[:-1], weight.shape[0])
+    h = pieces.base(x, weight, bias)  # (..., d)
+    h.view(-1, weight.shape[0]).addmm_(s, b.t(), alpha=scale)
+    return h
 
 
-def two_gradients(dy: Tensor, s: Tensor, b: Tensor, needs_b: bool) -> tuple[Tensor, Tensor | None]:
-    """(dS, dB) = (dY·B, dYᵀ·S): dy (T, d), s (T, r), b (d, r) → (T, r), (d, r).
+def two_gradients(dy: Tensor, s: Tensor, b: Tensor, scale: float, needs_b: bool) -> tuple[Tensor, Tensor | None]:
+    """(dS, dBᵀ) = (scale·dY·B, Sᵀ·dY): dy (T, d), s (T, r), b (d, r) → (T, r), (r, d). dBᵀ is not scaled.
 
-    dB is computed as (Sᵀ·dY)ᵀ: the same sums, for which the CPU libraries need up to half the time.
+    dB is computed transposed: the same sums, for which the CPU libraries need up to half the time.
     """
     if needs_b and choice.available(dy) and choice.gradients_are_faster(dy.shape[0], dy.shape[1], s.shape[1], dy.dtype):
         from lowrank.kernels.gpu.gradients import two_gradients as kernel
 
-        return kernel(dy, s, b)
-    return input_gradient(dy, b), weight_gradient(s, dy).t() if needs_b else None
+        ds, db = kernel(dy, s, b)
+        return ds if scale == 1.0 else ds.mul_(scale), db.t()
+    return up(dy, b, scale), weight_gradient(s, dy) if needs_b else None
+
+
+def up(dy: Tensor, b: Tensor, scale: float) -> Tensor:
+    """dS = scale·dY·B: dy (T, d), b (d, r) → (T, r)."""
+    if onednn.serves(dy, dy.shape[0], b.shape[1]):
+        return onednn.times_transposed(dy, b.t()).mul_(scale)
+    return torch.mm(dy, b) if scale == 1.0 else dy.new_empty(dy.shape[0], b.shape[1]).addmm_(dy, b, beta=0, alpha=scale)
 
 
 def down(x: Tensor, a: Tensor) -> Tensor:
@@ -39,14 +54,20 @@ def down(x: Tensor, a: Tensor) -> Tensor:
     return onednn.times_transposed(x, a) if onednn.serves(x, x.shape[0], a.shape[0]) else torch.mm(x, a.t())
 
 
-def input_gradient(dy: Tensor, m: Tensor) -> Tensor:
-    """dY·M, for M = W0 or B: dy (T, d), m (d, n) → (T, n)."""
-    thin = min(m.shape)
-    return onednn.times_transposed(dy, m.t()) if onednn.serves(dy, dy.shape[0], thin) else torch.mm(dy, m)
+def input_gradient(dy: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
+    """dX = dY·W0, added in place to `onto` where given: dy (T, d), weight (d, k) → (T, k)."""
+    if onednn.serves(dy, dy.shape[0], min(weight.shape)):
+        dx = onednn.times_transposed(dy, weight.t())
+    elif onto is None or accumulates(dy.dtype, dy.device.type):
+        return pieces.product(dy, weight, onto)
+    else:
+        dx = pieces.product(dy, weight)
+    return dx if onto is None else onto.add_(dx)
 
 
 def weight_gradient(s: Tensor, y: Tensor) -> Tensor:
     """Sᵀ·Y, which is dA or dBᵀ: s (T, r), y (T, n) → (r, n)."""
     if onednn.serves(y, y.shape[0], s.shape[1]):
         return onednn.times_transposed(s.t(), y.t())
-    return torch.mm(s.t(), y)
+    wide = y.dtype.itemsize == 2 and y.shape[1] >= WIDE and y.device.type == "cpu"
+    return torch.mm(s.t().contiguous() if wide else s.t(), y)

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lowrank.kernels.onednn import serves
-from lowrank.kernels.order import accumulates
 from lowrank.kernels.products import fits_one_kernel, input_gradient
 
 _local = threading.local()
@@ -65,12 +63,7 @@ class SharedInput:
 
             self._dx = plus_low_rank(dy, weight, ds, a, onto=self._dx)
             return
-        if self._dx is None:
-            self._dx = input_gradient(dy, weight)
-        elif accumulates(dy.dtype, dy.device.type) and not serves(dy, dy.shape[0], min(weight.shape)):
-            self._dx.addmm_(dy, weight)
-        else:
-            self._dx.add_(input_gradient(dy, weight))
+        self._dx = input_gradient(dy, weight, onto=self._dx)
         if low_rank_part is not None:
             self._dx.add_(low_rank_part)
         else:
