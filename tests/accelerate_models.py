@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import lowrank.peft.layer
+from lowrank.kernels.together import Operands
 
 RANK, ALPHA = 4, 10
 IDS = torch.tensor([[5, 9, 2, 31, 7, 7], [40, 1, 3, 8, 22, 30]])
@@ -143,12 +144,12 @@ def assert_same(plain: nn.Module, fast: nn.Module, **inputs: object) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How often the fused function answers: the ranks it was given, in order."""
     ranks: list[int] = []
-    fused = lowrank.peft.layer.fused_linear
+    original = lowrank.peft.layer.projection
 
-    def counting(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *rest: float) -> Tensor:
-        ranks.append(a.shape[0])
-        return fused(x, weight, bias, a, b, *rest)
+    def counting(layer: nn.Module, x: Tensor, own: Operands, dropout: float) -> Tensor:
+        ranks.append(own.a.shape[0])
+        return original(layer, x, own, dropout)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lowrank.peft.layer, "fused_linear", counting)
+        patch.setattr(lowrank.peft.layer, "projection", counting)
         yield ranks

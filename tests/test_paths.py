@@ -12,7 +12,7 @@ import lowrank
 from lowrank import LoraConfig, inject
 from lowrank.cli import main
 from lowrank.injection.paths import execution_paths, shared_inputs
-from lowrank.kernels import fused
+from lowrank.kernels import together
 from lowrank.kernels.shared_input import SharedInput
 
 
@@ -37,8 +37,8 @@ def block(linear=nn.Linear):
 def calls(monkeypatch, run):
     """How often the fused function is called while `run()`."""
     counted = []
-    original = fused.fused_linear
-    monkeypatch.setattr("lowrank.layers.linear.fused_linear", lambda *a: (counted.append(1), original(*a))[1])
+    original = together.projection
+    monkeypatch.setattr("lowrank.layers.linear.projection", lambda *a: (counted.append(1), original(*a))[1])
     run()
     return len(counted)
 

@@ -55,22 +55,32 @@ def fused_linear(
     transposed view (Conv1D): no copy is made. The dropout mask is not kept: it is drawn again in backward from the same
     seed. Second derivatives are refused by autograd.
     """
-    trained = a.requires_grad or b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    tracked = trained and torch.is_grad_enabled()
+    tracked = is_tracked(x, bias, a, b)
     if not tracked and not dropout and thin_products_are_slow(x):
         low_rank = F.linear(F.linear(x.float(), a.float()), (b * scale).float())
         return F.linear(x, weight, bias) + low_rank.to(x.dtype)
     if not tracked:
-        b, scale = _beside(x, b, scale)
+        b, scale = beside(x, b, scale)
         return _forward(x, weight, bias, a.to(x.dtype), b, scale, _Mask(dropout, x), keep=False)[0]
     shared = shared_input(x)
     result: Tensor = _FusedLinear.apply(shared.token, x.detach(), weight, bias, a, b, shared, scale, dropout)  # type: ignore[no-untyped-call]
     return result
 
 
-def _beside(x: Tensor, b: Tensor, scale: float) -> tuple[Tensor, float]:
+def is_tracked(x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
+    """Whether autograd follows the map: something in it requires a gradient, and gradients are on."""
+    trained = a.requires_grad or b.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+    return trained and torch.is_grad_enabled()
+
+
+def beside(x: Tensor, b: Tensor, scale: float) -> tuple[Tensor, float]:
     """(B, s) as they meet x: B as it is where it has x's dtype, else s·B rounded to that, and 1."""
     return (b, scale) if b.dtype is x.dtype else (torch.mul(b, scale, out=b.new_empty(b.shape, dtype=x.dtype)), 1.0)
+
+
+def laid_out_as_b(dbt: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """dB = scale·(dBᵀ)ᵀ in B's dtype and laid out as B is, so that autograd need not copy it: (r, d) → (d, r)."""
+    return torch.mul(dbt.to(dtype).t(), scale, out=dbt.new_empty(dbt.shape[::-1], dtype=dtype))
 
 
 class _Mask:
@@ -95,16 +105,34 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(h, x as a matrix, S): x (..., k) → (..., d), (T, k), (T, r); S is None where it is not kept and not needed."""
     rows = x.reshape(-1, x.shape[-1])  # (T, k)
-    d, k = weight.shape
-    order = choose_order(rows.shape[0], k, d, a.shape[0], x.dtype, x.device.type)
-    fold = order.fold and not mask.probability
+    fold = not mask.probability and _folds(rows, weight, a)
     s = products.down(mask.apply(rows), a) if keep or not fold else None  # (T, r)
-    if s is None or fold:
-        h = F.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)  # (..., d)
+    return forward_part(x, rows, weight, bias, a, b, scale, s, may_fold=fold), rows, s
+
+
+def _folds(rows: Tensor, weight: Tensor, a: Tensor) -> bool:
+    d, k = weight.shape
+    return choose_order(rows.shape[0], k, d, a.shape[0], rows.dtype, rows.device.type).fold
+
+
+def forward_part(
+    x: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    s: Tensor | None,
+    may_fold: bool = True,
+) -> Tensor:
+    """h = W0·x + bias + scale·B·A·x from S = x·Aᵀ, (T, r), in the order that is fastest: x (..., k) → (..., d)."""
+    if s is None or (may_fold and _folds(rows, weight, a)):
+        h = F.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
     else:
-        h = products.plus_low_rank(x, rows, weight, bias, s, b, scale)  # (..., d)
+        h = products.plus_low_rank(x, rows, weight, bias, s, b, scale)
     # a view made in a Function may not be written to by the caller (ReLU(inplace=True)): this one counts as no view
-    return torch.ops.aten._unsafe_view.default(h, h.shape) if h._is_view() else h, rows, s
+    return torch.ops.aten._unsafe_view.default(h, h.shape) if h._is_view() else h
 
 
 class _FusedLinear(Function):
@@ -122,7 +150,7 @@ class _FusedLinear(Function):
         dropout: float,
     ) -> Tensor:
         ctx.mask, ctx.shared, ctx.scale, ctx.masters = _Mask(dropout, x), shared, scale, (a.dtype, b.dtype)
-        a, (b, scale) = a.to(x.dtype), _beside(x, b, scale)
+        a, (b, scale) = a.to(x.dtype), beside(x, b, scale)
         h, rows, s = _forward(x, weight, bias, a, b, scale, ctx.mask, keep=True)
         ctx.save_for_backward(rows, s, weight, a, b)
         ctx.scale_beside = scale
@@ -137,9 +165,7 @@ class _FusedLinear(Function):
         a_dtype, b_dtype = ctx.masters
         ds, dbt = products.two_gradients(dh, s, b, ctx.scale_beside, needs_b)  # (T, r), (r, d)
         da = products.weight_gradient(ds, ctx.mask.apply(x)).to(a_dtype) if needs_a else None  # (r, k)
-        db = None
-        if dbt is not None:  # laid out as B is, so that autograd need not copy it once more
-            db = torch.mul(dbt.to(b_dtype).t(), ctx.scale, out=dbt.new_empty(b.shape, dtype=b_dtype))  # (d, r)
+        db = None if dbt is None else laid_out_as_b(dbt, ctx.scale, b_dtype)  # (d, r)
         dbias = dh.sum(0) if needs_bias else None
         if ctx.shared.needs_gradient:
             dropped = ctx.mask.apply(ds @ a) if ctx.mask.probability else None

@@ -5,9 +5,10 @@ from torch.nn import functional as F
 
 from lowrank.core.dora import row_gain
 from lowrank.core.factors import LoraFactors
-from lowrank.kernels.fused import fused_linear, reason_against, stacked
+from lowrank.kernels.fused import reason_against, stacked
 from lowrank.kernels.linear import autocast_inputs
 from lowrank.kernels.reference import low_rank
+from lowrank.kernels.together import Operands, projection
 from lowrank.layers.base import LoraLayer, plain_class
 
 OWN_FORWARDS = {("torch.nn.modules.linear", "Linear"), ("transformers.pytorch_utils", "Conv1D")}
@@ -41,8 +42,18 @@ class LoraLinear(LoraLayer):
             x, weight, bias = autocast_inputs(input, self.matrix(self.weight), self.bias)
             if reason_against(x, weight, bias) is None:
                 a, b, scale = stacked([(f.a, f.full_b(f.b), f.scale) for f in factors])
-                return fused_linear(x, weight, bias, a, b, scale, factors[0].dropout if self.training else 0.0)
+                dropout = factors[0].dropout if self.training else 0.0
+                return projection(self, x, Operands(weight, bias, a, b, scale), dropout)
         return self._plain_forward(input, factors)
+
+    def operands(self) -> Operands | None:
+        """What the layer would be computed from now, where another may compute it ahead: one adapter, no dropout."""
+        if self.plain_reason is not None or len(self.active_factors) != 1 or self.transposed:
+            return None
+        (factors,) = self.active_factors
+        if factors.parts or (factors.dropout and self.training):
+            return None
+        return Operands(self.weight, self.bias, factors.a, factors.b, factors.scale)
 
     def reason_for_plain_path(self) -> str | None:
         """Why the active adapters are computed by plain operations, or None where the fused function serves."""

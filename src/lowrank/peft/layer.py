@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowrank.kernels.fused import fused_linear, reason_against, stacked
+from lowrank.kernels.fused import reason_against, stacked
 from lowrank.kernels.linear import autocast_inputs
+from lowrank.kernels.together import Operands, projection
 from lowrank.peft.eligibility import active_names, base_matrix, dropout_of, reason_against_dtype, reason_for_peft_path
 
 FEW_TOKENS = 96
@@ -25,6 +26,19 @@ class FusedLinear(Linear):  # type: ignore[misc]  # peft has no types
         # named, not super(): a wrapper that kept this method still reaches PEFT's after the layer was restored
         answer: Tensor = Linear.forward(self, x, *args, **kwargs) if h is None else h
         return answer
+
+    def operands(self) -> Operands | None:
+        """What the layer would be computed from now, where another may compute it ahead: one adapter, no dropout."""
+        if type(self) is not FusedLinear or reason_for_peft_path(self) is not None:
+            return None
+        names = active_names(self)
+        if len(names) != 1 or dropout_of(self, names[0]) or type(self.base_layer) is not nn.Linear:
+            return None
+        (name,), base = names, self.base_layer
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return (
+            None if reason_against_dtype(base.weight, a) else Operands(base.weight, base.bias, a, b, self.scaling[name])
+        )
 
 
 def _is_traced() -> bool:
@@ -50,4 +64,4 @@ def _fused(layer: Any, x: Tensor) -> Tensor | None:
     x, weight, bias = autocast_inputs(x, *base_matrix(layer))
     if reason_against(x, weight, bias) is not None or reason_against_dtype(x, a) is not None:
         return None
-    return fused_linear(x, weight, bias, a, b, scale, dropout_of(layer, names[0]))
+    return projection(layer, x, Operands(weight, bias, a, b, scale), dropout_of(layer, names[0]))

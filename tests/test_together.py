@@ -1,0 +1,251 @@
+"""Projections of one input are computed together, and nobody can tell from the numbers."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lowrank
+from lowrank import LoraConfig
+from lowrank.kernels import together
+from lowrank.kernels.fused import fused_linear
+from lowrank.kernels.together import MEETINGS, may_be_stacked
+
+
+class Block(nn.Module):
+    """Three projections of one input, then one that is alone with its own."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(24, n, bias=bias) for n in (24, 32, 24, 24))
+        self.between = lambda: None
+        self.skipped = ()
+
+    def forward(self, x):
+        q = self.q(x)
+        self.between()
+        k = 0 if "k" in self.skipped else self.k(x).sin()[..., :24]
+        return self.o(q * k + self.v(x))
+
+
+def adapted(dtype=torch.float32, **config):
+    torch.manual_seed(0)
+    model = Block(config.pop("bias", True)).to(dtype)
+    config = {"r": 4, "lora_alpha": 7, "init_lora_weights": "random", "rank_pattern": {"v": 2}} | config
+    lowrank.inject(model, LoraConfig(target_modules=["q", "k", "v", "o"], **config))
+    return model
+
+
+def batch(dtype=torch.float32, seed=1):
+    return torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def results(model, x):
+    """The answer and the gradients of x and of all that is trained."""
+    model.zero_grad()
+    h = model(x * 1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [h.detach(), *torch.autograd.grad(h.square().sum(), [x, *trained])]
+
+
+def alone(model, x):
+    """The same with every projection computed by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowrank.layers.linear.projection", lambda layer, x, own, dropout: fused_linear(x, *own, dropout))
+        return results(model, x)
+
+
+def nodes(monkeypatch):
+    """The sizes of the groups that are computed from here on."""
+    sizes = []
+    original = together._compute
+    monkeypatch.setattr(together, "_compute", lambda c, x, group: (sizes.append(len(group)), original(c, x, group))[1])
+    return sizes
+
+
+def assert_same_bits(got, wanted):
+    assert len(got) == len(wanted) and all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", [{}, {"bias": False}, {"use_rslora": True}], ids=str)
+def test_every_call_has_the_bits_of_separate_projections(monkeypatch, dtype, config):
+    """The first call learns, later ones go together, still later ones stack: all the same."""
+    model, x = adapted(dtype, **config), batch(dtype)
+    wanted = alone(model, x)
+    sizes = nodes(monkeypatch)
+    for _ in range(MEETINGS + 3):
+        assert_same_bits(results(model, x), wanted)
+    assert sizes == [3, 1] * (MEETINGS + 2)
+
+
+def test_a_trained_bias_gets_its_gradient_in_a_group():
+    model, x = adapted(), batch()
+    model.k.bias.requires_grad_()
+    wanted = alone(model, x)
+    for _ in range(3):
+        assert_same_bits(results(model, x), wanted)
+
+
+def test_a_group_is_one_node():
+    model, x = adapted(), batch()
+    results(model, x)
+    seen = {}
+    for name in "qkv":
+        model.get_submodule(name).register_forward_hook(lambda m, i, h, n=name: seen.update({n: h.grad_fn}))
+    model(x * 1)
+    assert seen["q"] is seen["k"] is seen["v"]
+
+
+def test_an_answer_nobody_uses_costs_no_gradient():
+    model, x = adapted(), batch()
+    results(model, x)
+    q, k = model.q, model.k
+
+    def partial():
+        hidden = x * 1
+        q(hidden), model.v(hidden)
+        return torch.autograd.grad(k(hidden).square().sum(), [x, k.active_factors[0].b])
+
+    got = partial()
+    hidden = x * 1
+    own = k.operands()
+    wanted = torch.autograd.grad(fused_linear(hidden, *own).square().sum(), [x, own.b])
+    assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("what", ["a", "b", "weight", "bias", "scale", "active", "x", "no_grad"])
+def test_what_changes_between_two_calls_is_seen(what):
+    """k's answer waits since q's call; by k's call it is out of date."""
+    model, x = adapted(), batch()
+    lowrank.inject(model, LoraConfig(r=3, lora_alpha=2, target_modules=["k"], init_lora_weights="random"), "other")
+    lowrank.set_active(model, ["default"])
+    results(model, x)
+    factors, hidden = model.k.factors("default"), x * 1
+    with torch.no_grad():
+        h = model.q(hidden)
+        again = model.q(hidden)
+    h = model.q(hidden)
+    if what == "no_grad":
+        with torch.no_grad():
+            assert not model.k(hidden).requires_grad
+        return
+    with torch.no_grad():
+        if what in ("a", "b"):
+            getattr(factors, what).mul_(3)
+        elif what in ("weight", "bias"):
+            getattr(model.k, what).add_(1)
+        elif what == "scale":
+            factors.scale = 11.0
+        elif what == "active":
+            lowrank.set_active(model, ["other"])
+        else:
+            hidden = hidden.detach()
+            hidden.add_(1)
+    got = model.k(hidden)
+    weight, bias, a, b, scale = model.k.operands()
+    wanted = nn.functional.linear(hidden, weight, bias) + scale * (hidden @ a.t()) @ b.t()
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(h, again)
+
+
+def test_a_follower_that_does_not_come_is_let_go_and_not_waited_for_again(monkeypatch):
+    model, x = adapted(), batch()
+    results(model, x)
+    model.skipped = ("k",)
+    sizes = nodes(monkeypatch)
+    h = model(x * 1)
+    assert sizes[0] == 3
+    hidden = weakref.ref(h)
+    del h
+    gc.collect()
+    assert hidden() is None and not together._local.calls.ready
+    assert torch.equal(model(x * 1).detach(), alone_forward(model, x))
+    assert sizes == [3, 1, 1]  # o is alone with its input; q and v are no longer computed ahead
+    model.skipped = ()
+    assert_same_bits(results(model, x), alone(model, x))
+
+
+def alone_forward(model, x):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowrank.layers.linear.projection", lambda layer, x, own, dropout: fused_linear(x, *own, dropout))
+        return model(x * 1).detach()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_before_and_after_learning(reentrant):
+    model, x = adapted(), batch()
+    wanted = alone(model, x)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for _ in range(3):
+        model.zero_grad()
+        leaf = x.detach().clone().requires_grad_()
+        checkpoint(model, leaf * 1, use_reentrant=reentrant).square().sum().backward()
+        assert_same_bits([leaf.grad, *(p.grad for p in trained)], wanted[1:])
+
+
+def test_dropout_draws_the_masks_it_always_drew(monkeypatch):
+    model, x = adapted(lora_dropout=0.4), batch()
+    sizes = nodes(monkeypatch)
+    for _ in range(3):
+        torch.manual_seed(3)
+        got = results(model, x)
+        torch.manual_seed(3)
+        assert_same_bits(got, alone(model, x))
+    assert not sizes
+    model.eval()
+    results(model, x), results(model, x)
+    assert sizes == [3, 1]
+
+
+def test_nothing_is_kept_of_a_group():
+    """Neither x nor the answers outlive the pass, with the garbage collector switched off."""
+    model = adapted()
+    for _ in range(3):
+        results(model, batch())
+    gc.collect()
+    gc.disable()
+    try:
+        x = batch()
+        hidden = x * 1
+        watched = [weakref.ref(hidden), weakref.ref(h := model(hidden))]
+        del hidden, h, x
+        assert not any(ref() is not None for ref in watched)
+    finally:
+        gc.enable()
+
+
+def test_copies_and_other_models_learn_for_themselves():
+    model, x = adapted(), batch()
+    results(model, x)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.k.factors("default").b.mul_(2)
+    for one in (other, model, other, model):
+        assert_same_bits(results(one, x), alone(one, x))
+    assert_same_bits(
+        results(lowrank.unload(copy.deepcopy(model)).requires_grad_(True), x)[:1], [lowrank_base(model, x)]
+    )
+
+
+def lowrank_base(model, x):
+    with lowrank.disabled(model):
+        return model(x * 1).detach()
+
+
+def test_products_with_other_bits_are_not_stacked(monkeypatch):
+    rows = torch.randn(64, 24)
+    monkeypatch.setattr(together, "_stacks", {})
+    assert not any(may_be_stacked(rows, [4, 4]) for _ in range(MEETINGS - 1))
+    original = together.products.down
+    monkeypatch.setattr(together.products, "down", lambda x, a: original(x, a) * (1 + 1e-6 * (a.shape[0] > 4)))
+    assert not any(may_be_stacked(rows, [4, 4]) for _ in range(3))
+    rounded, gradient = original, together.products.weight_gradient
+    monkeypatch.setattr(together, "_stacks", {})
+    monkeypatch.setattr(together.products, "down", lambda x, a: rounded(x, a).round())
+    monkeypatch.setattr(together.products, "weight_gradient", lambda s, y: gradient(s, y).round())
+    assert [may_be_stacked(rows, [4, 2]) for _ in range(MEETINGS + 2)] == [False] * MEETINGS + [True] * 2
