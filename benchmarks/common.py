@@ -57,6 +57,7 @@ def training_job(model: nn.Module, ids: Tensor) -> Job:
         loss.backward()
         return loss
 
+    step.weights = weights_of(model)
     return step
 
 
@@ -70,7 +71,13 @@ def floor_job(model: nn.Module, ids: Tensor) -> Job:
         loss.backward()
         return loss
 
+    step.weights = weights_of(model)
     return step
+
+
+def weights_of(model: nn.Module) -> set[int]:
+    """Where the model's own tensors lie."""
+    return {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
 
 
 def clock_for(threads: int) -> Callable[[], float]:

@@ -81,12 +81,13 @@ def _filled(model: nn.Module) -> nn.Module:
 
 
 def kept_bytes(step: Job) -> int:
-    """Bytes of the tensors autograd keeps for backward in one step, each storage once."""
+    """Bytes of the tensors autograd keeps for backward in one step, each storage once, the model's own weights not."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        if not tensor.is_leaf or not tensor.requires_grad:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in step.weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,15 @@ def _cut_of(x: Tensor, m: Tensor, bias: bool, onto: bool) -> Cut | None:
         known = known + 1 if known < MEETINGS else find_cut(shape)
         _known[shape] = known
     return known if isinstance(known, Cut) else None
+
+
+@cache
+def explain(tokens: int, k: int, d: int, dtype: torch.dtype) -> str:
+    """How W0·x is cut for x (tokens, k) and W0 (d, k) on this CPU, measured now; empty where it is computed whole."""
+    if dtype.itemsize != 2 or tokens * k * d < SMALLEST or _off:
+        return ""
+    cut = find_cut(Shape(tokens, k, d, True, False, False, dtype, torch.get_num_threads()))
+    return "" if cut is None else f"W0·x {cut}"
 
 
 def find_cut(shape: Shape) -> Cut | None:

@@ -17,6 +17,7 @@ from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.paths import execution_paths, shared_inputs
 from lowrank.injection.plan import InjectionPlan
+from lowrank.kernels import pieces
 from lowrank.kernels.onednn import is_faster_here
 from lowrank.kernels.order import choose_order
 from lowrank.layers.base import dimensions, lora_mixin
@@ -67,7 +68,7 @@ def _timed(job: Callable[[], Tensor], device: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers of one shape and path: how many, (d, k), "fused" or why not, and the order of the forward products."""
+    """Layers of one shape and path: how many, (d, k), "fused" or why not, and how the forward products are computed."""
 
     name: str
     count: int
@@ -101,8 +102,7 @@ class ModelPaths:
             for g in self.groups
         ]
         lines += [
-            f"{times:>4} × {', '.join(names)} share an input and gather its gradient together"
-            for names, times in self.sharing
+            f"{times:>4} × {', '.join(names)} share an input and are computed together" for names, times in self.sharing
         ]
         return "\n".join([*lines, *([self.unknown] if self.unknown else []), self.plan.summary()])
 
@@ -122,10 +122,17 @@ def describe_model(name: str, targets: str | None, rank: int, tokens: int, dtype
     kinds: Counter[tuple[str, tuple[int, int], str, str]] = Counter()
     for entry in execution_paths(model):
         d, k = dimensions(lora_mixin(entry.layer), entry.layer)
-        order = choose_order(tokens, k, d, rank, DTYPES[dtype], device, measure=True).why if not entry.reason else ""
+        order = "" if entry.reason else _products(tokens, k, d, rank, DTYPES[dtype], device)
         kinds[_leaf(entry.path), (d, k), entry.reason or "fused", order] += 1
     groups = tuple(LayerGroup(leaf, n, shape, path, order) for (leaf, shape, path, order), n in kinds.items())
     return ModelPaths(plan, groups, *_sharing(model))
+
+
+def _products(tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device: str) -> str:
+    """How the products of a fused layer are computed at this shape, with what was measured."""
+    order = choose_order(tokens, k, d, rank, dtype, device, measure=True).why
+    cut = pieces.explain(tokens, k, d, dtype) if device == "cpu" else ""
+    return f"{order}; {cut}" if cut else order
 
 
 def _leaf(path: str) -> str:
