@@ -102,7 +102,8 @@ class ModelPaths:
             for g in self.groups
         ]
         lines += [
-            f"{times:>4} × {', '.join(names)} share an input and are computed together" for names, times in self.sharing
+            f"{times:>4} × {', '.join(names)} share an input: computed together on a CPU, one input gradient elsewhere"
+            for names, times in self.sharing
         ]
         return "\n".join([*lines, *([self.unknown] if self.unknown else []), self.plan.summary()])
 
