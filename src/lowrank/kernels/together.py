@@ -138,7 +138,9 @@ def projection(layer: Site, x: Tensor, own: Operands, dropout: float) -> Tensor:
 
 
 def _are_saved_tensors_watched() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    """Whether saved-tensor hooks are set; yes where this torch does not tell."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # there is no public name for it
+    return hooks is None or hooks(True) is not None
 
 
 def _group(
