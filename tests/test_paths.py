@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -49,6 +50,8 @@ def calls(monkeypatch, run):
         ({}, nn.Linear, None),
         ({}, Shifted, "a forward of its own"),
         ({"use_dora": True}, nn.Linear, "DoRA"),
+        ({"use_dora": True}, partial(nn.Linear, bias=False), None),
+        ({"use_dora": True, "init_lora_weights": "pissa"}, partial(nn.Linear, bias=False), "start factors"),
         ({"init_lora_weights": "pissa"}, nn.Linear, "start factors"),
     ],
 )

@@ -125,3 +125,33 @@ def test_compiled_switching_between_adapters_of_one_rank_compiles_once() -> None
             atol=1e-4,
         )
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_dora_on_layers_without_bias_runs_fused_and_gives_the_plain_answers(dtype: torch.dtype) -> None:
+    """The layers of a Llama have no bias: (W0 + ΔW)·x is one fused map there, rescaled by rows."""
+    model = models.build("AutoModelForCausalLM", "llama").to(dtype)
+    base = model(input_ids=models.IDS).logits
+    config = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_dora=True)
+    plan = lowrank.inject(model, config)
+    assert not plan.plain_paths and torch.equal(model(input_ids=models.IDS).logits, base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter) * (1 if "magnitude" not in name else parameter))
+    wanted = gradients(copy.deepcopy(model))
+    assert any("magnitude" in name for name in wanted)
+    for _ in range(PASSES):
+        model.zero_grad()
+        model(input_ids=models.IDS, labels=models.IDS).loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                error = (parameter.grad - wanted[name]).norm() / wanted[name].norm()
+                assert error < (1e-5 if dtype is torch.float64 else 0.15), (name, error)
+    merged = lowrank.merge_and_unload(copy.deepcopy(model))
+    torch.testing.assert_close(
+        merged(input_ids=models.IDS).logits,
+        model(input_ids=models.IDS).logits,
+        rtol=0.05,
+        atol=1e-5 if dtype is torch.float64 else 0.1,
+    )

@@ -43,7 +43,8 @@ class LoraLinear(LoraLayer):
             if reason_against(x, weight, bias) is None:
                 a, b, scale = stacked([(f.a, f.full_b(f.b), f.scale) for f in factors])
                 dropout = factors[0].dropout if self.training else 0.0
-                return projection(self, x, Operands(weight, bias, a, b, scale), dropout)
+                h = projection(self, x, Operands(weight, bias, a, b, scale), dropout)
+                return h if factors[0].magnitude is None else self._rescaled(h, factors[0])
         return self._plain_forward(input, factors)
 
     def operands(self) -> Operands | None:
@@ -61,10 +62,10 @@ class LoraLinear(LoraLayer):
         if (forward.__module__, forward.__name__) not in OWN_FORWARDS:
             return f"{plain_class(self).__name__} has a forward of its own"
         factors = self.active_factors
-        if any(f.magnitude is not None for f in factors):
-            return "DoRA rescales the base's answer"
         if any(f.start_a is not None for f in factors):
             return "the start factors are subtracted apart, so that step 0 is exact"
+        if any(f.magnitude is not None for f in factors) and (len(factors) > 1 or self.bias is not None):
+            return "DoRA rescales the base's answer, but neither its bias nor another adapter's change"
         if len({f.dropout for f in factors}) > 1:
             return "the active adapters differ in dropout"
         return None
@@ -90,11 +91,18 @@ class LoraLinear(LoraLayer):
             change = change - low_rank(x, factors.start_a, factors.full_b(factors.start_b), factors.scale)
         return change
 
-    def _dora_change(self, base: Tensor, change: Tensor, factors: LoraFactors) -> Tensor:
-        """g·(W0 + ΔW)·x − W0·x with g = m / ‖W0 + ΔW‖_row."""
+    def _rescaled(self, h: Tensor, factors: LoraFactors) -> Tensor:
+        """g·(W0 + ΔW)·x with g = m / ‖W0 + ΔW‖_row, from h = (W0 + ΔW)·x: (..., d)."""
+        return (self._gain(factors) * h).to(h.dtype)
+
+    def _gain(self, factors: LoraFactors) -> Tensor:
         a, b = factors.effective()
         assert factors.magnitude is not None
-        gain = row_gain(self.matrix(self.weight), a.detach(), b.detach(), factors.scale, factors.magnitude)
+        return row_gain(self.matrix(self.weight), a.detach(), b.detach(), factors.scale, factors.magnitude)
+
+    def _dora_change(self, base: Tensor, change: Tensor, factors: LoraFactors) -> Tensor:
+        """g·(W0 + ΔW)·x − W0·x with g = m / ‖W0 + ΔW‖_row."""
+        gain = self._gain(factors)
         plain = base if self.bias is None else base - self.bias
         return ((gain - 1) * plain + gain * change).to(base.dtype)
 
