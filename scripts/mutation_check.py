@@ -42,6 +42,7 @@ ANSWERS, GRADIENTS, IDENTITY = "test_laws_answers.py", "test_laws_gradients.py",
 MERGE, TIED, INIT = "test_merge_laws.py", "test_merge_tied.py", "test_init.py"
 REFUSALS = "test_merge_refusals.py"
 FUSED, CHECKPOINTING = "test_fused_rows.py", "test_injection_checkpointing.py"
+TOGETHER, PIECES, WRAPPERS = "test_together.py", "test_pieces.py", "test_wrappers.py"
 
 MUTATIONS: dict[str, Mutation] = {
     "merge: no scale": Mutation("core/merging.py", "factors.scale * weighting", "weighting", MERGE),
@@ -113,6 +114,52 @@ MUTATIONS: dict[str, Mutation] = {
         "ctx.shared.add(dh, weight, dropped, ds, a)",
         "ctx.shared.add(dh, weight, dropped, 0 * ds, a)",
         GRADIENTS,
+    ),
+    "together: no scale": Mutation(
+        "kernels/together.py",
+        "for b, scale in zip(masters_b, scales, strict=True)]",
+        "for b, _ in zip(masters_b, scales, strict=True) for scale in [1.0]]",
+        TOGETHER,
+    ),
+    "together: no bias": Mutation(
+        "kernels/together.py", "forward_part(x, rows, weight, bias,", "forward_part(x, rows, weight, None,", TOGETHER
+    ),
+    "together: input gradient of the base alone": Mutation(
+        "kernels/together.py", "dx.addmm_(together, ", "dx.addmm_(0 * together, ", TOGETHER
+    ),
+    "together: dB not scaled": Mutation(
+        "kernels/together.py", "laid_out_as_b(dbt, ctx.scales[i],", "laid_out_as_b(dbt, 1.0,", TOGETHER
+    ),
+    "together: answers out of date": Mutation("kernels/together.py", "ready.stamp == own.stamp()", "True", TOGETHER),
+    "together: an answer of another scale": Mutation(
+        "kernels/together.py", "ready.scale == own.scale and", "True and", TOGETHER
+    ),
+    "together: waits for ever": Mutation(
+        "kernels/together.py", "            _settled.add(first)", "            pass", TOGETHER
+    ),
+    "together: stacked whatever the bits": Mutation(
+        "kernels/together.py",
+        "known + 1 if known < MEETINGS else _same_bits(rows, ranks)",
+        "known + 1 if known < MEETINGS else True",
+        TOGETHER,
+    ),
+    "together: never": Mutation("kernels/together.py", "if followers is not None:", "if False:", TOGETHER),
+    "together: under checkpointing too": Mutation(
+        "kernels/together.py", "return hooks is None or hooks(True) is not None", "return False", TOGETHER
+    ),
+    "pieces: whatever the bits": Mutation("kernels/pieces.py", " and torch.equal(pieces(cut)(), wanted)]", "]", PIECES),
+    "pieces: no bias": Mutation("kernels/pieces.py", "if bias_part is None:", "if True:", PIECES),
+    "pieces: the last one left out": Mutation(
+        "kernels/pieces.py",
+        "for x_part, m_part, _, target in _parts(x, m, None, onto, cut):",
+        "for x_part, m_part, _, target in _parts(x, m, None, onto, cut)[:-1]:",
+        PIECES,
+    ),
+    "linear: DoRA not rescaled": Mutation(
+        "layers/linear.py",
+        "return (self._gain(factors) * h).to(h.dtype)",
+        "return h + 0 * self._gain(factors)",
+        WRAPPERS,
     ),
     "embedding: no embed_scale": Mutation("layers/embedding.py", "factors.scale * scale", "factors.scale", ANSWERS),
     "embedding: padding row trained": Mutation(

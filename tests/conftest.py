@@ -1,6 +1,8 @@
 """What every test stands on: no network, one thread, the same random numbers each time."""
 
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported anywhere
@@ -37,3 +39,14 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the models and data in ../shared, which are not here")
     return SHARED
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    """torch.distributed with this process alone in it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

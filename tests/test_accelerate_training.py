@@ -1,7 +1,6 @@
 """An accelerated PEFT model trains as PEFT's does: Trainer, TRL, checkpointing, autocast, compile, DDP."""
 
 import copy
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,16 +196,6 @@ def test_torch_func_transforms():
         x = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
         grads.append(torch.func.vmap(torch.func.grad(lambda row, layer=layer: layer(row).square().sum()))(x))
     torch.testing.assert_close(grads[1], grads[0])
-
-
-@pytest.fixture
-def _one_process() -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("_one_process")

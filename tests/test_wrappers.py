@@ -1,8 +1,6 @@
 """A model that `lowrank.inject` adapted, inside what people put around models: Trainer, compile, DDP, FSDP2."""
 
 import copy
-import socket
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -36,16 +34,6 @@ def assert_gradients(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tenso
     assert got.keys() == wanted.keys() and len(got) >= 28
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
-@pytest.fixture
-def _one_process() -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("_one_process")

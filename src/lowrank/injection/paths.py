@@ -44,7 +44,8 @@ def shared_inputs(model: nn.Module, run: Callable[[], object]) -> list[tuple[str
     """Which adapted linear layers are called with one and the same tensor while `run()` calls the model.
 
     Found by watching the calls, not by names: (("…q_proj", "…k_proj", "…v_proj"), ("…gate_proj", "…up_proj"), …), in
-    the order of the calls. Such layers gather one input gradient together.
+    the order of the calls. Such layers are computed together (`kernels.together`) or share
+    an input gradient (`kernels.shared_input`).
     """
     calls: list[tuple[Tensor, list[str]]] = []
 

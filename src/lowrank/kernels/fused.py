@@ -105,12 +105,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(h, x as a matrix, S): x (..., k) → (..., d), (T, k), (T, r); S is None where it is not kept and not needed."""
     rows = x.reshape(-1, x.shape[-1])  # (T, k)
-    fold = not mask.probability and _folds(rows, weight, a)
+    fold = not mask.probability and folds(rows, weight, a)
     s = products.down(mask.apply(rows), a) if keep or not fold else None  # (T, r)
-    return forward_part(x, rows, weight, bias, a, b, scale, s, may_fold=fold), rows, s
+    return forward_part(x, rows, weight, bias, a, b, scale, s, fold), rows, s
 
 
-def _folds(rows: Tensor, weight: Tensor, a: Tensor) -> bool:
+def folds(rows: Tensor, weight: Tensor, a: Tensor) -> bool:
+    """Whether W0 + s·B·A is formed first: rows (T, k), weight (d, k), a (r, k)."""
     d, k = weight.shape
     return choose_order(rows.shape[0], k, d, a.shape[0], rows.dtype, rows.device.type).fold
 
@@ -124,10 +125,10 @@ def forward_part(
     b: Tensor,
     scale: float,
     s: Tensor | None,
-    may_fold: bool = True,
+    fold: bool,
 ) -> Tensor:
-    """h = W0·x + bias + scale·B·A·x from S = x·Aᵀ, (T, r), in the order that is fastest: x (..., k) → (..., d)."""
-    if s is None or (may_fold and _folds(rows, weight, a)):
+    """h = W0·x + bias + scale·B·A·x from S = x·Aᵀ, (T, r), or folded: x (..., k) → (..., d)."""
+    if s is None or fold:
         h = F.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
     else:
         h = products.plus_low_rank(x, rows, weight, bias, s, b, scale)

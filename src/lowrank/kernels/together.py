@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lowrank.kernels import products
-from lowrank.kernels.fused import beside, forward_part, fused_linear, is_tracked, laid_out_as_b, reason_against
+from lowrank.kernels.fused import beside, folds, forward_part, fused_linear, is_tracked, laid_out_as_b, reason_against
 
 MOST = 8  # projections in a group
 MEETINGS = 12  # a shape is worth trying once it was met so often
@@ -188,7 +188,7 @@ class _FusedGroup(Function):
         ctx.stacks = may_be_stacked(rows, [one.shape[0] for one in a])
         s = _down(rows, a, ctx.stacks)
         answers = tuple(
-            forward_part(x, rows, weight, bias, one_a, b, scale, one_s)
+            forward_part(x, rows, weight, bias, one_a, b, scale, one_s, folds(rows, weight, one_a))
             for weight, bias, one_a, (b, scale), one_s in zip(weights, biases, a, pairs, s, strict=True)
         )
         ctx.beside = [scale for _, scale in pairs]
