@@ -1,13 +1,18 @@
 """Gradient checkpointing over a frozen base: gradients are there, and are those without it."""
 
 import warnings
+from contextlib import nullcontext
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import lowrank
 from lowrank import LoraConfig
+from lowrank.functional import lora_linear
+from lowrank.kernels import pieces
 from models import MODELS, answer
 from snapshots import assert_same, snapshot
 
@@ -60,6 +65,44 @@ def test_checkpointed_gradients_are_there_and_equal(name: str, reentrant: bool) 
     for parameter, gradient in factor_gradients(model).items():
         assert gradient is not None, parameter
         assert torch.allclose(gradient, wanted[parameter], rtol=1e-4, atol=1e-6), parameter
+
+
+@pytest.mark.parametrize("use_peft", [False, True], ids=["injected", "accelerated"])
+def test_a_recomputed_block_leaves_out_the_product_nobody_asks_for(
+    monkeypatch: pytest.MonkeyPatch, use_peft: bool
+) -> None:
+    """The frozen model's recomputed block stops where the last tensor is kept, before down_proj's product; so do we."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = MODELS["llama"]()
+    if use_peft:
+        lowrank.peft.accelerate(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets)))
+    else:
+        lowrank.inject(model, LoraConfig(r=2, target_modules=targets))
+    checkpoint(model.train(), reentrant=False)
+    calls: list[int] = []
+    base = pieces.base
+    monkeypatch.setattr(pieces, "base", lambda *args: (calls.append(1), base(*args))[1])
+    answer(model).square().sum().backward()
+    layers = model.config.num_hidden_layers
+    assert len(calls) == 7 * layers + 6 * layers
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_is_computed_is_the_same_under_saved_tensor_hooks(dropout: float) -> None:
+    """Bit for bit, the answer and every gradient; and the answer is no view, so that the next layer may write to it."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 50, 8), torch.randn(6, 8), torch.randn(6)
+    a, b = torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    found = []
+    for watched in (False, True):
+        seen = x.clone().requires_grad_()
+        torch.manual_seed(1)
+        with saved_tensors_hooks(lambda t: t, lambda t: t) if watched else nullcontext():
+            h = lora_linear(seen, weight, bias, a, b, 1.7, dropout)
+        assert not h._is_view()
+        h.mul_(2)
+        found.append([h.detach(), *torch.autograd.grad(h.square().sum(), (seen, a, b))])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_checkpointing_enabled_before_injection() -> None:

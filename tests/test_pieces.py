@@ -47,6 +47,34 @@ def test_pieces_make_up_the_whole(monkeypatch, cut, dtype, transposed, bias):
     torch.testing.assert_close(onto.double(), start.double() + product, rtol=2e-2, atol=4e-2)
 
 
+LAYOUTS = {
+    "one matrix": lambda x: x.flatten(0, 1),
+    "contiguous": lambda x: x,
+    "turned": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "columns of a wider one": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+}
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_written_into_a_given_tensor_it_has_the_bits_of_the_linear_layer(layout, bias, dtype):
+    """Where torch adds the bias depends on how x lies in memory."""
+    x = LAYOUTS[layout](draw(4, 64, 96, dtype=dtype))
+    weight, added = draw(80, 96, dtype=dtype, seed=1), draw(80, dtype=dtype, seed=2) if bias else None
+    wanted = F.linear(x, weight, added)
+    out = torch.empty(wanted.shape, dtype=dtype)
+    assert pieces.base(x, weight, added, out) is out
+    assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cut_by_rows_with_a_bias_it_has_the_bits_of_the_linear_layer(monkeypatch, layout):
+    x, weight, bias = LAYOUTS[layout](draw(4, 64, 96)), draw(80, 96, seed=1), draw(80, seed=2)
+    monkeypatch.setattr(pieces, "_cut_of", lambda *a: Cut(0, 128, 0.5))
+    assert torch.equal(pieces.base(x, weight, bias), F.linear(x, weight, bias))
+
+
 def test_a_shape_is_timed_once_it_was_met_often_enough(monkeypatch, known):
     asked = []
     monkeypatch.setattr(pieces, "find_cut", lambda shape: asked.append(shape))

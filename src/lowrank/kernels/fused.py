@@ -8,7 +8,8 @@ nothing is kept for a gradient of the frozen weight, and no input gradient is fo
 Per T×d output that is 6·r·T·(k + d) operations beyond the frozen layer's, the least there is when S is kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowrank.kernels import products
+from lowrank.kernels import pieces, products
 from lowrank.kernels.order import choose_order, thin_products_are_slow
 from lowrank.kernels.shared_input import SharedInput, shared_input
 
@@ -60,11 +61,22 @@ def fused_linear(
         low_rank = F.linear(F.linear(x.float(), a.float()), (b * scale).float())
         return F.linear(x, weight, bias) + low_rank.to(x.dtype)
     if not tracked:
-        b, scale = beside(x, b, scale)
-        return _forward(x, weight, bias, a.to(x.dtype), b, scale, _Mask(dropout, x), keep=False)[0]
+        a, (b, scale), rows = a.to(x.dtype), beside(x, b, scale), x.reshape(-1, x.shape[-1])
+        s, fold = _down(rows, weight, a, _Mask(dropout, x), keep=False)
+        return forward_part(x, rows, weight, bias, a, b, scale, s, fold)
     shared = shared_input(x)
-    result: Tensor = _FusedLinear.apply(shared.token, x.detach(), weight, bias, a, b, shared, scale, dropout)  # type: ignore[no-untyped-call]
-    return result
+    later: list[Callable[[Tensor], Tensor]] | None = [] if are_saved_tensors_watched() else None
+    h: Tensor = _FusedLinear.apply(shared.token, x.detach(), weight, bias, a, b, shared, scale, dropout, later)  # type: ignore[no-untyped-call]
+    if later:
+        with torch.no_grad():
+            later.pop()(h.detach())
+    return h
+
+
+def are_saved_tensors_watched() -> bool:
+    """Whether saved-tensor hooks are set, as gradient checkpointing does; yes where this torch does not tell."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # there is no public name for it
+    return hooks is None or hooks(True) is not None
 
 
 def is_tracked(x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:
@@ -100,14 +112,10 @@ class _Mask:
         return keep.mul_(x).div_(1 - self.probability)
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, mask: _Mask, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(h, x as a matrix, S): x (..., k) → (..., d), (T, k), (T, r); S is None where it is not kept and not needed."""
-    rows = x.reshape(-1, x.shape[-1])  # (T, k)
+def _down(rows: Tensor, weight: Tensor, a: Tensor, mask: "_Mask", keep: bool) -> tuple[Tensor | None, bool]:
+    """(S, whether W0 + s·B·A is formed first): S (T, r), None where it is neither kept nor needed."""
     fold = not mask.probability and folds(rows, weight, a)
-    s = products.down(mask.apply(rows), a) if keep or not fold else None  # (T, r)
-    return forward_part(x, rows, weight, bias, a, b, scale, s, fold), rows, s
+    return products.down(mask.apply(rows), a) if keep or not fold else None, fold
 
 
 def folds(rows: Tensor, weight: Tensor, a: Tensor) -> bool:
@@ -126,12 +134,13 @@ def forward_part(
     scale: float,
     s: Tensor | None,
     fold: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """h = W0·x + bias + scale·B·A·x from S = x·Aᵀ, (T, r), or folded: x (..., k) → (..., d)."""
+    """h = W0·x + bias + scale·B·A·x from S = x·Aᵀ, (T, r), or folded: x (..., k) → (..., d), into `out` if given."""
     if s is None or fold:
-        h = F.linear(x, torch.addmm(weight, b, a, alpha=scale), bias)
+        h = pieces.base(x, torch.addmm(weight, b, a, alpha=scale), bias, out)
     else:
-        h = products.plus_low_rank(x, rows, weight, bias, s, b, scale)
+        h = products.plus_low_rank(x, rows, weight, bias, s, b, scale, out)
     # a view made in a Function may not be written to by the caller (ReLU(inplace=True)): this one counts as no view
     return torch.ops.aten._unsafe_view.default(h, h.shape) if h._is_view() else h
 
@@ -149,20 +158,31 @@ class _FusedLinear(Function):
         shared: SharedInput,
         scale: float,
         dropout: float,
+        later: list[Callable[[Tensor], Tensor]] | None,
     ) -> Tensor:
+        """h, or with `later` an empty h and there how to fill it.
+
+        A checkpointed block that is computed again is left as soon as its last tensor is kept, which here is before
+        the largest product: the answer of its last layer is not asked for.
+        """
         ctx.mask, ctx.shared, ctx.scale, ctx.masters = _Mask(dropout, x), shared, scale, (a.dtype, b.dtype)
         a, (b, scale) = a.to(x.dtype), beside(x, b, scale)
-        h, rows, s = _forward(x, weight, bias, a, b, scale, ctx.mask, keep=True)
+        rows = x.reshape(-1, x.shape[-1])  # (T, k)
+        s, fold = _down(rows, weight, a, ctx.mask, keep=True)
         ctx.save_for_backward(rows, s, weight, a, b)
         ctx.scale_beside = scale
-        return h
+        fill = partial(forward_part, x, rows, weight, bias, a, b, scale, s, fold)
+        if later is None:
+            return fill()
+        later.append(fill)
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         x, s, weight, a, b = ctx.saved_tensors
         dh = dh.reshape(-1, dh.shape[-1])  # (T, d)
-        _, _, _, needs_bias, needs_a, needs_b, _, _, _ = ctx.needs_input_grad
+        _, _, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         a_dtype, b_dtype = ctx.masters
         ds, dbt = products.two_gradients(dh, s, b, ctx.scale_beside, needs_b)  # (T, r), (r, d)
         da = products.weight_gradient(ds, ctx.mask.apply(x)).to(a_dtype) if needs_a else None  # (r, k)
@@ -171,4 +191,4 @@ class _FusedLinear(Function):
         if ctx.shared.needs_gradient:
             dropped = ctx.mask.apply(ds @ a) if ctx.mask.probability else None
             ctx.shared.add(dh, weight, dropped, ds, a)
-        return None, None, None, dbias, da, db, None, None, None
+        return None, None, None, dbias, da, db, None, None, None, None

@@ -57,14 +57,18 @@ _known: dict[Shape, int | Cut | None] = {}  # how often a shape was met, then wh
 _off = os.environ.get("LOWRANK_PIECES") == "0"
 
 
-def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W0·x + bias: x (..., k), weight (d, k), bias (d,) → (..., d), the bits of F.linear."""
+def base(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """W0·x + bias, into `out` where given: x (..., k), weight (d, k), bias (d,), out (..., d); the bits of F.linear."""
     cut = _cut_of(x, weight.t(), bias is not None, False)
-    if cut is None:
+    if cut is None and out is None:
         return F.linear(x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    _in_pieces(x.reshape(-1, x.shape[-1]), weight.t(), bias, out.view(-1, weight.shape[0]), cut)
-    return out
+    h = x.new_empty(*x.shape[:-1], weight.shape[0]) if out is None else out
+    rows = x.reshape(-1, x.shape[-1])
+    # where torch cannot see x as one matrix it adds the bias to the rounded product
+    apart = bias is not None and x.dim() > 2 and not x.is_contiguous()
+    whole = Cut(0, max(1, rows.shape[0]), 1.0)
+    _in_pieces(rows, weight.t(), None if apart else bias, h.view(-1, weight.shape[0]), cut or whole)
+    return h.add_(bias) if apart and bias is not None else h
 
 
 def product(x: Tensor, m: Tensor, onto: Tensor | None = None) -> Tensor:

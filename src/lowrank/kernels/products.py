@@ -16,15 +16,26 @@ def fits_one_kernel(x: Tensor, m: Tensor, rank: int, onto: bool) -> bool:
 
 
 def plus_low_rank(
-    x: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, scale: float
+    x: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """W0·x + bias + s·S·Bᵀ: x (..., k) and the same as rows (T, k), weight (d, k), s (T, r), b (d, r) → (..., d)."""
+    """W0·x + bias + s·S·Bᵀ, into `out` where given.
+
+    x (..., k) and the same as rows (T, k), weight (d, k), bias (d,), s (T, r), b (d, r) → (..., d).
+    """
     if fits_one_kernel(rows, weight.t(), s.shape[1], onto=False):
         from lowrank.kernels.gpu.product import plus_low_rank as kernel
 
         scaled = b if scale == 1.0 else b * scale
-        return kernel(rows, weight.t(), s, scaled.t(), bias).view(*x.shape[:-1], weight.shape[0])
-    h = pieces.base(x, weight, bias)  # (..., d)
+        flat = None if out is None else out.view(-1, weight.shape[0])
+        return kernel(rows, weight.t(), s, scaled.t(), bias, out=flat).view(*x.shape[:-1], weight.shape[0])
+    h = pieces.base(x, weight, bias, out)  # (..., d)
     h.view(-1, weight.shape[0]).addmm_(s, b.t(), alpha=scale)
     return h
 

@@ -25,7 +25,16 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lowrank.kernels import products
-from lowrank.kernels.fused import beside, folds, forward_part, fused_linear, is_tracked, laid_out_as_b, reason_against
+from lowrank.kernels.fused import (
+    are_saved_tensors_watched,
+    beside,
+    folds,
+    forward_part,
+    fused_linear,
+    is_tracked,
+    laid_out_as_b,
+    reason_against,
+)
 
 MOST = 8  # projections in a group
 MEETINGS = 12  # a shape is worth trying once it was met so often
@@ -119,7 +128,7 @@ _stacks: dict[tuple[Any, ...], int | bool] = {}  # how often a shape was met, th
 def projection(layer: Site, x: Tensor, own: Operands, dropout: float) -> Tensor:
     """W0·x + bias + s·B·A·dropout(x) of `layer`, alone or with those that are called with the same x: (..., d)."""
     tracked = is_tracked(x, own.bias, own.a, own.b)
-    if not tracked or dropout or x.device.type != "cpu" or _are_saved_tensors_watched():
+    if not tracked or dropout or x.device.type != "cpu" or are_saved_tensors_watched():
         return fused_linear(x, *own, dropout)
     calls = _local.calls
     if calls is None or not calls.is_for(x):
@@ -135,12 +144,6 @@ def projection(layer: Site, x: Tensor, own: Operands, dropout: float) -> Tensor:
     else:
         calls.note(layer)
     return fused_linear(x, *own)
-
-
-def _are_saved_tensors_watched() -> bool:
-    """Whether saved-tensor hooks are set; yes where this torch does not tell."""
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # there is no public name for it
-    return hooks is None or hooks(True) is not None
 
 
 def _group(

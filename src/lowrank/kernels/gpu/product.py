@@ -42,15 +42,22 @@ def _product_kernel(
 
 
 def plus_low_rank(
-    x: Tensor, m: Tensor, s: Tensor, n: Tensor, bias: Tensor | None = None, onto: Tensor | None = None
+    x: Tensor,
+    m: Tensor,
+    s: Tensor,
+    n: Tensor,
+    bias: Tensor | None = None,
+    onto: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """x·m + s·n + bias, added in place to `onto` where given: x (T, K), m (K, N), s (T, r), n (r, N) → (T, N).
+    """x·m + s·n + bias: x (T, K), m (K, N), s (T, r), n (r, N) → (T, N).
 
-    All of one dtype; any strides. Sums are float32.
+    Added in place to `onto` or written to `out`, where one is given. All of one dtype; any strides. Sums are float32.
     """
     tokens, inner = x.shape
     width, rank = m.shape[1], s.shape[1]
-    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if onto is None else onto
+    if out is None:
+        out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if onto is None else onto
     grid = (triton.cdiv(tokens, BLOCK_T), triton.cdiv(width, BLOCK_OUT))
     _product_kernel[grid](
         x, m, s, n, out if bias is None else bias, out,
