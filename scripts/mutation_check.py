@@ -43,6 +43,7 @@ MERGE, TIED, INIT = "test_merge_laws.py", "test_merge_tied.py", "test_init.py"
 REFUSALS = "test_merge_refusals.py"
 FUSED, CHECKPOINTING = "test_fused_rows.py", "test_injection_checkpointing.py"
 TOGETHER, PIECES, WRAPPERS = "test_together.py", "test_pieces.py", "test_wrappers.py"
+CHECKPOINTING, CAST = "test_injection_checkpointing.py", "test_autocast.py"
 
 MUTATIONS: dict[str, Mutation] = {
     "merge: no scale": Mutation("core/merging.py", "factors.scale * weighting", "weighting", MERGE),
@@ -70,7 +71,7 @@ MUTATIONS: dict[str, Mutation] = {
         "merge/memory.py", "            layer.weight = weight\n", "            pass\n", IDENTITY
     ),
     "factors: no start factors": Mutation(
-        "core/factors.py", "if self.start_a is None or self.start_b is None:", "if True:", ANSWERS
+        "core/factors.py", "torch.cat([a, a - self.start_a])", "torch.cat([a, a])", ANSWERS
     ),
     "factors: start factors added": Mutation(
         "core/factors.py", "-self.full_b(self.start_b)", "self.full_b(self.start_b)", ANSWERS
@@ -84,26 +85,23 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "dora: half the cross term": Mutation("core/dora.py", "2 * scale * cross", "scale * cross", ANSWERS),
     "dora: bias scaled too": Mutation(
-        "layers/linear.py", "plain = base if self.bias is None else base - self.bias", "plain = base", ANSWERS
+        "layers/linear.py", "torch.addcmul((1 - gain) * self.bias, gain, h)", "gain * h", ANSWERS
     ),
-    "linear: no scale": Mutation("layers/linear.py", "f.full_b(f.b), f.scale) for", "f.full_b(f.b), 1.0) for", ANSWERS),
+    "linear: no scale": Mutation("layers/linear.py", "(*f.moved(), f.scale)", "(*f.moved(), 1.0)", ANSWERS),
     "linear: one adapter of several": Mutation("kernels/fused.py", "if len(pairs) == 1:", "if True:", ANSWERS),
     "linear: parts not put on their rows": Mutation(
-        "layers/linear.py", "f.full_b(f.b), f.scale) for", "f.b, f.scale) for", ANSWERS
+        "core/factors.py", "full.index_copy(0, row_indices(self.parts, b.device), blocks)", "full", ANSWERS
     ),
     "linear: no start factors": Mutation(
-        "layers/linear.py",
-        "factors.full_b(factors.start_b), factors.scale)",
-        "factors.full_b(factors.start_b), 0.0)",
-        ANSWERS,
+        "core/factors.py", "torch.cat([b - start_b, start_b], dim=1)", "torch.cat([b, start_b], dim=1)", ANSWERS
     ),
     "linear: dropout in evaluation": Mutation(
         "layers/linear.py", "factors.dropout, self.training)", "factors.dropout, True)", GRADIENTS
     ),
     "fused: no bias": Mutation(
         "kernels/fused.py",
-        "products.plus_low_rank(x, rows, weight, bias, s, b, scale)",
-        "products.plus_low_rank(x, rows, weight, None, s, b, scale)",
+        "plus_low_rank(x, rows, weight, bias, s,",
+        "plus_low_rank(x, rows, weight, None, s,",
         ANSWERS,
     ),
     "fused: another mask in backward": Mutation(
@@ -145,7 +143,19 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "together: never": Mutation("kernels/together.py", "if followers is not None:", "if False:", TOGETHER),
     "together: under checkpointing too": Mutation(
-        "kernels/together.py", "return hooks is None or hooks(True) is not None", "return False", TOGETHER
+        "kernels/fused.py", "return hooks is None or hooks(True) is not None", "return False", TOGETHER
+    ),
+    "fused: no empty answer for a block computed again": Mutation(
+        "kernels/fused.py", "= [] if are_saved_tensors_watched() else None", "= None", CHECKPOINTING
+    ),
+    "autocast: the copy of another tensor": Mutation(
+        "kernels/autocast.py", "same = self._x() is x and", "same =", CAST
+    ),
+    "autocast: a copy out of date": Mutation(
+        "kernels/autocast.py", "return x._version, x.requires_grad", "return 0, x.requires_grad", CAST
+    ),
+    "pieces: the bias always inside": Mutation(
+        "kernels/pieces.py", " and x.dim() > 2 and not x.is_contiguous()", " and False", PIECES
     ),
     "pieces: whatever the bits": Mutation("kernels/pieces.py", " and torch.equal(pieces(cut)(), wanted)]", "]", PIECES),
     "pieces: no bias": Mutation("kernels/pieces.py", "if bias_part is None:", "if True:", PIECES),
@@ -157,15 +167,15 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "linear: DoRA not rescaled": Mutation(
         "layers/linear.py",
-        "return (self._gain(factors) * h).to(h.dtype)",
-        "return h + 0 * self._gain(factors)",
+        "answer = gain * h if self.bias is None",
+        "answer = h + 0 * gain if self.bias is None",
         WRAPPERS,
     ),
     "embedding: no embed_scale": Mutation("layers/embedding.py", "factors.scale * scale", "factors.scale", ANSWERS),
     "embedding: padding row trained": Mutation(
         "layers/embedding.py", "F.embedding(input, a.t(), self.padding_idx)", "F.embedding(input, a.t())", GRADIENTS
     ),
-    "conv: no scale": Mutation("layers/conv.py", "return change * factors.scale", "return change", ANSWERS),
+    "conv: no scale": Mutation("layers/conv.py", "*factors.moved()) * factors.scale", "*factors.moved())", ANSWERS),
     "conv: no padding mode": Mutation(
         "layers/conv.py",
         "self._conv_forward(x, kernel, None)",

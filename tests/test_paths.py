@@ -49,10 +49,11 @@ def calls(monkeypatch, run):
     [
         ({}, nn.Linear, None),
         ({}, Shifted, "a forward of its own"),
-        ({"use_dora": True}, nn.Linear, "DoRA"),
+        ({"use_dora": True}, Shifted, "a forward of its own"),
+        ({"use_dora": True}, nn.Linear, None),
         ({"use_dora": True}, partial(nn.Linear, bias=False), None),
-        ({"use_dora": True, "init_lora_weights": "pissa"}, partial(nn.Linear, bias=False), "start factors"),
-        ({"init_lora_weights": "pissa"}, nn.Linear, "start factors"),
+        ({"use_dora": True, "init_lora_weights": "pissa"}, nn.Linear, None),
+        ({"init_lora_weights": "pissa"}, nn.Linear, None),
     ],
 )
 def test_what_is_said_is_what_happens(monkeypatch, config, linear, reason):
@@ -63,6 +64,16 @@ def test_what_is_said_is_what_happens(monkeypatch, config, linear, reason):
     assert all(p.reason is None if reason is None else reason in p.reason for p in paths)
     assert bool(plan.plain_paths) == bool(reason) and (not reason or reason in str(plan))
     assert calls(monkeypatch, lambda: model(torch.randn(2, 6))) == (0 if reason else 4)
+
+
+def test_dora_beside_another_adapter_is_computed_one_by_one():
+    model = block()
+    lowrank.inject(model, LoraConfig(r=2, target_modules=["q"], use_dora=True), "a")
+    lowrank.inject(model, LoraConfig(r=2, target_modules=["q"]), "b")
+    lowrank.set_active(model, ("a", "b"))
+    assert "not another adapter's change" in execution_paths(model)[0].reason
+    lowrank.set_active(model, ("a",))
+    assert execution_paths(model)[0].reason is None
 
 
 def test_adapters_that_differ_in_dropout_are_computed_one_by_one():

@@ -83,12 +83,32 @@ def test_every_call_has_the_bits_of_separate_projections(monkeypatch, dtype, con
     assert sizes == [3, 1] * (MEETINGS + 2)
 
 
-def test_a_trained_bias_gets_its_gradient_in_a_group():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_too(monkeypatch, dtype):
+    """x, the weights and the biases are float32, the products are not; a trained bias keeps its dtype."""
     model, x = adapted(), batch()
     model.k.bias.requires_grad_()
-    wanted = alone(model, x)
-    for _ in range(3):
-        assert_same_bits(results(model, x), wanted)
+    with torch.autocast("cpu", dtype):
+        wanted = alone(model, x)
+        sizes = nodes(monkeypatch)
+        for _ in range(MEETINGS + 3):
+            got = results(model, x)
+            assert_same_bits(got, wanted)
+        assert {one.dtype for one in got[1:]} == {torch.float32}
+    assert sizes == [3, 1] * (MEETINGS + 2)
+    exact = results(model.double(), batch().double().detach().requires_grad_())
+    for one, other in zip(got, exact, strict=True):
+        assert (one.double() - other).norm() <= 0.05 * other.norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_trained_bias_gets_its_gradient_in_a_group(autocast):
+    model, x = adapted(), batch()
+    model.k.bias.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        wanted = alone(model, x)
+        for _ in range(3):
+            assert_same_bits(results(model, x), wanted)
 
 
 def test_a_group_is_one_node():

@@ -87,6 +87,18 @@ class LoraFactors(nn.Module):
             return a, b
         return torch.cat([a, self.start_a]), torch.cat([b, -self.full_b(self.start_b)], dim=1)
 
+    def moved(self) -> tuple[Tensor, Tensor]:
+        """(A, B) with ΔW = s·B·A as forward computes it, exactly zero where the factors are still the start factors.
+
+        (a, b) over all rows; with start factors B·A − B_start·A_start = (B − B_start)·A + B_start·(A − A_start), two
+        products that vanish each by itself and lose nothing by cancellation. A: (R, k), B: (d, R), differentiable.
+        """
+        a, b = self.a, self.full_b(self.b)
+        if self.start_a is None or self.start_b is None:
+            return a, b
+        start_b = self.full_b(self.start_b)
+        return torch.cat([a, a - self.start_a]), torch.cat([b - start_b, start_b], dim=1)
+
     def extra_repr(self) -> str:
         """Rank, shape and scale, for `print(model)`."""
         dora = ", dora" if self.magnitude is not None else ""

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowrank.kernels import pieces, products
+from lowrank.kernels.autocast import dtype_for
 from lowrank.kernels.order import choose_order, thin_products_are_slow
 from lowrank.kernels.shared_input import SharedInput, shared_input
 
@@ -33,11 +34,18 @@ def reason_against(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
         return "the base weight is trained too"
     if type(weight) not in (Tensor, torch.nn.Parameter) or type(x) is not Tensor:
         return f"its tensors are of a class of their own ({type(weight).__name__}, {type(x).__name__})"
-    if x.dtype != weight.dtype or not x.is_floating_point():
+    if (x.dtype != weight.dtype and dtype_for(x) is not x.dtype) or not x.is_floating_point():
         return f"its input is {x.dtype} and its weight {weight.dtype}"
     if bias is not None and bias.dtype != weight.dtype:
         return f"its bias is {bias.dtype} and its weight {weight.dtype}"
     return None
+
+
+def in_dtype_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias in x's dtype, which under autocast may not be theirs."""
+    if weight.dtype is x.dtype:
+        return weight, bias
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
 def stacked(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:
@@ -52,10 +60,11 @@ def fused_linear(
 ) -> Tensor:
     """W0·x + bias + s·B·A·dropout(x): x (..., k), weight (d, k), a (r, k), b (d, r).
 
-    a and s·b are rounded to x's dtype, inside of the function, so that autograd sees one node. `weight` may be a
-    transposed view (Conv1D): no copy is made. The dropout mask is not kept: it is drawn again in backward from the same
-    seed. Second derivatives are refused by autograd.
+    a and s·b are rounded to x's dtype, inside of the function, so that autograd sees one node; under autocast weight
+    and bias are, before it. `weight` may be a transposed view (Conv1D): no copy is made. The dropout mask is not kept:
+    it is drawn again in backward from the same seed. Second derivatives are refused by autograd.
     """
+    weight, bias = in_dtype_of(x, weight, bias)
     tracked = is_tracked(x, bias, a, b)
     if not tracked and not dropout and thin_products_are_slow(x):
         low_rank = F.linear(F.linear(x.float(), a.float()), (b * scale).float())

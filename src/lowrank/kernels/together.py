@@ -31,6 +31,7 @@ from lowrank.kernels.fused import (
     folds,
     forward_part,
     fused_linear,
+    in_dtype_of,
     is_tracked,
     laid_out_as_b,
     reason_against,
@@ -41,7 +42,10 @@ MEETINGS = 12  # a shape is worth trying once it was met so often
 
 
 class Operands(NamedTuple):
-    """What one projection is computed from: weight (d, k), bias (d,), a (r, k), b (d, r) and the scale s."""
+    """What one projection is computed from: weight (d, k), bias (d,), a (r, k), b (d, r) and the scale s.
+
+    Weight and bias are as the layer has them, also where autocast casts them for the product.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -167,8 +171,8 @@ def _fits(x: Tensor, theirs: Operands) -> bool:
 
 def _compute(calls: _Calls, x: Tensor, group: list[tuple[Site, Operands]]) -> Tensor:
     """The first layer's answer; the others' wait in `calls`."""
-    operands = [one for _, one in group]
-    weights, biases, a, b, scales = zip(*operands, strict=True)
+    _, _, a, b, scales = zip(*(one for _, one in group), strict=True)
+    weights, biases = zip(*(in_dtype_of(x, one.weight, one.bias) for _, one in group), strict=True)
     answers: tuple[Tensor, ...] = _FusedGroup.apply(x, scales, *weights, *biases, *a, *b)  # type: ignore[no-untyped-call]
     for (layer, one), h in zip(group[1:], answers[1:], strict=True):
         calls.layers.append(weakref.ref(layer))

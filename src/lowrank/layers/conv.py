@@ -35,10 +35,7 @@ class LoraConv(LoraLayer):
 
     def _change(self, input: Tensor, factors: LoraFactors) -> Tensor:
         x = F.dropout(input, factors.dropout, self.training)
-        change = self._path(x, factors.a, factors.b)
-        if factors.start_a is not None and factors.start_b is not None:
-            change = change - self._path(x, factors.start_a, factors.start_b)
-        return change * factors.scale
+        return self._path(x, *factors.moved()) * factors.scale
 
     def _path(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         spatial = self.weight.shape[2:]

@@ -33,9 +33,7 @@ class LoraEmbedding(LoraLayer):
         h: Tensor = super().forward(input)
         scale = getattr(self, self.embed_scale_name, 1.0)
         for factors in self.active_factors:
-            change = self._look_up(input, factors.a, factors.b, h.dtype)
-            if factors.start_a is not None and factors.start_b is not None:  # formed apart, so that step 0 is exact
-                change = change - self._look_up(input, factors.start_a, factors.start_b, h.dtype)
+            change = self._look_up(input, *factors.moved(), h.dtype)
             h = h + (change * factors.scale * scale).to(h.dtype)
         return h
 

@@ -1,12 +1,13 @@
 """Adapted linear maps: nn.Linear, every subclass of it, and transformers' Conv1D."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.core.dora import row_gain
 from lowrank.core.factors import LoraFactors
+from lowrank.kernels.autocast import under_autocast
 from lowrank.kernels.fused import reason_against, stacked
-from lowrank.kernels.linear import autocast_inputs
 from lowrank.kernels.reference import low_rank
 from lowrank.kernels.together import Operands, projection
 from lowrank.layers.base import LoraLayer, plain_class
@@ -39,9 +40,9 @@ class LoraLinear(LoraLayer):
             answer: Tensor = super().forward(input)
             return answer
         if self.plain_reason is None:
-            x, weight, bias = autocast_inputs(input, self.matrix(self.weight), self.bias)
+            x, weight, bias = under_autocast(input), self.matrix(self.weight), self.bias
             if reason_against(x, weight, bias) is None:
-                a, b, scale = stacked([(f.a, f.full_b(f.b), f.scale) for f in factors])
+                a, b, scale = stacked([(*f.moved(), f.scale) for f in factors])
                 dropout = factors[0].dropout if self.training else 0.0
                 h = projection(self, x, Operands(weight, bias, a, b, scale), dropout)
                 return h if factors[0].magnitude is None else self._rescaled(h, factors[0])
@@ -52,7 +53,7 @@ class LoraLinear(LoraLayer):
         if self.plain_reason is not None or len(self.active_factors) != 1 or self.transposed:
             return None
         (factors,) = self.active_factors
-        if factors.parts or (factors.dropout and self.training):
+        if factors.parts or factors.start_a is not None or (factors.dropout and self.training):
             return None
         return Operands(self.weight, self.bias, factors.a, factors.b, factors.scale)
 
@@ -62,10 +63,8 @@ class LoraLinear(LoraLayer):
         if (forward.__module__, forward.__name__) not in OWN_FORWARDS:
             return f"{plain_class(self).__name__} has a forward of its own"
         factors = self.active_factors
-        if any(f.start_a is not None for f in factors):
-            return "the start factors are subtracted apart, so that step 0 is exact"
-        if any(f.magnitude is not None for f in factors) and (len(factors) > 1 or self.bias is not None):
-            return "DoRA rescales the base's answer, but neither its bias nor another adapter's change"
+        if any(f.magnitude is not None for f in factors) and len(factors) > 1:
+            return "DoRA rescales the base's answer, but not another adapter's change"
         if len({f.dropout for f in factors}) > 1:
             return "the active adapters differ in dropout"
         return None
@@ -81,19 +80,17 @@ class LoraLinear(LoraLayer):
         return h
 
     def _change(self, input: Tensor, factors: LoraFactors) -> Tensor:
-        """s·(B·A − B_start·A_start)·dropout(x): (..., k) → (..., d).
-
-        The two products are formed one after the other: at step 0 they are equal bit for bit and vanish.
-        """
-        x = F.dropout(input, factors.dropout, self.training)
-        change = low_rank(x, factors.a, factors.full_b(factors.b), factors.scale)
-        if factors.start_a is not None and factors.start_b is not None:
-            change = change - low_rank(x, factors.start_a, factors.full_b(factors.start_b), factors.scale)
-        return change
+        """ΔW·dropout(x): (..., k) → (..., d)."""
+        return low_rank(F.dropout(input, factors.dropout, self.training), *factors.moved(), factors.scale)
 
     def _rescaled(self, h: Tensor, factors: LoraFactors) -> Tensor:
-        """g·(W0 + ΔW)·x with g = m / ‖W0 + ΔW‖_row, from h = (W0 + ΔW)·x: (..., d)."""
-        return (self._gain(factors) * h).to(h.dtype)
+        """g·(W0 + ΔW)·x + bias with g = m / ‖W0 + ΔW‖_row, from h = (W0 + ΔW)·x + bias: (..., d).
+
+        That is g·h + (1 − g)·bias, which at g = 1 is h bit for bit.
+        """
+        gain = self._gain(factors)
+        answer = gain * h if self.bias is None else torch.addcmul((1 - gain) * self.bias, gain, h)
+        return answer.to(h.dtype)
 
     def _gain(self, factors: LoraFactors) -> Tensor:
         a, b = factors.effective()

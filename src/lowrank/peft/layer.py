@@ -6,8 +6,8 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from lowrank.kernels.autocast import under_autocast
 from lowrank.kernels.fused import reason_against, stacked
-from lowrank.kernels.linear import autocast_inputs
 from lowrank.kernels.together import Operands, projection
 from lowrank.peft.eligibility import active_names, base_matrix, dropout_of, reason_against_dtype, reason_for_peft_path
 
@@ -61,7 +61,8 @@ def _fused(layer: Any, x: Tensor) -> Tensor | None:
         return None
     names = active_names(layer)
     a, b, scale = stacked([(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in names])
-    x, weight, bias = autocast_inputs(x, *base_matrix(layer))
+    x = under_autocast(x)
+    weight, bias = base_matrix(layer)
     if reason_against(x, weight, bias) is not None or reason_against_dtype(x, a) is not None:
         return None
     return projection(layer, x, Operands(weight, bias, a, b, scale), dropout_of(layer, names[0]))
