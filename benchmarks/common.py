@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +19,54 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-SHAPES = {"6x768": (6, 768, 2048), "2x2048": (2, 2048, 5632)}  # layers, hidden, intermediate
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes, and the batch it is trained on."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    rows: int = 4
+    length: int = 256
+
+
+SHAPES = {
+    "6x768": Shape(6, 768, 2048, 12, 12),
+    "2x2048": Shape(2, 2048, 5632, 32, 32),
+    "1x8b": Shape(1, 4096, 14336, 32, 8, length=2048),  # a layer of Llama-3-8B, 8,192 tokens
+}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {"all": ALL_LINEAR, "qv": ["q_proj", "v_proj"]}
 RANK, ALPHA = 16, 32
-VOCABULARY, ROWS, LENGTH = 1024, 4, 256
+VOCABULARY = 1024
 
 Job = Callable[[], Tensor]
 
 
-def token_ids() -> Tensor:
-    """One batch of 4×256 tokens, the same each time."""
-    return torch.randint(VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(2))
+def token_ids(shape: str = "6x768", device: str = "cpu") -> Tensor:
+    """One batch of tokens, (rows, length), the same each time."""
+    size = (SHAPES[shape].rows, SHAPES[shape].length)
+    return torch.randint(VOCABULARY, size, generator=torch.Generator().manual_seed(2)).to(device)
 
 
-def base_model(shape: str, dtype: torch.dtype) -> nn.Module:
+def base_model(shape: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
     """The frozen Llama-shaped model, the same numbers each time."""
     torch.manual_seed(0)
-    layers, hidden, intermediate = SHAPES[shape]
+    sizes = SHAPES[shape]
     config = transformers.LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
         vocab_size=VOCABULARY,
-        max_position_embeddings=2 * LENGTH,
+        max_position_embeddings=2 * sizes.length,
     )
-    return transformers.LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    return transformers.LlamaForCausalLM(config).to(device, dtype).requires_grad_(False)
 
 
 def training_job(model: nn.Module, ids: Tensor) -> Job:
@@ -80,9 +101,17 @@ def weights_of(model: nn.Module) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
 
 
-def clock_for(threads: int) -> Callable[[], float]:
-    """The process's own time with one thread, which other programs disturb little; the wall's with more."""
+def clock_for(threads: int, device: str = "cpu") -> Callable[[], float]:
+    """The process's own time with one thread, which other programs disturb little; the wall's with more or a GPU."""
+    if device != "cpu":
+        return after_the_gpu
     return time.process_time if threads == 1 else time.perf_counter
+
+
+def after_the_gpu() -> float:
+    """The wall's time when all that was asked of the GPU is done."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def take_turns(jobs: dict[str, Job], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
@@ -108,7 +137,7 @@ def ratios(seconds: dict[str, list[float]], to: str) -> dict[str, float]:
     }
 
 
-def conditions(threads: int) -> dict[str, Any]:
+def conditions(threads: int, device: str = "cpu") -> dict[str, Any]:
     """What it ran on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
@@ -116,6 +145,7 @@ def conditions(threads: int) -> dict[str, Any]:
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "cpu": cpu,
+        "gpu": None if device == "cpu" else torch.cuda.get_device_name(),
         "cores": os.cpu_count(),
         "threads": threads,
         "bf16": [name for name in ("avx512_bf16", "amx_bf16") if name in flags],

@@ -21,7 +21,7 @@ import torch
 import transformers
 from common import DTYPES, TARGETS, VOCABULARY, Job, base_model, clock_for, conditions, keep, ratios, take_turns
 from torch import Tensor, nn
-from training_step import adapted_model
+from training_step import adapted
 
 import lowrank
 
@@ -44,10 +44,11 @@ def compare(tokens: int, dtype: str, options: argparse.Namespace) -> dict[str, A
     """One line of the table."""
     ids = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(2))
     models = {
-        name: adapted_model(name, "6x768", DTYPES[dtype], TARGETS["all"]) for name in ("lowrank", "peft", "accelerated")
+        name: adapted(name, base_model("6x768", DTYPES[dtype]), TARGETS["all"])
+        for name in ("lowrank", "peft", "accelerated")
     }
     models["floor"] = base_model("6x768", DTYPES[dtype])
-    models["merged"] = lowrank.merge_and_unload(adapted_model("lowrank", "6x768", DTYPES[dtype], TARGETS["all"]))
+    models["merged"] = lowrank.merge_and_unload(adapted("lowrank", base_model("6x768", DTYPES[dtype]), TARGETS["all"]))
     jobs = {name: inference_job(model.eval(), ids) for name, model in models.items()}
     seconds = take_turns(jobs, options.runs, clock_for(options.threads))
     line = {"tokens": tokens, "dtype": dtype, "over_floor": ratios(seconds, "floor")}

@@ -7,10 +7,13 @@ floor        all weights frozen: forward and the gradient with respect to the in
 lowrank      rank 16 by lowrank.inject
 peft         rank 16 under PEFT, as `get_peft_model` makes it
 accelerated  the same after lowrank.peft.accelerate
+unsloth      rank 16 in Unsloth's order of products, a Linear at a time (`peer_orders`)
 full         every weight trained
 
     python benchmarks/training_step.py [--runs 9] [--threads 2] [--dtype bf16 f32] [--shape 6x768 2x2048]
                                  [--targets all qv] [--jobs ...] [--out benchmarks/results/training_step.json]
+
+With `--device cuda` the model is one layer of Llama-3-8B on 8,192 tokens, unless --shape says otherwise.
 
 A ratio is the median over the rounds of job/floor within the round. The memory figures are the bytes that autograd
 keeps for backward beyond the floor's, against the least there is: one x per shared input, and S.
@@ -42,25 +45,29 @@ from common import (
     token_ids,
     training_job,
 )
+from peer_orders import in_unsloths_order
 from torch import Tensor, nn
 
 import lowrank
 
-JOBS = ("floor", "lowrank", "peft", "accelerated", "full")
+JOBS = ("floor", "lowrank", "peft", "accelerated", "unsloth", "full")
+ON = {"cpu": ["6x768", "2x2048"], "cuda": ["1x8b"]}
 
 
 def job_of(name: str, shape: str, dtype: torch.dtype, targets: list[str], ids: Tensor) -> Job:
-    """A job by its name; no factor is zero."""
+    """A job by its name, where the tokens are; no factor is zero."""
+    model = base_model(shape, dtype, ids.device.type)
     if name == "floor":
-        return floor_job(base_model(shape, dtype), ids)
+        return floor_job(model, ids)
     if name == "full":
-        return training_job(base_model(shape, dtype).requires_grad_(True), ids)
-    return training_job(adapted_model(name, shape, dtype, targets), ids)
+        return training_job(model.requires_grad_(True), ids)
+    return training_job(adapted(name, model, targets), ids)
 
 
-def adapted_model(name: str, shape: str, dtype: torch.dtype, targets: list[str]) -> nn.Module:
-    """The model with a rank-16 adapter by "lowrank", "peft", or PEFT "accelerated"."""
-    model = base_model(shape, dtype)
+def adapted(name: str, model: nn.Module, targets: list[str]) -> nn.Module:
+    """The model with a rank-16 adapter by "lowrank", "peft", PEFT "accelerated", or in "unsloth"'s order."""
+    if name == "unsloth":
+        return _filled(in_unsloths_order(model, targets, RANK, ALPHA / RANK))
     if name == "lowrank":
         lowrank.inject(model, lowrank.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
         return _filled(model)
@@ -97,15 +104,16 @@ def kept_bytes(step: Job) -> int:
 
 def compare(shape: str, dtype: str, targets: str, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
-    ids = token_ids()
+    ids = token_ids(shape, options.device)
+    clock = clock_for(options.threads, options.device)
     jobs = {name: job_of(name, shape, DTYPES[dtype], TARGETS[targets], ids) for name in options.jobs}
     memory = {name: kept_bytes(step) for name, step in jobs.items()}
-    seconds = take_turns(jobs, options.runs, clock_for(options.threads))
+    seconds = take_turns(jobs, options.runs, clock)
     line = {
         "shape": shape,
         "dtype": dtype,
         "targets": targets,
-        "clock": clock_for(options.threads).__name__,
+        "clock": clock.__name__,
         "floor_s": round(statistics.median(seconds["floor"]), 4),
         "over_floor": ratios(seconds, "floor"),
         "kept_MB_beyond_floor": {n: round((b - memory["floor"]) / 1e6, 2) for n, b in memory.items() if n != "floor"},
@@ -119,19 +127,22 @@ def compare(shape: str, dtype: str, targets: str, options: argparse.Namespace) -
 def main() -> None:
     """Measure what is asked for, print it, and keep it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=ON, default="cpu")
     parser.add_argument("--runs", type=int, default=9, help="rounds (the claim wants at least 9)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU; leave it out to measure on the CPU")
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    report: dict[str, Any] = {"conditions": conditions(options.threads), "lines": []}
-    for shape in options.shape:
+    report: dict[str, Any] = {"conditions": conditions(options.threads, options.device), "lines": []}
+    for shape in options.shape or ON[options.device]:
         for targets in options.targets:
             for dtype in options.dtype:
                 report["lines"].append(compare(shape, dtype, targets, options))

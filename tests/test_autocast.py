@@ -24,7 +24,7 @@ def test_calls_with_one_tensor_share_one_copy_and_one_gradient():
 
 @pytest.mark.parametrize("what", ["written", "no_grad", "grad", "requires_grad", "dtype", "another"])
 def test_what_changes_between_two_calls_is_seen(what):
-    x = torch.randn(4, 6)
+    x = original = torch.randn(4, 6)
     with BF16, torch.set_grad_enabled(what != "grad"):
         first = under_autocast(x)
     if what == "written":
@@ -32,11 +32,12 @@ def test_what_changes_between_two_calls_is_seen(what):
     elif what == "requires_grad":
         x.requires_grad_()
     elif what == "another":
-        x = x.clone()
+        x = x.clone() + 1
     dtype = torch.float16 if what == "dtype" else torch.bfloat16
     with torch.autocast("cpu", dtype), torch.set_grad_enabled(what != "no_grad"):
         second = under_autocast(x)
         assert second is not first and under_autocast(x) is second
+    assert (original is x) == (what != "another")  # two living tensors, not one after the other
     assert torch.equal(second, x.to(dtype)) and second.requires_grad == x.requires_grad
 
 
