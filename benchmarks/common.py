@@ -43,6 +43,7 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 TARGETS = {"all": ALL_LINEAR, "qv": ["q_proj", "v_proj"]}
 RANK, ALPHA = 16, 32
 VOCABULARY = 1024
+WARM_UP = 8  # steps
 
 Job = Callable[[], Tensor]
 
@@ -115,10 +116,15 @@ def after_the_gpu() -> float:
 
 
 def take_turns(jobs: dict[str, Job], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every job in every round, in another order each round, so that a noisy minute strikes all."""
+    """Seconds of every job in every round, in another order each round, so that a noisy minute strikes all.
+
+    The first steps of a job are not counted: torch fills its caches in them, and lowrank learns which layers share an
+    input and how products are best cut, as it does in the first steps of a training run.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for step in jobs.values():
-        step(), step()
+        for _ in range(WARM_UP):
+            step()
     names = list(jobs)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
