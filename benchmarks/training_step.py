@@ -54,26 +54,27 @@ JOBS = ("floor", "lowrank", "peft", "accelerated", "unsloth", "full")
 ON = {"cpu": ["6x768", "2x2048"], "cuda": ["1x8b"]}
 
 
-def job_of(name: str, shape: str, dtype: torch.dtype, targets: list[str], ids: Tensor) -> Job:
+def job_of(name: str, shape: str, dtype: torch.dtype, targets: list[str], ids: Tensor, dropout: float = 0.0) -> Job:
     """A job by its name, where the tokens are; no factor is zero."""
     model = base_model(shape, dtype, ids.device.type)
     if name == "floor":
         return floor_job(model, ids)
     if name == "full":
         return training_job(model.requires_grad_(True), ids)
-    return training_job(adapted(name, model, targets), ids)
+    return training_job(adapted(name, model, targets, dropout), ids)
 
 
-def adapted(name: str, model: nn.Module, targets: list[str]) -> nn.Module:
+def adapted(name: str, model: nn.Module, targets: list[str], dropout: float = 0.0) -> nn.Module:
     """The model with a rank-16 adapter by "lowrank", "peft", PEFT "accelerated", or in "unsloth"'s order."""
     if name == "unsloth":
         return _filled(in_unsloths_order(model, targets, RANK, ALPHA / RANK))
+    settings: dict[str, Any] = {"r": RANK, "lora_alpha": ALPHA, "target_modules": targets, "lora_dropout": dropout}
     if name == "lowrank":
-        lowrank.inject(model, lowrank.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+        lowrank.inject(model, lowrank.LoraConfig(**settings))
         return _filled(model)
     import peft
 
-    wrapped: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
+    wrapped: nn.Module = peft.get_peft_model(model, peft.LoraConfig(**settings))
     if name == "accelerated":
         lowrank.peft.accelerate(wrapped)
     return _filled(wrapped)
@@ -106,13 +107,15 @@ def compare(shape: str, dtype: str, targets: str, options: argparse.Namespace) -
     """One line of the table."""
     ids = token_ids(shape, options.device)
     clock = clock_for(options.threads, options.device)
-    jobs = {name: job_of(name, shape, DTYPES[dtype], TARGETS[targets], ids) for name in options.jobs}
+    names = [name for name in options.jobs if not (options.dropout and name == "unsloth")]  # it has no dropout
+    jobs = {name: job_of(name, shape, DTYPES[dtype], TARGETS[targets], ids, options.dropout) for name in names}
     memory = {name: kept_bytes(step) for name, step in jobs.items()}
     seconds = take_turns(jobs, options.runs, clock)
     line = {
         "shape": shape,
         "dtype": dtype,
         "targets": targets,
+        "dropout": options.dropout,
         "clock": clock.__name__,
         "floor_s": round(statistics.median(seconds["floor"]), 4),
         "over_floor": ratios(seconds, "floor"),
@@ -133,6 +136,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--shape", nargs="+", choices=SHAPES)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dropout", type=float, default=0.0, help="the adapters' lora_dropout")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=list(JOBS))
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
     options = parser.parse_args()

@@ -43,7 +43,7 @@ MERGE, TIED, INIT = "test_merge_laws.py", "test_merge_tied.py", "test_init.py"
 REFUSALS = "test_merge_refusals.py"
 FUSED, CHECKPOINTING = "test_fused_rows.py", "test_injection_checkpointing.py"
 TOGETHER, PIECES, WRAPPERS = "test_together.py", "test_pieces.py", "test_wrappers.py"
-CHECKPOINTING, CAST = "test_injection_checkpointing.py", "test_autocast.py"
+CHECKPOINTING, CAST, DROPOUT = "test_injection_checkpointing.py", "test_autocast.py", "test_dropout.py"
 
 MUTATIONS: dict[str, Mutation] = {
     "merge: no scale": Mutation("core/merging.py", "factors.scale * weighting", "weighting", MERGE),
@@ -104,13 +104,11 @@ MUTATIONS: dict[str, Mutation] = {
         "plus_low_rank(x, rows, weight, None, s,",
         ANSWERS,
     ),
-    "fused: another mask in backward": Mutation(
-        "kernels/fused.py", "weight_gradient(ds, ctx.mask.apply(x))", "weight_gradient(ds, x)", GRADIENTS
-    ),
+    "fused: another mask in backward": Mutation("kernels/fused.py", "x if mask is None else mask * x", "x", GRADIENTS),
     "fused: input gradient of the base alone": Mutation(
         "kernels/fused.py",
-        "ctx.shared.add(dh, weight, dropped, ds, a)",
-        "ctx.shared.add(dh, weight, dropped, 0 * ds, a)",
+        "ctx.shared.add(dh, weight, mask, ds, a)",
+        "ctx.shared.add(dh, weight, mask, 0 * ds, a)",
         GRADIENTS,
     ),
     "together: no scale": Mutation(
@@ -136,7 +134,7 @@ MUTATIONS: dict[str, Mutation] = {
         "kernels/together.py", "            _settled.add(first)", "            pass", TOGETHER
     ),
     "together: stacked whatever the bits": Mutation(
-        "kernels/together.py",
+        "kernels/stacking.py",
         "known + 1 if known < MEETINGS else _same_bits(rows, ranks)",
         "known + 1 if known < MEETINGS else True",
         TOGETHER,
@@ -147,6 +145,13 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "fused: no empty answer for a block computed again": Mutation(
         "kernels/fused.py", "= [] if are_saved_tensors_watched() else None", "= None", CHECKPOINTING
+    ),
+    "dropout: what is kept not scaled": Mutation("kernels/fused.py", "scale /= mask.kept", "pass", DROPOUT),
+    "dropout: digits from the first to the last": Mutation(
+        "kernels/dropout.py", "zip(reversed(digits), fair", "zip(digits, fair", DROPOUT
+    ),
+    "dropout: dX without the mask": Mutation(
+        "kernels/shared_input.py", "addcmul_(mask, ds @ a)", "add_(ds @ a)", DROPOUT
     ),
     "autocast: the copy of another tensor": Mutation(
         "kernels/autocast.py", "same = self._x() is x and", "same =", CAST

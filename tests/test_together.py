@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank import LoraConfig
-from lowrank.kernels import together
+from lowrank.kernels import stacking, together
 from lowrank.kernels.fused import fused_linear
-from lowrank.kernels.together import MEETINGS, may_be_stacked
+from lowrank.kernels.stacking import MEETINGS, may_be_stacked
 
 
 class Block(nn.Module):
@@ -259,13 +259,13 @@ def lowrank_base(model, x):
 
 def test_products_with_other_bits_are_not_stacked(monkeypatch):
     rows = torch.randn(64, 24)
-    monkeypatch.setattr(together, "_stacks", {})
+    monkeypatch.setattr(stacking, "_stacks", {})
     assert not any(may_be_stacked(rows, [4, 4]) for _ in range(MEETINGS - 1))
     original = together.products.down
     monkeypatch.setattr(together.products, "down", lambda x, a: original(x, a) * (1 + 1e-6 * (a.shape[0] > 4)))
     assert not any(may_be_stacked(rows, [4, 4]) for _ in range(3))
     rounded, gradient = original, together.products.weight_gradient
-    monkeypatch.setattr(together, "_stacks", {})
+    monkeypatch.setattr(stacking, "_stacks", {})
     monkeypatch.setattr(together.products, "down", lambda x, a: rounded(x, a).round())
     monkeypatch.setattr(together.products, "weight_gradient", lambda s, y: gradient(s, y).round())
     assert [may_be_stacked(rows, [4, 2]) for _ in range(MEETINGS + 2)] == [False] * MEETINGS + [True] * 2

@@ -9,6 +9,7 @@ Per T×d output that is 6·r·T·(k + d) operations beyond the frozen layer's, t
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from lowrank.kernels import pieces, products
 from lowrank.kernels.autocast import dtype_for
+from lowrank.kernels.dropout import Mask, draw
 from lowrank.kernels.order import choose_order, thin_products_are_slow
 from lowrank.kernels.shared_input import SharedInput, shared_input
 
@@ -61,21 +63,24 @@ def fused_linear(
     """W0·x + bias + s·B·A·dropout(x): x (..., k), weight (d, k), a (r, k), b (d, r).
 
     a and s·b are rounded to x's dtype, inside of the function, so that autograd sees one node; under autocast weight
-    and bias are, before it. `weight` may be a transposed view (Conv1D): no copy is made. The dropout mask is not kept:
-    it is drawn again in backward from the same seed. Second derivatives are refused by autograd.
+    and bias are, before it. `weight` may be a transposed view (Conv1D): no copy is made. The dropout mask is kept at
+    one bit an entry. Second derivatives are refused by autograd.
     """
     weight, bias = in_dtype_of(x, weight, bias)
+    mask = draw(dropout, x) if dropout else None
+    if mask is not None:
+        scale /= mask.kept
     tracked = is_tracked(x, bias, a, b)
-    if not tracked and not dropout and thin_products_are_slow(x):
+    if not tracked and mask is None and thin_products_are_slow(x):
         low_rank = F.linear(F.linear(x.float(), a.float()), (b * scale).float())
         return F.linear(x, weight, bias) + low_rank.to(x.dtype)
     if not tracked:
         a, (b, scale), rows = a.to(x.dtype), beside(x, b, scale), x.reshape(-1, x.shape[-1])
-        s, fold = _down(rows, weight, a, _Mask(dropout, x), keep=False)
+        s, fold = _down(rows, weight, a, mask, keep=False)
         return forward_part(x, rows, weight, bias, a, b, scale, s, fold)
     shared = shared_input(x)
     later: list[Callable[[Tensor], Tensor]] | None = [] if are_saved_tensors_watched() else None
-    h: Tensor = _FusedLinear.apply(shared.token, x.detach(), weight, bias, a, b, shared, scale, dropout, later)  # type: ignore[no-untyped-call]
+    h: Tensor = _FusedLinear.apply(shared.token, x.detach(), weight, bias, a, b, shared, scale, mask, later)  # type: ignore[no-untyped-call]
     if later:
         with torch.no_grad():
             later.pop()(h.detach())
@@ -104,27 +109,12 @@ def laid_out_as_b(dbt: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return torch.mul(dbt.to(dtype).t(), scale, out=dbt.new_empty(dbt.shape[::-1], dtype=dtype))
 
 
-class _Mask:
-    """A dropout mask that is a seed: `apply(x)` gives the same x·mask/(1 − p) every time."""
-
-    def __init__(self, probability: float, x: Tensor) -> None:
-        self.probability = probability
-        self.device = x.device
-        self.seed = int(torch.randint(2**62, ())) if probability else 0
-
-    def apply(self, x: Tensor) -> Tensor:
-        """x with a share of its entries dropped and the others scaled up; x itself where nothing is dropped."""
-        if not self.probability:
-            return x
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        keep = torch.empty_like(x).bernoulli_(1 - self.probability, generator=generator)
-        return keep.mul_(x).div_(1 - self.probability)
-
-
-def _down(rows: Tensor, weight: Tensor, a: Tensor, mask: "_Mask", keep: bool) -> tuple[Tensor | None, bool]:
+def _down(rows: Tensor, weight: Tensor, a: Tensor, mask: Mask | None, keep: bool) -> tuple[Tensor | None, bool]:
     """(S, whether W0 + s·B·A is formed first): S (T, r), None where it is neither kept nor needed."""
-    fold = not mask.probability and folds(rows, weight, a)
-    return products.down(mask.apply(rows), a) if keep or not fold else None, fold
+    if mask is not None:
+        return products.down(mask.like(rows).mul_(rows), a), False
+    fold = folds(rows, weight, a)
+    return products.down(rows, a) if keep or not fold else None, fold
 
 
 def folds(rows: Tensor, weight: Tensor, a: Tensor) -> bool:
@@ -166,7 +156,7 @@ class _FusedLinear(Function):
         b: Tensor,
         shared: SharedInput,
         scale: float,
-        dropout: float,
+        mask: Mask | None,
         later: list[Callable[[Tensor], Tensor]] | None,
     ) -> Tensor:
         """h, or with `later` an empty h and there how to fill it.
@@ -174,11 +164,12 @@ class _FusedLinear(Function):
         A checkpointed block that is computed again is left as soon as its last tensor is kept, which here is before
         the largest product: the answer of its last layer is not asked for.
         """
-        ctx.mask, ctx.shared, ctx.scale, ctx.masters = _Mask(dropout, x), shared, scale, (a.dtype, b.dtype)
+        ctx.shared, ctx.scale, ctx.masters = shared, scale, (a.dtype, b.dtype)
         a, (b, scale) = a.to(x.dtype), beside(x, b, scale)
         rows = x.reshape(-1, x.shape[-1])  # (T, k)
-        s, fold = _down(rows, weight, a, ctx.mask, keep=True)
-        ctx.save_for_backward(rows, s, weight, a, b)
+        s, fold = _down(rows, weight, a, mask, keep=True)
+        ctx.save_for_backward(rows, s, weight, a, b, None if mask is None else mask.bits)
+        ctx.mask = None if mask is None else replace(mask, bits=None)
         ctx.scale_beside = scale
         fill = partial(forward_part, x, rows, weight, bias, a, b, scale, s, fold)
         if later is None:
@@ -189,15 +180,17 @@ class _FusedLinear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        x, s, weight, a, b = ctx.saved_tensors
+        x, s, weight, a, b, bits = ctx.saved_tensors
         dh = dh.reshape(-1, dh.shape[-1])  # (T, d)
         _, _, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         a_dtype, b_dtype = ctx.masters
+        mask = None if ctx.mask is None else replace(ctx.mask, bits=bits).like(x)  # (T, k)
         ds, dbt = products.two_gradients(dh, s, b, ctx.scale_beside, needs_b)  # (T, r), (r, d)
-        da = products.weight_gradient(ds, ctx.mask.apply(x)).to(a_dtype) if needs_a else None  # (r, k)
+        da = None  # (r, k)
+        if needs_a:
+            da = products.weight_gradient(ds, x if mask is None else mask * x).to(a_dtype)
         db = None if dbt is None else laid_out_as_b(dbt, ctx.scale, b_dtype)  # (d, r)
         dbias = dh.sum(0) if needs_bias else None
         if ctx.shared.needs_gradient:
-            dropped = ctx.mask.apply(ds @ a) if ctx.mask.probability else None
-            ctx.shared.add(dh, weight, dropped, ds, a)
+            ctx.shared.add(dh, weight, mask, ds, a)
         return None, None, None, dbias, da, db, None, None, None, None

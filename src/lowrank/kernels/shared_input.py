@@ -49,23 +49,23 @@ class SharedInput:
         same = self._x() is x and self._version == x._version and self.needs_gradient == x.requires_grad
         return same and self.token is not None
 
-    def add(self, dy: Tensor, weight: Tensor, low_rank_part: Tensor | None, ds: Tensor, a: Tensor) -> None:
-        """dX += dY·W + dS·A: dy (T, d), weight (d, k), ds (T, r), a (r, k).
+    def add(self, dy: Tensor, weight: Tensor, mask: Tensor | None, ds: Tensor, a: Tensor) -> None:
+        """dX += dY·W + mask∘(dS·A): dy (T, d), weight (d, k), ds (T, r), a (r, k), mask (T, k), of ones if None.
 
-        A part that cannot be stacked (its A saw another input than x, by dropout) is given ready, as `low_rank_part`.
+        A masked part cannot be stacked with others: its A saw another input than x, by dropout.
         """
         task = torch._C._current_graph_task_id()
         if task != self._task:  # a backward pass that stopped short of x leaves its sum behind: it is not ours
             self._clear()
             self._task = task
-        if low_rank_part is None and fits_one_kernel(dy, weight, a.shape[0], onto=self._dx is not None):
+        if mask is None and fits_one_kernel(dy, weight, a.shape[0], onto=self._dx is not None):
             from lowrank.kernels.gpu.product import plus_low_rank
 
             self._dx = plus_low_rank(dy, weight, ds, a, onto=self._dx)
             return
         self._dx = input_gradient(dy, weight, onto=self._dx)
-        if low_rank_part is not None:
-            self._dx.add_(low_rank_part)
+        if mask is not None:
+            self._dx.addcmul_(mask, ds @ a)
         else:
             self._parts.append((ds, a))
 

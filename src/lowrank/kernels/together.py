@@ -15,8 +15,6 @@ checkpointing) every projection is computed alone, so that a recomputed block ke
 
 import threading
 import weakref
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,9 +34,9 @@ from lowrank.kernels.fused import (
     laid_out_as_b,
     reason_against,
 )
+from lowrank.kernels.stacking import a_gradients, down, may_be_stacked
 
 MOST = 8  # projections in a group
-MEETINGS = 12  # a shape is worth trying once it was met so often
 
 
 class Operands(NamedTuple):
@@ -126,7 +124,6 @@ _local = _Local()
 # by the first layer called with an input, those that are called with it after; none for a layer that is alone
 _followers: "weakref.WeakKeyDictionary[Any, tuple[weakref.ref[Any], ...]]" = weakref.WeakKeyDictionary()
 _settled: "weakref.WeakSet[Any]" = weakref.WeakSet()  # layers whose followers did not come once: not learned again
-_stacks: dict[tuple[Any, ...], int | bool] = {}  # how often a shape was met, then whether its products may be stacked
 
 
 def projection(layer: Site, x: Tensor, own: Operands, dropout: float) -> Tensor:
@@ -193,7 +190,7 @@ class _FusedGroup(Function):
         pairs = [beside(x, b, scale) for b, scale in zip(masters_b, scales, strict=True)]
         rows = x.reshape(-1, x.shape[-1])  # (T, k)
         ctx.stacks = may_be_stacked(rows, [one.shape[0] for one in a])
-        s = _down(rows, a, ctx.stacks)
+        s = down(rows, a, ctx.stacks)
         answers = tuple(
             forward_part(x, rows, weight, bias, one_a, b, scale, one_s, folds(rows, weight, one_a))
             for weight, bias, one_a, (b, scale), one_s in zip(weights, biases, a, pairs, s, strict=True)
@@ -223,7 +220,9 @@ class _FusedGroup(Function):
             grads[1][i] = dh.sum(0) if needs_bias[i] else None
         together = ds[0] if len(live) == 1 else torch.cat(ds, dim=1)  # (T, Σr)
         wanted = [i for i, _ in live if needs_a[i]]
-        for i, da in zip(wanted, _a_gradients(together, ds, live, wanted, rows, ctx.stacks), strict=True):
+        for i, da in zip(
+            wanted, a_gradients(together, ds, [i for i, _ in live], wanted, rows, ctx.stacks), strict=True
+        ):
             grads[2][i] = da.to(ctx.masters[i][0], copy=ctx.stacks)
         dx = None
         if needs_x:
@@ -232,51 +231,3 @@ class _FusedGroup(Function):
             assert dx is not None
             dx = dx.addmm_(together, torch.cat([a[i] for i, _ in live])).view(ctx.shape)
         return dx, None, *grads[0], *grads[1], *grads[2], *grads[3]
-
-
-def _down(rows: Tensor, a: Sequence[Tensor], stacked: bool) -> list[Tensor]:
-    """Every S = x·Aᵀ, (T, r): from one product where they may be stacked."""
-    if not stacked:
-        return [products.down(rows, one) for one in a]
-    s = products.down(rows, torch.cat(list(a)))  # (T, Σr)
-    return [one.contiguous() for one in s.split([one.shape[0] for one in a], dim=1)]
-
-
-def _a_gradients(
-    together: Tensor, ds: list[Tensor], live: list[tuple[int, Tensor]], wanted: list[int], rows: Tensor, stacked: bool
-) -> list[Tensor]:
-    """dA = dSᵀ·x, (r, k), of every wanted projection: ds as `live` has them, and all of them side by side."""
-    if stacked and len(wanted) == len(live):
-        return list(products.weight_gradient(together, rows).split([one.shape[1] for one in ds]))
-    return [products.weight_gradient(one, rows) for (i, _), one in zip(live, ds, strict=True) if i in wanted]
-
-
-def may_be_stacked(rows: Tensor, ranks: Sequence[int]) -> bool:
-    """Whether S and dA of projections of these ranks have, stacked, the bits of the single ones: rows (T, k)."""
-    key = (*rows.shape, tuple(ranks), rows.dtype, torch.get_num_threads())
-    known = _stacks.get(key, 0)
-    if isinstance(known, bool):
-        return known
-    known = known + 1 if known < MEETINGS else _same_bits(rows, ranks)
-    _stacks[key] = known
-    return known is True
-
-
-def _same_bits(rows: Tensor, ranks: Sequence[int]) -> bool:
-    draw = torch.Generator().manual_seed(0)
-
-    def drawn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=draw).to(rows.dtype)
-
-    tokens, k = rows.shape
-    x = drawn(tokens, k)
-    a, ds = [drawn(r, k) for r in ranks], [drawn(tokens, r) for r in ranks]
-    if not all(map(torch.equal, _down(x, a, True), _down(x, a, False))):
-        return False
-    for order in (ds, ds[::-1]):
-        at = list(accumulate((one.shape[1] for one in order), initial=0))
-        stacked = products.weight_gradient(torch.cat(order, dim=1), x)
-        parts = [stacked[start:end] for start, end in pairwise(at)]
-        if not all(map(torch.equal, parts, (products.weight_gradient(one, x) for one in order))):
-            return False
-    return True

@@ -1,0 +1,101 @@
+"""The mask of dropout: its probability, its independence, one bit an entry, the same in both passes."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lowrank
+from lowrank import LoraConfig
+from lowrank.functional import lora_linear
+from lowrank.kernels import dropout
+from lowrank.kernels.dropout import CLOSE, draw
+
+PROBABILITIES = [0.001, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.9, 0.999]
+
+
+@pytest.mark.parametrize("probability", PROBABILITIES)
+def test_as_many_are_dropped_as_asked(probability):
+    """Within five standard deviations, in all and in every one of the bits of a word."""
+    torch.manual_seed(0)
+    x = torch.empty(1 << 14, 64)
+    mask = draw(probability, x)
+    ones = mask.like(x)
+    assert abs(1 - mask.kept - probability) <= max(CLOSE * min(probability, 1 - probability), 2**-17)
+    spread = math.sqrt(mask.kept * (1 - mask.kept))
+    assert set(ones.unique().tolist()) == {0.0, 1.0}
+    assert abs(ones.mean().item() - mask.kept) < 5 * spread / math.sqrt(ones.numel())
+    assert (ones.mean(0) - mask.kept).abs().max() < 5 * spread / math.sqrt(ones.shape[0])
+
+
+def test_entries_are_independent_of_one_another():
+    """No two of the bits of a word, and no two words that follow each other, are correlated."""
+    torch.manual_seed(0)
+    ones = draw(0.3, torch.empty(1 << 14, 64)).like(torch.empty(1 << 14, 64))
+    deviations = (ones - ones.mean(0)) / ones.std(0)
+    both = torch.cat([deviations[:-1], deviations[1:]], dim=1)
+    correlation = both.t() @ both / both.shape[0] - torch.eye(128)
+    assert correlation.abs().max() < 6 / math.sqrt(both.shape[0])
+
+
+def test_a_seed_fixes_the_mask_and_another_call_draws_another():
+    x = torch.empty(5, 13, 7)
+    torch.manual_seed(3)
+    first, second = draw(0.4, x).like(x), draw(0.4, x).like(x)
+    torch.manual_seed(3)
+    assert torch.equal(draw(0.4, x).like(x), first) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 3, 11), (64, 64)])
+def test_any_shape_and_dtype(shape, dtype):
+    torch.manual_seed(0)
+    x = torch.empty(shape, dtype=dtype)
+    mask = draw(0.5, x)
+    ones = mask.like(x)
+    assert ones.shape == x.shape and ones.dtype is dtype and mask.bits.numel() == math.ceil(x.numel() / 64)
+    assert torch.equal(ones.double(), mask.like(x.double()))
+
+
+def test_the_answer_and_all_gradients_are_those_of_that_mask(monkeypatch):
+    """h = W0·x + bias + s/q·B·A·(m∘x), and nothing of a dropped entry passes A in either direction."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(9, 12).double(), torch.randn(7, 12).double(), torch.randn(7).double()
+    a, b = torch.randn(3, 12).double(), torch.randn(7, 3).double()
+    leaves = [tensor.requires_grad_() for tensor in (x, bias, a, b)]
+    drawn = []
+    monkeypatch.setattr("lowrank.kernels.fused.draw", lambda p, t: drawn.append(draw(p, t)) or drawn[-1])
+    h = lora_linear(x, weight, bias, a, b, 1.3, dropout=0.4)
+    (mask,) = drawn
+    ones = mask.like(x.detach())
+    assert 0 < ones.sum() < ones.numel()
+    wanted = x @ weight.t() + bias + 1.3 / mask.kept * (ones * x) @ a.t() @ b.t()
+    torch.testing.assert_close(h, wanted)
+    dh = torch.randn_like(h)
+    got, expected = torch.autograd.grad(h, leaves, dh), torch.autograd.grad(wanted, leaves, dh)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_it_is_kept_at_one_bit_an_entry():
+    model = nn.Sequential(nn.Linear(256, 64))
+    lowrank.inject(model, LoraConfig(r=2, target_modules=["0"], lora_dropout=0.1))
+    x, kept = torch.randn(128, 256, requires_grad=True), {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {x.untyped_storage().data_ptr()}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(x)
+    assert sum(size for at, size in kept.items() if at not in own) == 128 * 256 // 8 + 128 * 2 * 4  # the mask, and S
+
+
+def test_elsewhere_than_on_cpu_the_mask_is_drawn_again_from_its_seed():
+    """The path of a GPU: nothing is kept but the seed."""
+    x = torch.empty(40, 50)
+    mask = dropout.Mask(0.7, 5, None)
+    assert torch.equal(mask.like(x), mask.like(x)) and set(mask.like(x).unique().tolist()) == {0.0, 1.0}
+    assert abs(mask.like(x).mean().item() - 0.7) < 0.06
