@@ -44,6 +44,7 @@ REFUSALS = "test_merge_refusals.py"
 FUSED, CHECKPOINTING = "test_fused_rows.py", "test_injection_checkpointing.py"
 TOGETHER, PIECES, WRAPPERS = "test_together.py", "test_pieces.py", "test_wrappers.py"
 CHECKPOINTING, CAST, DROPOUT = "test_injection_checkpointing.py", "test_autocast.py", "test_dropout.py"
+FEW = "test_few_rows.py"
 
 MUTATIONS: dict[str, Mutation] = {
     "merge: no scale": Mutation("core/merging.py", "factors.scale * weighting", "weighting", MERGE),
@@ -146,6 +147,8 @@ MUTATIONS: dict[str, Mutation] = {
     "fused: no empty answer for a block computed again": Mutation(
         "kernels/fused.py", "= [] if are_saved_tensors_watched() else None", "= None", CHECKPOINTING
     ),
+    "few rows: no scale": Mutation("kernels/fused.py", "a.to(wide)) * scale", "a.to(wide))", FEW),
+    "few rows: never": Mutation("kernels/fused.py", "few_rows(x) if tracked else", "False if tracked else", FEW),
     "dropout: what is kept not scaled": Mutation("kernels/fused.py", "scale /= mask.kept", "pass", DROPOUT),
     "dropout: digits from the first to the last": Mutation(
         "kernels/dropout.py", "zip(reversed(digits), fair", "zip(digits, fair", DROPOUT

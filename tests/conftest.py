@@ -33,6 +33,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_rows_are_few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' batches are small; where the module does not say `FEW_ROWS = True` they go through the kernels."""
+    if not getattr(request.module, "FEW_ROWS", False):
+        monkeypatch.setattr("lowrank.kernels.order.FEW_ROWS", 0)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of models and data beside the project; tests that need it are skipped where it is not."""

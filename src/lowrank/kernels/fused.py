@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lowrank.kernels import pieces, products
 from lowrank.kernels.autocast import dtype_for
 from lowrank.kernels.dropout import Mask, draw
-from lowrank.kernels.order import choose_order, thin_products_are_slow
+from lowrank.kernels.order import choose_order, few_rows, thin_products_are_slow
 from lowrank.kernels.shared_input import SharedInput, shared_input
 
 
@@ -71,9 +71,8 @@ def fused_linear(
     if mask is not None:
         scale /= mask.kept
     tracked = is_tracked(x, bias, a, b)
-    if not tracked and mask is None and thin_products_are_slow(x):
-        low_rank = F.linear(F.linear(x.float(), a.float()), (b * scale).float())
-        return F.linear(x, weight, bias) + low_rank.to(x.dtype)
+    if mask is None and (few_rows(x) if tracked else thin_products_are_slow(x)):
+        return _plain(x, weight, bias, a, b, scale)
     if not tracked:
         a, (b, scale), rows = a.to(x.dtype), beside(x, b, scale), x.reshape(-1, x.shape[-1])
         s, fold = _down(rows, weight, a, mask, keep=False)
@@ -91,6 +90,16 @@ def are_saved_tensors_watched() -> bool:
     """Whether saved-tensor hooks are set, as gradient checkpointing does; yes where this torch does not tell."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # there is no public name for it
     return hooks is None or hooks(True) is not None
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The map by plain operations, the low-rank part in float32 or wider: for few rows, where ways cost more than sums.
+
+    autograd differentiates it by itself; a node of ours would cost more than it spares.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s = F.linear(x.to(wide), a.to(wide)) * scale  # (..., r)
+    return (F.linear(x, weight, bias) + F.linear(s, b.to(wide))).to(x.dtype)
 
 
 def is_tracked(x: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> bool:

@@ -34,6 +34,7 @@ from lowrank.kernels.fused import (
     laid_out_as_b,
     reason_against,
 )
+from lowrank.kernels.order import few_rows
 from lowrank.kernels.stacking import a_gradients, down, may_be_stacked
 
 MOST = 8  # projections in a group
@@ -129,7 +130,7 @@ _settled: "weakref.WeakSet[Any]" = weakref.WeakSet()  # layers whose followers d
 def projection(layer: Site, x: Tensor, own: Operands, dropout: float) -> Tensor:
     """W0·x + bias + s·B·A·dropout(x) of `layer`, alone or with those that are called with the same x: (..., d)."""
     tracked = is_tracked(x, own.bias, own.a, own.b)
-    if not tracked or dropout or x.device.type != "cpu" or are_saved_tensors_watched():
+    if not tracked or dropout or x.device.type != "cpu" or few_rows(x) or are_saved_tensors_watched():
         return fused_linear(x, *own, dropout)
     calls = _local.calls
     if calls is None or not calls.is_for(x):

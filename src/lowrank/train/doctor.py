@@ -19,7 +19,7 @@ from lowrank.injection.paths import execution_paths, shared_inputs
 from lowrank.injection.plan import InjectionPlan
 from lowrank.kernels import pieces
 from lowrank.kernels.onednn import is_faster_here
-from lowrank.kernels.order import choose_order
+from lowrank.kernels.order import FEW_ROWS, choose_order
 from lowrank.layers.base import dimensions, lora_mixin
 from lowrank.train.models import find_model
 from lowrank.train.names import read_targets
@@ -131,6 +131,8 @@ def describe_model(name: str, targets: str | None, rank: int, tokens: int, dtype
 
 def _products(tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device: str) -> str:
     """How the products of a fused layer are computed at this shape, with what was measured."""
+    if device == "cpu" and tokens < FEW_ROWS:
+        return f"plain operations, the low-rank part in float32: {tokens} tokens are fewer than {FEW_ROWS}"
     order = choose_order(tokens, k, d, rank, dtype, device, measure=True).why
     cut = pieces.explain(tokens, k, d, dtype) if device == "cpu" else ""
     return f"{order}; {cut}" if cut else order
