@@ -9,6 +9,7 @@ from lowrank import LoraConfig
 from lowrank.functional import lora_linear
 from lowrank.kernels import fused, order
 from lowrank.kernels.order import few_rows
+from lowrank.train.doctor import describe_model
 
 FEW_ROWS = True  # the limit is what it is for users (conftest.py)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -67,3 +68,10 @@ def test_a_model_learns_the_same_with_few_rows_as_with_the_kernels(monkeypatch):
             optimiser.step()
         found.append(model(x).detach())
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("tokens", "wanted"), [(127, "plain, as 127 tokens are fewer than 128"), (128, "fused")])
+def test_doctor_says_which_way_a_batch_goes(tokens, wanted):
+    paths = describe_model("nano", "all-linear", 8, tokens, "float32")
+    assert {group.path for group in paths.groups} == {wanted}
+    assert all(bool(group.order) == (wanted == "fused") for group in paths.groups)

@@ -102,7 +102,8 @@ class ModelPaths:
             for g in self.groups
         ]
         lines += [
-            f"{times:>4} × {', '.join(names)} share an input: computed together on a CPU, one input gradient elsewhere"
+            f"{times:>4} × {', '.join(names)} share an input: "
+            f"computed together on a CPU from {FEW_ROWS} tokens on, one input gradient elsewhere"
             for names, times in self.sharing
         ]
         return "\n".join([*lines, *([self.unknown] if self.unknown else []), self.plan.summary()])
@@ -123,16 +124,16 @@ def describe_model(name: str, targets: str | None, rank: int, tokens: int, dtype
     kinds: Counter[tuple[str, tuple[int, int], str, str]] = Counter()
     for entry in execution_paths(model):
         d, k = dimensions(lora_mixin(entry.layer), entry.layer)
-        order = "" if entry.reason else _products(tokens, k, d, rank, DTYPES[dtype], device)
-        kinds[_leaf(entry.path), (d, k), entry.reason or "fused", order] += 1
+        few = device == "cpu" and tokens < FEW_ROWS
+        plain = entry.reason or (f"plain, as {tokens} tokens are fewer than {FEW_ROWS}" if few else "")
+        order = "" if plain else _products(tokens, k, d, rank, DTYPES[dtype], device)
+        kinds[_leaf(entry.path), (d, k), plain or "fused", order] += 1
     groups = tuple(LayerGroup(leaf, n, shape, path, order) for (leaf, shape, path, order), n in kinds.items())
     return ModelPaths(plan, groups, *_sharing(model))
 
 
 def _products(tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device: str) -> str:
     """How the products of a fused layer are computed at this shape, with what was measured."""
-    if device == "cpu" and tokens < FEW_ROWS:
-        return f"plain operations, the low-rank part in float32: {tokens} tokens are fewer than {FEW_ROWS}"
     order = choose_order(tokens, k, d, rank, dtype, device, measure=True).why
     cut = pieces.explain(tokens, k, d, dtype) if device == "cpu" else ""
     return f"{order}; {cut}" if cut else order
