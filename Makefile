@@ -35,6 +35,8 @@ mutants: .venv/.dev      ## break the code on purpose, term by term, and see the
 
 bench: .venv/.dev        ## the training step beside its peers and its floor (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/training_step.py --out benchmarks/results/training_step.json
+	$(BIN)/python benchmarks/training_step.py --shape 6x768 --targets all --dropout 0.1 \
+	  --jobs floor lowrank peft accelerated --out benchmarks/results/training_step_dropout.json
 
 # The two real runs need data that is not in the project; without it they say so and do nothing.
 e2e: .venv/.installed    ## E2E NLG onto stories260K, all linear layers, r = 8

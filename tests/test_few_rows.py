@@ -45,6 +45,19 @@ def test_answer_and_gradients_are_those_of_the_formula(monkeypatch, dtype, maste
         assert gradient.dtype is leaf.dtype
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("limit", [order.FEW_ROWS, 0], ids=["plain", "kernels"])
+def test_no_row_at_all(monkeypatch, limit, dropout):
+    """An expert that no token was sent to."""
+    monkeypatch.setattr(order, "FEW_ROWS", limit)
+    x, weight = torch.randn(0, 12, requires_grad=True), torch.randn(7, 12)
+    a, b = torch.randn(3, 12, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    h = lora_linear(x, weight, None, a, b, 1.7, dropout)
+    got = torch.autograd.grad(h.sum(), [x, a, b])
+    assert h.shape == (0, 7) and [one.shape for one in got] == [x.shape, a.shape, b.shape]
+    assert not any(one.any() for one in got)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_b_of_zero_gives_the_base_bit_for_bit(dtype):
     x, weight, bias = torch.randn(5, 12).to(dtype), torch.randn(7, 12).to(dtype), torch.randn(7).to(dtype)

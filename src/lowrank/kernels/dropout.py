@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 DIGITS = 16
-CLOSE = (
-    1e-3  # how far p and q may be from what was asked, relatively; s takes the q that is drawn, so nothing is biased
-)
+CLOSE = 1e-3  # how far p and q may be from what was asked, relatively; s takes the q drawn, so nothing is biased
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,8 @@ def draw(probability: float, x: Tensor) -> Mask:
     if x.device.type != "cpu":
         return Mask(1 - probability, seed, None)
     digits = _digits(1 - probability)
-    raw = np.random.SFC64(seed).random_raw((len(digits), -(-x.numel() // 64)))
+    words = -(-max(x.numel(), 1) // 64)  # one also for no entry (an idle expert): torch cannot view nothing as bytes
+    raw = np.random.SFC64(seed).random_raw((len(digits), words))
     fair = torch.from_numpy(raw.view(np.int64))
     bits = torch.zeros_like(fair[0])
     for digit, word in zip(reversed(digits), fair, strict=True):

@@ -64,7 +64,7 @@ def fused_linear(
 
     a and s·b are rounded to x's dtype, inside of the function, so that autograd sees one node; under autocast weight
     and bias are, before it. `weight` may be a transposed view (Conv1D): no copy is made. The dropout mask is kept at
-    one bit an entry. Second derivatives are refused by autograd.
+    one bit an entry. Second derivatives are refused by autograd, but for few rows, where it gives them itself.
     """
     weight, bias = in_dtype_of(x, weight, bias)
     mask = draw(dropout, x) if dropout else None

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lowrank.kernels import reference
 from lowrank.kernels.autocast import dtype_for, under_autocast
-from lowrank.kernels.fused import fused_linear, reason_against
+from lowrank.kernels.fused import fused_linear, in_dtype_of, reason_against
 
 
 def lora_linear(
@@ -25,7 +25,7 @@ def lora_linear(
     """
     x = under_autocast(x)
     if dtype_for(x) is not None:
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        weight, bias = in_dtype_of(x, weight, bias)
     if reason_against(x, weight, bias) is not None:
         return reference.lora_linear(x, weight, bias, a, b, scale, dropout, training)
     return fused_linear(x, weight, bias, a, b, scale, dropout if training else 0.0)

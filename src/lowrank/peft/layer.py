@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from lowrank.kernels.autocast import under_autocast
 from lowrank.kernels.fused import reason_against, stacked
+from lowrank.kernels.order import FEW_TOKENS
 from lowrank.kernels.together import Operands, projection
 from lowrank.peft.eligibility import active_names, base_matrix, dropout_of, reason_against_dtype, reason_for_peft_path
-
-FEW_TOKENS = 96
 
 
 class FusedLinear(Linear):  # type: ignore[misc]  # peft has no types
