@@ -105,11 +105,13 @@ MUTATIONS: dict[str, Mutation] = {
         "plus_low_rank(x, rows, weight, None, s,",
         ANSWERS,
     ),
-    "fused: another mask in backward": Mutation("kernels/fused.py", "x if mask is None else mask * x", "x", GRADIENTS),
+    "fused: no mask in backward": Mutation(
+        "kernels/fused.py", "weight_gradient(ds, seen_by_a(x, mask))", "weight_gradient(ds, x)", GRADIENTS
+    ),
     "fused: input gradient of the base alone": Mutation(
         "kernels/fused.py",
-        "ctx.shared.add(dh, weight, mask, ds, a)",
-        "ctx.shared.add(dh, weight, mask, 0 * ds, a)",
+        "ctx.shared.add(dh, weight, ds, a, mask)",
+        "ctx.shared.add(dh, weight, 0 * ds, a, mask)",
         GRADIENTS,
     ),
     "together: no scale": Mutation(
@@ -122,14 +124,14 @@ MUTATIONS: dict[str, Mutation] = {
         "kernels/together.py", "forward_part(x, rows, weight, bias,", "forward_part(x, rows, weight, None,", TOGETHER
     ),
     "together: input gradient of the base alone": Mutation(
-        "kernels/together.py", "dx.addmm_(together, ", "dx.addmm_(0 * together, ", TOGETHER
+        "kernels/together.py", "dx.total(together)", "dx.total(0 * together)", TOGETHER
     ),
     "together: dB not scaled": Mutation(
         "kernels/together.py", "laid_out_as_b(dbt, ctx.scales[i],", "laid_out_as_b(dbt, 1.0,", TOGETHER
     ),
     "together: answers out of date": Mutation("kernels/together.py", "ready.stamp == own.stamp()", "True", TOGETHER),
     "together: an answer of another scale": Mutation(
-        "kernels/together.py", "ready.scale == own.scale and", "True and", TOGETHER
+        "kernels/together.py", "ready.numbers == own[4:] and", "True and", TOGETHER
     ),
     "together: waits for ever": Mutation(
         "kernels/together.py", "            _settled.add(first)", "            pass", TOGETHER
@@ -140,7 +142,7 @@ MUTATIONS: dict[str, Mutation] = {
         "known + 1 if known < MEETINGS else True",
         TOGETHER,
     ),
-    "together: never": Mutation("kernels/together.py", "if followers is not None:", "if False:", TOGETHER),
+    "together: never": Mutation("kernels/together.py", "followers is not None and (", "False and (", TOGETHER),
     "together: under checkpointing too": Mutation(
         "kernels/fused.py", "return hooks is None or hooks(True) is not None", "return False", TOGETHER
     ),
@@ -151,17 +153,23 @@ MUTATIONS: dict[str, Mutation] = {
     "few rows: never": Mutation("kernels/fused.py", "few_rows(x) if tracked else", "False if tracked else", FEW),
     "dropout: what is kept not scaled": Mutation("kernels/fused.py", "scale /= mask.kept", "pass", DROPOUT),
     "dropout: digits from the first to the last": Mutation(
-        "kernels/dropout.py", "zip(reversed(digits), fair", "zip(digits, fair", DROPOUT
+        "kernels/dropout.py", "for digit in reversed(digits):", "for digit in digits:", DROPOUT
     ),
     "dropout: dX without the mask": Mutation(
-        "kernels/shared_input.py", "addcmul_(mask, ds @ a)", "add_(ds @ a)", DROPOUT
+        "kernels/input_gradient.py", "mask.add_product_(dx, stacked, a)", "dx.addmm_(stacked, a)", DROPOUT
     ),
-    "autocast: the copy of another tensor": Mutation(
-        "kernels/autocast.py", "same = self._x() is x and", "same =", CAST
+    "dropout: dA of a group without the mask": Mutation(
+        "kernels/together.py", "seen_by_a(rows, mask)\n        for", "rows\n        for", TOGETHER
     ),
-    "autocast: a copy out of date": Mutation(
-        "kernels/autocast.py", "return x._version, x.requires_grad", "return 0, x.requires_grad", CAST
+    "dropout: every block from the first byte": Mutation(
+        "kernels/dropout.py", "start * a.shape[1] // 8)", "0)", DROPOUT
     ),
+    "dropout: one mask for ever": Mutation("kernels/dropout.py", " or id(reader) in last.readers", "", DROPOUT),
+    "dropout: a mask for every projection": Mutation(
+        "kernels/together.py", "dropout.shared(own.dropout, x, layer)", "dropout.draw(own.dropout, x)", DROPOUT
+    ),
+    "autocast: the copy of another tensor": Mutation("kernels/remembered.py", "self._x() is x and ", "", CAST),
+    "autocast: a copy out of date": Mutation("kernels/remembered.py", " and self._version == x._version", "", CAST),
     "pieces: the bias always inside": Mutation(
         "kernels/pieces.py", " and x.dim() > 2 and not x.is_contiguous()", " and False", PIECES
     ),

@@ -146,9 +146,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ranks: list[int] = []
     original = lowrank.peft.layer.projection
 
-    def counting(layer: nn.Module, x: Tensor, own: Operands, dropout: float) -> Tensor:
+    def counting(layer: nn.Module, x: Tensor, own: Operands, share_mask: bool) -> Tensor:
         ranks.append(own.a.shape[0])
-        return original(layer, x, own, dropout)
+        return original(layer, x, own, share_mask)
 
     with monkeypatch.context() as patch:
         patch.setattr(lowrank.peft.layer, "projection", counting)

@@ -10,9 +10,14 @@ import lowrank
 from lowrank import LoraConfig
 from lowrank.functional import lora_linear
 from lowrank.kernels import dropout
-from lowrank.kernels.dropout import CLOSE, draw
+from lowrank.kernels.dropout import CLOSE, draw, shared
 
 PROBABILITIES = [0.001, 0.05, 0.1, 0.25, 1 / 3, 0.5, 0.9, 0.999]
+
+
+def ones_of(mask, x):
+    """The mask as zeros and ones in x's shape and dtype."""
+    return mask.of(torch.ones_like(x))
 
 
 @pytest.mark.parametrize("probability", PROBABILITIES)
@@ -21,7 +26,7 @@ def test_as_many_are_dropped_as_asked(probability):
     torch.manual_seed(0)
     x = torch.empty(1 << 14, 64)
     mask = draw(probability, x)
-    ones = mask.like(x)
+    ones = ones_of(mask, x)
     assert abs(1 - mask.kept - probability) <= max(CLOSE * min(probability, 1 - probability), 2**-17)
     spread = math.sqrt(mask.kept * (1 - mask.kept))
     assert set(ones.unique().tolist()) == {0.0, 1.0}
@@ -32,7 +37,7 @@ def test_as_many_are_dropped_as_asked(probability):
 def test_entries_are_independent_of_one_another():
     """No two of the bits of a word, and no two words that follow each other, are correlated."""
     torch.manual_seed(0)
-    ones = draw(0.3, torch.empty(1 << 14, 64)).like(torch.empty(1 << 14, 64))
+    ones = ones_of(draw(0.3, torch.empty(1 << 14, 64)), torch.empty(1 << 14, 64))
     deviations = (ones - ones.mean(0)) / ones.std(0)
     both = torch.cat([deviations[:-1], deviations[1:]], dim=1)
     correlation = both.t() @ both / both.shape[0] - torch.eye(128)
@@ -42,9 +47,9 @@ def test_entries_are_independent_of_one_another():
 def test_a_seed_fixes_the_mask_and_another_call_draws_another():
     x = torch.empty(5, 13, 7)
     torch.manual_seed(3)
-    first, second = draw(0.4, x).like(x), draw(0.4, x).like(x)
+    first, second = ones_of(draw(0.4, x), x), ones_of(draw(0.4, x), x)
     torch.manual_seed(3)
-    assert torch.equal(draw(0.4, x).like(x), first) and not torch.equal(first, second)
+    assert torch.equal(ones_of(draw(0.4, x), x), first) and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -53,9 +58,9 @@ def test_any_shape_and_dtype(shape, dtype):
     torch.manual_seed(0)
     x = torch.empty(shape, dtype=dtype)
     mask = draw(0.5, x)
-    ones = mask.like(x)
+    ones = ones_of(mask, x)
     assert ones.shape == x.shape and ones.dtype is dtype and mask.bits.numel() == max(1, math.ceil(x.numel() / 64))
-    assert torch.equal(ones.double(), mask.like(x.double()))
+    assert torch.equal(ones.double(), ones_of(mask, x.double()))
 
 
 def test_the_answer_and_all_gradients_are_those_of_that_mask(monkeypatch):
@@ -65,10 +70,10 @@ def test_the_answer_and_all_gradients_are_those_of_that_mask(monkeypatch):
     a, b = torch.randn(3, 12).double(), torch.randn(7, 3).double()
     leaves = [tensor.requires_grad_() for tensor in (x, bias, a, b)]
     drawn = []
-    monkeypatch.setattr("lowrank.kernels.fused.draw", lambda p, t: drawn.append(draw(p, t)) or drawn[-1])
+    monkeypatch.setattr("lowrank.kernels.linear.draw", lambda p, t: drawn.append(draw(p, t)) or drawn[-1])
     h = lora_linear(x, weight, bias, a, b, 1.3, dropout=0.4)
     (mask,) = drawn
-    ones = mask.like(x.detach())
+    ones = ones_of(mask, x.detach())
     assert 0 < ones.sum() < ones.numel()
     wanted = x @ weight.t() + bias + 1.3 / mask.kept * (ones * x) @ a.t() @ b.t()
     torch.testing.assert_close(h, wanted)
@@ -76,6 +81,58 @@ def test_the_answer_and_all_gradients_are_those_of_that_mask(monkeypatch):
     got, expected = torch.autograd.grad(h, leaves, dh), torch.autograd.grad(wanted, leaves, dh)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_product_is_added_through_the_mask(monkeypatch, dtype, on_cpu):
+    """dX += m∘(dS·A) in blocks of rows, of which the last may be short; exact, since all numbers are small integers."""
+    monkeypatch.setattr(dropout, "BLOCK", 16 * 13 * dtype.itemsize)
+    ds, a = torch.randint(-3, 4, (43, 3)).to(dtype), torch.randint(-3, 4, (3, 13)).to(dtype)
+    dx = torch.randint(-9, 9, (43, 13)).to(dtype)
+    mask = draw(0.4, dx) if on_cpu else dropout.Mask(0.6, 7, None)
+    wanted = dx + ones_of(mask, dx) * (ds @ a)
+    mask.add_product_(dx, ds, a)
+    assert torch.equal(dx, wanted) and not torch.equal(ones_of(mask, dx), torch.ones_like(dx))
+
+
+def test_what_is_dropped_does_not_matter_at_all():
+    """Also not where it is no number."""
+    x = torch.full((8, 8), math.inf)
+    seen = draw(0.5, x).of(x)
+    assert set(seen.unique().tolist()) == {0.0, math.inf}
+
+
+def test_all_that_read_one_tensor_read_it_through_one_mask():
+    x, q, k = torch.randn(6, 64), object(), object()
+    first = shared(0.5, x, q)
+    assert shared(0.5, x, k) is first
+    again = shared(0.5, x, k)  # k reads x a second time: as a second pass of a model does
+    assert again is not first and shared(0.5, x, q) is again
+    assert shared(0.4, x, object()) is not again
+    last = shared(0.5, x, object())
+    x.add_(1)
+    assert shared(0.5, x, object()) is not last
+    assert shared(0.5, x.clone(), object()) is not shared(0.5, x, object())
+    with torch.inference_mode():
+        x = torch.randn(6, 64)
+        assert shared(0.5, x, q) is not shared(0.5, x, k)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_projections_of_one_input_share_the_mask_and_a_second_pass_draws_another(training):
+    """Equal factors give q and k equal changes; o, which reads another tensor, and the next pass see other masks."""
+    q, k, o = nn.Linear(64, 8, bias=False), nn.Linear(64, 8, bias=False), nn.Linear(64, 8, bias=False)
+    model = nn.ModuleDict({"q": q, "k": k, "o": o})
+    lowrank.inject(model, LoraConfig(r=2, target_modules=["q", "k", "o"], lora_dropout=0.5, init_lora_weights="random"))
+    for one in (k, o):
+        one.weight.data = q.weight.data
+        one.load_state_dict(q.state_dict())
+    model.train(training)
+    x = torch.randn(16, 64, requires_grad=True)
+    first, same, other, again = q(x), k(x), o(x * 1), q(x)
+    assert torch.equal(first, same)
+    assert torch.equal(first, other) is torch.equal(first, again) is not training
 
 
 def test_it_is_kept_at_one_bit_an_entry():
@@ -97,5 +154,5 @@ def test_elsewhere_than_on_cpu_the_mask_is_drawn_again_from_its_seed():
     """The path of a GPU: nothing is kept but the seed."""
     x = torch.empty(40, 50)
     mask = dropout.Mask(0.7, 5, None)
-    assert torch.equal(mask.like(x), mask.like(x)) and set(mask.like(x).unique().tolist()) == {0.0, 1.0}
-    assert abs(mask.like(x).mean().item() - 0.7) < 0.06
+    assert torch.equal(ones_of(mask, x), ones_of(mask, x)) and set(ones_of(mask, x).unique().tolist()) == {0.0, 1.0}
+    assert abs(ones_of(mask, x).mean().item() - 0.7) < 0.06

@@ -52,10 +52,14 @@ def results(model, x):
     return [h.detach(), *torch.autograd.grad(h.square().sum(), [x, *trained])]
 
 
+def by_itself(layer, x, own, share_mask=True):
+    return together._alone(layer, x, own, share_mask)
+
+
 def alone(model, x):
     """The same with every projection computed by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowrank.layers.linear.projection", lambda layer, x, own, dropout: fused_linear(x, *own, dropout))
+        patch.setattr("lowrank.layers.linear.projection", by_itself)
         return results(model, x)
 
 
@@ -63,7 +67,9 @@ def nodes(monkeypatch):
     """The sizes of the groups that are computed from here on."""
     sizes = []
     original = together._compute
-    monkeypatch.setattr(together, "_compute", lambda c, x, group: (sizes.append(len(group)), original(c, x, group))[1])
+    monkeypatch.setattr(
+        together, "_compute", lambda c, x, group, m: (sizes.append(len(group)), original(c, x, group, m))[1]
+    )
     return sizes
 
 
@@ -133,8 +139,8 @@ def test_an_answer_nobody_uses_costs_no_gradient():
 
     got = partial()
     hidden = x * 1
-    own = k.operands()
-    wanted = torch.autograd.grad(fused_linear(hidden, *own).square().sum(), [x, own.b])
+    *own, _ = k.operands()
+    wanted = torch.autograd.grad(fused_linear(hidden, *own).square().sum(), [x, own[3]])
     assert_same_bits(got, wanted)
 
 
@@ -167,7 +173,7 @@ def test_what_changes_between_two_calls_is_seen(what):
             hidden = hidden.detach()
             hidden.add_(1)
     got = model.k(hidden)
-    weight, bias, a, b, scale = model.k.operands()
+    weight, bias, a, b, scale, _ = model.k.operands()
     wanted = nn.functional.linear(hidden, weight, bias) + scale * (hidden @ a.t()) @ b.t()
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(h, again)
@@ -192,7 +198,7 @@ def test_a_follower_that_does_not_come_is_let_go_and_not_waited_for_again(monkey
 
 def alone_forward(model, x):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowrank.layers.linear.projection", lambda layer, x, own, dropout: fused_linear(x, *own, dropout))
+        patch.setattr("lowrank.layers.linear.projection", by_itself)
         return model(x * 1).detach()
 
 
@@ -208,18 +214,31 @@ def test_gradient_checkpointing_before_and_after_learning(reentrant):
         assert_same_bits([leaf.grad, *(p.grad for p in trained)], wanted[1:])
 
 
-def test_dropout_draws_the_masks_it_always_drew(monkeypatch):
-    model, x = adapted(lora_dropout=0.4), batch()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dropout_has_the_bits_of_separate_projections(monkeypatch, dtype):
+    """One mask for q, k and v, whether they are computed one by one, together or stacked, and another for o."""
+    model, x = adapted(dtype, lora_dropout=0.4), batch(dtype)
+    torch.manual_seed(3)
+    wanted = alone(model, x)
     sizes = nodes(monkeypatch)
-    for _ in range(3):
+    for _ in range(MEETINGS + 3):
         torch.manual_seed(3)
-        got = results(model, x)
-        torch.manual_seed(3)
-        assert_same_bits(got, alone(model, x))
-    assert not sizes
-    model.eval()
-    results(model, x), results(model, x)
-    assert sizes == [3, 1]
+        assert_same_bits(results(model, x), wanted)
+    assert sizes == [3, 1] * (MEETINGS + 2)
+
+
+def test_projections_that_differ_in_dropout_do_not_go_together(monkeypatch):
+    model, x = adapted(lora_dropout=0.4), batch()
+    model.k.factors("default").dropout = 0.2
+    results(model, x)
+    sizes = nodes(monkeypatch)
+    torch.manual_seed(3)
+    got = results(model, x)
+    torch.manual_seed(3)
+    wanted = alone(model, x)
+    assert torch.equal(got[0], wanted[0])
+    torch.testing.assert_close(got, wanted)  # dX is the sum of two nodes' then, in another order
+    assert sizes == [2, 1]  # q and v, o
 
 
 def test_nothing_is_kept_of_a_group():

@@ -21,6 +21,8 @@ class LoraConfig:
     init_lora_weights: "gaussian" (default, the paper's), "kaiming" (also True; PEFT's default), "orthogonal", "olora",
         "pissa", "pissa_niter_N", or False / "random" (ΔW ≠ 0 at the start; for tests).
     layers_to_transform: an index or several; layers_pattern names the list of layers where a model has more than one.
+    lora_dropout: the probability that an entry of x is dropped on its way to A. Layers called one after the other with
+        the same tensor (q, k and v) read it through one mask, as in the paper's code; in PEFT each draws its own.
     rank_pattern, alpha_pattern: {regex that ends a module's name: value}, first match wins.
 
     Raises ConfigError with every fault at once.

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from lowrank.kernels import pieces, products
 from lowrank.kernels.autocast import dtype_for
-from lowrank.kernels.dropout import Mask, draw
+from lowrank.kernels.dropout import Mask
 from lowrank.kernels.order import choose_order, few_rows, thin_products_are_slow
 from lowrank.kernels.shared_input import SharedInput, shared_input
 
@@ -58,16 +58,15 @@ def stacked(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tens
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float = 1.0, dropout: float = 0.0
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float = 1.0, mask: Mask | None = None
 ) -> Tensor:
-    """W0·x + bias + s·B·A·dropout(x): x (..., k), weight (d, k), a (r, k), b (d, r).
+    """W0·x + bias + s/q·B·A·(mask∘x): x (..., k), weight (d, k), a (r, k), b (d, r), q the share that the mask keeps.
 
     a and s·b are rounded to x's dtype, inside of the function, so that autograd sees one node; under autocast weight
     and bias are, before it. `weight` may be a transposed view (Conv1D): no copy is made. The dropout mask is kept at
     one bit an entry. Second derivatives are refused by autograd, but for few rows, where it gives them itself.
     """
     weight, bias = in_dtype_of(x, weight, bias)
-    mask = draw(dropout, x) if dropout else None
     if mask is not None:
         scale /= mask.kept
     tracked = is_tracked(x, bias, a, b)
@@ -120,10 +119,13 @@ def laid_out_as_b(dbt: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def _down(rows: Tensor, weight: Tensor, a: Tensor, mask: Mask | None, keep: bool) -> tuple[Tensor | None, bool]:
     """(S, whether W0 + s·B·A is formed first): S (T, r), None where it is neither kept nor needed."""
-    if mask is not None:
-        return products.down(mask.like(rows).mul_(rows), a), False
-    fold = folds(rows, weight, a)
-    return products.down(rows, a) if keep or not fold else None, fold
+    fold = mask is None and folds(rows, weight, a)
+    return products.down(seen_by_a(rows, mask), a) if keep or not fold else None, fold
+
+
+def seen_by_a(rows: Tensor, mask: Mask | None) -> Tensor:
+    """mask∘x, or x itself where nothing is dropped: (T, k)."""
+    return rows if mask is None else mask.of(rows)
 
 
 def folds(rows: Tensor, weight: Tensor, a: Tensor) -> bool:
@@ -193,13 +195,13 @@ class _FusedLinear(Function):
         dh = dh.reshape(-1, dh.shape[-1])  # (T, d)
         _, _, _, needs_bias, needs_a, needs_b, *_ = ctx.needs_input_grad
         a_dtype, b_dtype = ctx.masters
-        mask = None if ctx.mask is None else replace(ctx.mask, bits=bits).like(x)  # (T, k)
+        mask = None if ctx.mask is None else replace(ctx.mask, bits=bits)
         ds, dbt = products.two_gradients(dh, s, b, ctx.scale_beside, needs_b)  # (T, r), (r, d)
         da = None  # (r, k)
         if needs_a:
-            da = products.weight_gradient(ds, x if mask is None else mask * x).to(a_dtype)
+            da = products.weight_gradient(ds, seen_by_a(x, mask)).to(a_dtype)
         db = None if dbt is None else laid_out_as_b(dbt, ctx.scale, b_dtype)  # (d, r)
         dbias = dh.sum(0) if needs_bias else None
         if ctx.shared.needs_gradient:
-            ctx.shared.add(dh, weight, mask, ds, a)
+            ctx.shared.add(dh, weight, ds, a, mask)
         return None, None, None, dbias, da, db, None, None, None, None

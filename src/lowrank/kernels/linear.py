@@ -4,6 +4,7 @@ from torch import Tensor
 
 from lowrank.kernels import reference
 from lowrank.kernels.autocast import dtype_for, under_autocast
+from lowrank.kernels.dropout import draw
 from lowrank.kernels.fused import fused_linear, in_dtype_of, reason_against
 
 
@@ -28,4 +29,4 @@ def lora_linear(
         weight, bias = in_dtype_of(x, weight, bias)
     if reason_against(x, weight, bias) is not None:
         return reference.lora_linear(x, weight, bias, a, b, scale, dropout, training)
-    return fused_linear(x, weight, bias, a, b, scale, dropout if training else 0.0)
+    return fused_linear(x, weight, bias, a, b, scale, draw(dropout, x) if dropout and training else None)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lowrank.kernels.products import fits_one_kernel, input_gradient
+from lowrank.kernels.dropout import Mask
+from lowrank.kernels.input_gradient import InputGradient
 
 _local = threading.local()
 
@@ -33,8 +34,7 @@ class SharedInput:
         self._x = weakref.ref(x, lambda _: SharedInput._part(me))
         self._version = x._version
         self._task = -1
-        self._parts: list[tuple[Tensor, Tensor]] = []
-        self._dx: Tensor | None = None
+        self._gradient = InputGradient()
         self.members = 0
         self.needs_gradient = x.requires_grad
         self.token: Tensor | None = _Join.apply(x, self) if x.requires_grad else x.new_empty(0)  # type: ignore[no-untyped-call]
@@ -49,40 +49,19 @@ class SharedInput:
         same = self._x() is x and self._version == x._version and self.needs_gradient == x.requires_grad
         return same and self.token is not None
 
-    def add(self, dy: Tensor, weight: Tensor, mask: Tensor | None, ds: Tensor, a: Tensor) -> None:
-        """dX += dY·W + mask∘(dS·A): dy (T, d), weight (d, k), ds (T, r), a (r, k), mask (T, k), of ones if None.
-
-        A masked part cannot be stacked with others: its A saw another input than x, by dropout.
-        """
+    def add(self, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, mask: Mask | None) -> None:
+        """One projection's part in dX, as `InputGradient.add` has it."""
         task = torch._C._current_graph_task_id()
         if task != self._task:  # a backward pass that stopped short of x leaves its sum behind: it is not ours
-            self._clear()
+            self._gradient = InputGradient()
             self._task = task
-        if mask is None and fits_one_kernel(dy, weight, a.shape[0], onto=self._dx is not None):
-            from lowrank.kernels.gpu.product import plus_low_rank
-
-            self._dx = plus_low_rank(dy, weight, ds, a, onto=self._dx)
-            return
-        self._dx = input_gradient(dy, weight, onto=self._dx)
-        if mask is not None:
-            self._dx.addcmul_(mask, ds @ a)
-        else:
-            self._parts.append((ds, a))
+        self._gradient.add(dy, weight, ds, a, mask)
 
     def take(self) -> Tensor | None:
-        """dX with all low-rank parts added, (T, k), handed over: the next backward pass starts from nothing."""
-        dx = self._dx
-        if dx is not None and self._parts:
-            ds, a = self._parts[0]
-            if len(self._parts) > 1:
-                ds, a = torch.cat([d for d, _ in self._parts], dim=1), torch.cat([a for _, a in self._parts])
-            dx.addmm_(ds, a)
-        self._clear()
+        """dX, (T, k), handed over: the next backward pass starts from nothing."""
+        dx = self._gradient.total()
+        self._gradient = InputGradient()
         return dx
-
-    def _clear(self) -> None:
-        self._dx = None
-        self._parts = []
 
 
 class _Join(Function):

@@ -38,7 +38,7 @@ def a_gradients(
 
 def may_be_stacked(rows: Tensor, ranks: Sequence[int]) -> bool:
     """Whether S and dA of projections of these ranks have, stacked, the bits of the single ones: rows (T, k)."""
-    key = (*rows.shape, tuple(ranks), rows.dtype, torch.get_num_threads())
+    key = (*rows.shape, tuple(ranks), rows.dtype, rows.device, torch.get_num_threads())
     known = _stacks.get(key, 0)
     if isinstance(known, bool):
         return known
@@ -51,7 +51,7 @@ def _same_bits(rows: Tensor, ranks: Sequence[int]) -> bool:
     draw = torch.Generator().manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=draw).to(rows.dtype)
+        return torch.randn(*size, generator=draw).to(rows)
 
     tokens, k = rows.shape
     x = drawn(tokens, k)

@@ -44,18 +44,19 @@ class LoraLinear(LoraLayer):
             if reason_against(x, weight, bias) is None:
                 a, b, scale = stacked([(*f.moved(), f.scale) for f in factors])
                 dropout = factors[0].dropout if self.training else 0.0
-                h = projection(self, x, Operands(weight, bias, a, b, scale), dropout)
+                h = projection(self, x, Operands(weight, bias, a, b, scale, dropout))
                 return h if factors[0].magnitude is None else self._rescaled(h, factors[0])
         return self._plain_forward(input, factors)
 
     def operands(self) -> Operands | None:
-        """What the layer would be computed from now, where another may compute it ahead: one adapter, no dropout."""
+        """What the layer would be computed from now, where another may compute it ahead: one adapter."""
         if self.plain_reason is not None or len(self.active_factors) != 1 or self.transposed:
             return None
         (factors,) = self.active_factors
-        if factors.parts or factors.start_a is not None or (factors.dropout and self.training):
+        if factors.parts or factors.start_a is not None:
             return None
-        return Operands(self.weight, self.bias, factors.a, factors.b, factors.scale)
+        dropout = factors.dropout if self.training else 0.0
+        return Operands(self.weight, self.bias, factors.a, factors.b, factors.scale, dropout)
 
     def reason_for_plain_path(self) -> str | None:
         """Why the active adapters are computed by plain operations, or None where the fused function serves."""

@@ -64,4 +64,5 @@ def _fused(layer: Any, x: Tensor) -> Tensor | None:
     weight, bias = base_matrix(layer)
     if reason_against(x, weight, bias) is not None or reason_against_dtype(x, a) is not None:
         return None
-    return projection(layer, x, Operands(weight, bias, a, b, scale), dropout_of(layer, names[0]))
+    own = Operands(weight, bias, a, b, scale, dropout_of(layer, names[0]))
+    return projection(layer, x, own, share_mask=False)  # PEFT's layers draw a mask each

@@ -1,0 +1,52 @@
+"""dX of all projections that read one input: Σ dY·W0 in place, and the low-rank parts of all as one product."""
+
+import torch
+from torch import Tensor
+
+from lowrank.kernels.dropout import Mask
+from lowrank.kernels.products import fits_one_kernel, input_gradient
+
+
+class InputGradient:
+    """dX, (T, k), gathered projection by projection: each adds dY·W0, and mask∘(dS·A) waits for those to come.
+
+    Parts that went through one mask, or none, are stacked: mask∘([dS₁ dS₂ …]·[A₁; A₂; …]).
+    """
+
+    def __init__(self) -> None:
+        self._dx: Tensor | None = None
+        self._parts: dict[int | None, list[tuple[Tensor, Tensor]]] = {}  # by the mask's seed
+        self._masks: dict[int | None, Mask | None] = {}
+
+    def add(self, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, mask: Mask | None) -> None:
+        """dX += dY·W0 + mask∘(dS·A): dy (T, d), weight (d, k), ds (T, r), a (r, k)."""
+        if mask is None and fits_one_kernel(dy, weight, a.shape[0], onto=self._dx is not None):
+            from lowrank.kernels.gpu.product import plus_low_rank
+
+            self._dx = plus_low_rank(dy, weight, ds, a, onto=self._dx)
+            return
+        self._dx = input_gradient(dy, weight, onto=self._dx)
+        seed = None if mask is None else mask.seed
+        self._parts.setdefault(seed, []).append((ds, a))
+        self._masks[seed] = mask
+
+    def total(self, ds: Tensor | None = None) -> Tensor | None:
+        """dX with all low-rank parts; None where nothing was added.
+
+        ds: dS of all parts side by side in the order they were added, (T, Σr), from who has them so.
+        """
+        dx = self._dx
+        if dx is None:
+            return None
+        for seed, parts in self._parts.items():
+            if len(parts) == 1:
+                stacked, a = parts[0]
+            else:
+                stacked = torch.cat([part for part, _ in parts], dim=1) if ds is None else ds
+                a = torch.cat([a for _, a in parts])
+            mask = self._masks[seed]
+            if mask is None:
+                dx.addmm_(stacked, a)
+            else:
+                mask.add_product_(dx, stacked, a)
+        return dx
