@@ -5,6 +5,10 @@ The interpreter cannot multiply bfloat16 (it sees the raw bits), so float16 stan
 
 import pytest
 import torch
+from torch import nn
+
+import lowrank
+from lowrank import LoraConfig
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to test")
 
@@ -77,6 +81,38 @@ def test_the_fused_map_through_the_kernels(monkeypatch):
     assert used.count("gradients") == 3 and used.count("product") == 6
     for mine, theirs in zip(got, run(reference.lora_linear, torch.float64), strict=True):
         assert relative(mine, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("by_kernel", [set(), {32}, {24, 32}], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_group_of_which_some_products_are_kernels(monkeypatch, by_kernel, dropout):
+    """q, k and v as one node, where the clock chose the kernel for outputs of some widths only, against autograd's."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(20, d) for name, d in (("q", 32), ("k", 24), ("v", 24))}).to(DEVICE)
+    lowrank.inject(model, LoraConfig(r=4, target_modules=["q", "k", "v"], init_lora_weights="random"))
+    for layer in model.values():
+        layer.factors("default").dropout = dropout
+    x = draw(40, 20, dtype=torch.float32, seed=0).requires_grad_()
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def gradients():
+        torch.manual_seed(1)
+        hidden = x * 2
+        return torch.autograd.grad(sum(layer(hidden).square().sum() for layer in model.values()), leaves)
+
+    gradients()
+    wanted, used = gradients(), []
+    monkeypatch.setattr(choice, "available", lambda x: True)
+    monkeypatch.setattr(choice, "gradients_are_faster", lambda *_: True)
+
+    def is_faster(tokens, inner, width, *_):
+        used.append((inner, width))
+        return bool({inner, width} & by_kernel)
+
+    monkeypatch.setattr(choice, "product_is_faster", is_faster)
+    for mine, theirs in zip(gradients(), wanted, strict=True):
+        assert relative(mine, theirs) < 1e-5
+    assert len(used) == (6 if not dropout else 3)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here: the choice by measurement cannot be tried")

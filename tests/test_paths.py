@@ -15,6 +15,7 @@ from lowrank.cli import main
 from lowrank.injection.paths import execution_paths, shared_inputs
 from lowrank.kernels import together
 from lowrank.kernels.shared_input import SharedInput
+from lowrank.kernels.stacking import MEETINGS
 
 
 class Shifted(nn.Linear):
@@ -150,3 +151,14 @@ def test_nothing_is_kept_once_the_answer_is_gone(backward):
         assert not any(isinstance(found, SharedInput) for found in gc.get_objects())
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_model_without_numbers_can_be_passed_through_again_and_again(dropout):
+    """On the meta device, as one counts operations: forward and backward, more often than anything is learned in."""
+    model = block().to("meta")
+    inject(model, LoraConfig(r=2, target_modules=["q", "k", "v", "o"], lora_dropout=dropout))
+    x = torch.empty(2, 40, 6, device="meta", requires_grad=True)
+    for _ in range(MEETINGS + 3):
+        model(x * 1).sum().backward()
+    assert x.grad.shape == x.shape and x.grad.is_meta

@@ -34,6 +34,8 @@ def reason_against(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
         return "torch.func transforms the plain operations"
     if weight.requires_grad:
         return "the base weight is trained too"
+    if x.is_meta:
+        return "tensors on the meta device have no numbers"
     if type(weight) not in (Tensor, torch.nn.Parameter) or type(x) is not Tensor:
         return f"its tensors are of a class of their own ({type(weight).__name__}, {type(x).__name__})"
     if (x.dtype != weight.dtype and dtype_for(x) is not x.dtype) or not x.is_floating_point():

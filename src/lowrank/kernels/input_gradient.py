@@ -33,7 +33,8 @@ class InputGradient:
     def total(self, ds: Tensor | None = None) -> Tensor | None:
         """dX with all low-rank parts; None where nothing was added.
 
-        ds: dS of all parts side by side in the order they were added, (T, Σr), from who has them so.
+        ds: dS of all projections side by side in the order they were added, (T, Σr), from who has them so; of use where
+        no projection's part is in dX already.
         """
         dx = self._dx
         if dx is None:
@@ -42,8 +43,9 @@ class InputGradient:
             if len(parts) == 1:
                 stacked, a = parts[0]
             else:
-                stacked = torch.cat([part for part, _ in parts], dim=1) if ds is None else ds
                 a = torch.cat([a for _, a in parts])
+                is_all = ds is not None and ds.shape[1] == a.shape[0]
+                stacked = ds if ds is not None and is_all else torch.cat([part for part, _ in parts], dim=1)
             mask = self._masks[seed]
             if mask is None:
                 dx.addmm_(stacked, a)

@@ -40,6 +40,8 @@ def may_be_stacked(rows: Tensor, ranks: Sequence[int]) -> bool:
     """Whether S and dA of projections of these ranks have, stacked, the bits of the single ones: rows (T, k)."""
     key = (*rows.shape, tuple(ranks), rows.dtype, rows.device, torch.get_num_threads())
     known = _stacks.get(key, 0)
+    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        return known is True  # to try is to wait for the GPU, which a stream that is captured must not
     if isinstance(known, bool):
         return known
     known = known + 1 if known < MEETINGS else _same_bits(rows, ranks)
