@@ -43,6 +43,7 @@ MERGE, TIED, INIT = "test_merge_laws.py", "test_merge_tied.py", "test_init.py"
 REFUSALS = "test_merge_refusals.py"
 FUSED, CHECKPOINTING = "test_fused_rows.py", "test_injection_checkpointing.py"
 TOGETHER, PIECES, WRAPPERS = "test_together.py", "test_pieces.py", "test_wrappers.py"
+GPU = "test_gpu_kernels.py"
 CHECKPOINTING, CAST, DROPOUT = "test_injection_checkpointing.py", "test_autocast.py", "test_dropout.py"
 FEW = "test_few_rows.py"
 
@@ -167,6 +168,16 @@ MUTATIONS: dict[str, Mutation] = {
     "dropout: one mask for ever": Mutation("kernels/dropout.py", " or id(reader) in last.readers", "", DROPOUT),
     "dropout: a mask for every projection": Mutation(
         "kernels/together.py", "dropout.shared(own.dropout, x, layer)", "dropout.draw(own.dropout, x)", DROPOUT
+    ),
+    "gpu: a kernel whatever its answer": Mutation("kernels/gpu/choice.py", "if not off <= CLOSE:", "if False:", GPU),
+    "gpu: a kernel whatever its time": Mutation(
+        "kernels/gpu/choice.py", "return best - 1 if best else None", "return 0", GPU
+    ),
+    "gpu: no groups of tiles": Mutation(
+        "kernels/gpu/product.py", "first + program % in_group % group_rows", "program % in_group % group_rows", GPU
+    ),
+    "together: low-rank parts of all, where kernels added some": Mutation(
+        "kernels/input_gradient.py", "ds.shape[1] == a.shape[0]", "True", GPU
     ),
     "autocast: the copy of another tensor": Mutation("kernels/remembered.py", "self._x() is x and ", "", CAST),
     "autocast: a copy out of date": Mutation("kernels/remembered.py", " and self._version == x._version", "", CAST),

@@ -16,7 +16,7 @@ from lowrank.functional import lora_linear
 from lowrank.kernels import reference
 from lowrank.kernels.gpu import choice
 from lowrank.kernels.gpu.gradients import two_gradients
-from lowrank.kernels.gpu.product import plus_low_rank
+from lowrank.kernels.gpu.product import TILES, plus_low_rank
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -47,6 +47,17 @@ def test_a_product_starts_at_its_low_rank_part(dtype, tokens, inner, width, rank
     assert onto is None or got is onto
 
 
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_every_tile_is_computed_once_whatever_their_size(tile):
+    """Ten rows of tiles and a bit: a group of eight, and one of the rest."""
+    tokens, width, inner, rank = 10 * tile.tokens + 3, 2 * tile.width + 5, tile.inner + 1, 3
+    x, m = draw(tokens, inner, dtype=torch.float32, seed=0), draw(inner, width, dtype=torch.float32, seed=1)
+    s, n = draw(tokens, rank, dtype=torch.float32, seed=2), draw(rank, width, dtype=torch.float32, seed=3)
+    start = draw(tokens, width, dtype=torch.float32, seed=4)
+    got = plus_low_rank(x, m, s, n, onto=start.clone(), tile=tile)
+    assert relative(got, start.double() + x.double() @ m.double() + s.double() @ n.double()) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "width", "rank"), [(300, 70, 5), (128, 64, 16), (2, 3, 1)])
 def test_both_gradients_come_from_one_reading(dtype, tokens, width, rank):
@@ -64,7 +75,7 @@ def test_the_fused_map_through_the_kernels(monkeypatch):
     """Every product of three projections of one input goes through a kernel; the gradients are the reference's."""
     used = []
     monkeypatch.setattr(choice, "available", lambda x: True)
-    monkeypatch.setattr(choice, "product_is_faster", lambda *_: (used.append("product"), True)[1])
+    monkeypatch.setattr(choice, "product_tile", lambda *_: (used.append("product"), TILES[-1])[1])
     monkeypatch.setattr(choice, "gradients_are_faster", lambda *_: (used.append("gradients"), True)[1])
 
     def run(linear, dtype):
@@ -105,20 +116,68 @@ def test_a_group_of_which_some_products_are_kernels(monkeypatch, by_kernel, drop
     monkeypatch.setattr(choice, "available", lambda x: True)
     monkeypatch.setattr(choice, "gradients_are_faster", lambda *_: True)
 
-    def is_faster(tokens, inner, width, *_):
-        used.append((inner, width))
-        return bool({inner, width} & by_kernel)
+    def product_tile(x, width, *_):
+        used.append(width)
+        return TILES[-1] if {x.shape[1], width} & by_kernel else None
 
-    monkeypatch.setattr(choice, "product_is_faster", is_faster)
+    monkeypatch.setattr(choice, "product_tile", product_tile)
     for mine, theirs in zip(gradients(), wanted, strict=True):
         assert relative(mine, theirs) < 1e-5
     assert len(used) == (6 if not dropout else 3)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU here: the choice by measurement cannot be tried")
-def test_the_choice_is_measured_and_kept():
-    assert choice.product_is_faster(1024, 256, 256, 16, torch.bfloat16, False) in (True, False)
-    assert choice._product_ratio.cache_info().currsize >= 1
+@pytest.fixture
+def nothing_known():
+    """No choice is kept from before, nor for after."""
+    for known in (choice._product_tile, choice._gradients_are_faster):
+        known.cache_clear()
+    yield
+    for known in (choice._product_tile, choice._gradients_are_faster):
+        known.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_the_choice_is_measured_once_and_leaves_random_numbers_alone(monkeypatch):
+    x = draw(64, 32, dtype=torch.float32, seed=0)
+    timed, seconds = [], iter([3.0, 9.0, 2.0, 4.0, 5.0, 1.0, 2.0])  # torch and the tiles, then torch and the gradients
+    monkeypatch.setattr(choice, "_seconds", lambda *_: (timed.append(1), next(seconds))[1])
+    state = torch.random.get_rng_state()
+    assert [choice.product_tile(x, 48, 4, False) for _ in range(2)] == [TILES[1]] * 2
+    assert [choice.gradients_are_faster(x, 4) for _ in range(2)] == [False] * 2
+    assert len(timed) == 1 + len(TILES) + 2 and torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize("fault", ["fails", "is wrong", "is no number"])
+@pytest.mark.parametrize("onto", [False, True])
+def test_a_kernel_that_does_not_serve_is_not_used_and_that_is_said(monkeypatch, fault, onto):
+    def broken(x, m, s, n, bias=None, onto=None, out=None, tile=None):
+        if fault == "fails":
+            raise RuntimeError("out of resource: shared memory\nRequired: 1")
+        return (x @ m + s @ n) * (1.1 if fault == "is wrong" else float("nan"))
+
+    monkeypatch.setattr("lowrank.kernels.gpu.product.plus_low_rank", broken)
+    monkeypatch.setattr(choice, "_seconds", lambda *_: 1.0)
+    x = draw(64, 32, dtype=torch.float32, seed=0)
+    with pytest.warns(
+        lowrank.LowrankWarning, match=r"does not serve on .*, torch's products are used: .*Error: "
+    ) as said:
+        assert choice.product_tile(x, 48, 4, onto) is None
+    assert len(said) == 1 and "Required" not in str(said[0].message)
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_one_tile_that_serves_is_enough(monkeypatch, recwarn):
+    def small(x, m, s, n, bias=None, onto=None, out=None, tile=None):
+        if tile != TILES[-1]:
+            raise RuntimeError("out of resource: shared memory")
+        return x @ m + s @ n
+
+    monkeypatch.setattr("lowrank.kernels.gpu.product.plus_low_rank", small)
+    seconds = iter([2.0, 1.0])
+    monkeypatch.setattr(choice, "_seconds", lambda *_: next(seconds))
+    assert choice.product_tile(draw(64, 32, dtype=torch.float32, seed=0), 48, 4, False) == TILES[-1]
+    assert not recwarn
 
 
 def test_without_a_gpu_no_kernel_is_considered():

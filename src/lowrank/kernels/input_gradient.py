@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lowrank.kernels.dropout import Mask
-from lowrank.kernels.products import fits_one_kernel, input_gradient
+from lowrank.kernels.products import input_gradient, one_kernel
 
 
 class InputGradient:
@@ -20,10 +20,9 @@ class InputGradient:
 
     def add(self, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, mask: Mask | None) -> None:
         """dX += dY·W0 + mask∘(dS·A): dy (T, d), weight (d, k), ds (T, r), a (r, k)."""
-        if mask is None and fits_one_kernel(dy, weight, a.shape[0], onto=self._dx is not None):
-            from lowrank.kernels.gpu.product import plus_low_rank
-
-            self._dx = plus_low_rank(dy, weight, ds, a, onto=self._dx)
+        kernel = one_kernel(dy, weight, a.shape[0], onto=self._dx is not None) if mask is None else None
+        if kernel is not None:
+            self._dx = kernel(dy, weight, ds, a, onto=self._dx)
             return
         self._dx = input_gradient(dy, weight, onto=self._dx)
         seed = None if mask is None else mask.seed

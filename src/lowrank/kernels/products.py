@@ -1,5 +1,8 @@
 """The products of the fused map, each by the form that is fastest where its tensors are."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,9 +13,14 @@ from lowrank.kernels.order import accumulates
 WIDE = 1536  # columns from which oneDNN's half-precision Sᵀ·Y gains more than laying Sᵀ out anew costs (Xeon with AMX)
 
 
-def fits_one_kernel(x: Tensor, m: Tensor, rank: int, onto: bool) -> bool:
-    """Whether x·m plus its low-rank part is one Triton kernel here, measured faster than two products."""
-    return choice.available(x) and choice.product_is_faster(x.shape[0], x.shape[1], m.shape[1], rank, x.dtype, onto)
+def one_kernel(x: Tensor, m: Tensor, rank: int, onto: bool) -> Callable[..., Tensor] | None:
+    """The Triton kernel for x·m plus its low-rank part, where it was measured faster than two products: else None."""
+    tile = choice.product_tile(x, m.shape[1], rank, onto) if choice.available(x) else None
+    if tile is None:
+        return None
+    from lowrank.kernels.gpu.product import plus_low_rank as kernel
+
+    return partial(kernel, tile=tile)
 
 
 def plus_low_rank(
@@ -29,12 +37,11 @@ def plus_low_rank(
 
     x (..., k) and the same as rows (T, k), weight (d, k), bias (d,), s (T, r), b (d, r) → (..., d).
     """
-    if fits_one_kernel(rows, weight.t(), s.shape[1], onto=False):
-        from lowrank.kernels.gpu.product import plus_low_rank as kernel
-
+    if (kernel := one_kernel(rows, weight.t(), s.shape[1], onto=False)) is not None:
         scaled = b if scale == 1.0 else b * scale
         flat = None if out is None else out.view(-1, weight.shape[0])
-        return kernel(rows, weight.t(), s, scaled.t(), bias, out=flat).view(*x.shape[:-1], weight.shape[0])
+        h = kernel(rows, weight.t(), s, scaled.t(), bias, out=flat)
+        return h.view(*x.shape[:-1], weight.shape[0])
     h = pieces.base(x, weight, bias, out)  # (..., d)
     h.view(-1, weight.shape[0]).addmm_(s, b.t(), alpha=scale)
     return h
@@ -45,7 +52,7 @@ def two_gradients(dy: Tensor, s: Tensor, b: Tensor, scale: float, needs_b: bool)
 
     dB is computed transposed: the same sums, for which the CPU libraries need up to half the time.
     """
-    if needs_b and choice.available(dy) and choice.gradients_are_faster(dy.shape[0], dy.shape[1], s.shape[1], dy.dtype):
+    if needs_b and choice.available(dy) and choice.gradients_are_faster(dy, s.shape[1]):
         from lowrank.kernels.gpu.gradients import two_gradients as kernel
 
         ds, db = kernel(dy, s, b)

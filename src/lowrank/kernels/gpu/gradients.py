@@ -21,7 +21,7 @@ def _gradients_kernel(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # 64 bits: T·d can be beyond 32
     r = tl.arange(0, BLOCK_R)
     in_t, in_r = t < tokens, r < rank
     middle = tl.load(s + r[:, None] * s_col + t[None, :] * s_row, mask=in_r[:, None] & in_t[None, :], other=0.0)
