@@ -145,7 +145,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "together: never": Mutation("kernels/together.py", "followers is not None and (", "False and (", TOGETHER),
     "together: under checkpointing too": Mutation(
-        "kernels/fused.py", "return hooks is None or hooks(True) is not None", "return False", TOGETHER
+        "kernels/hooks.py", "return _top is None or _top(True) is not None", "return False", TOGETHER
     ),
     "fused: no empty answer for a block computed again": Mutation(
         "kernels/fused.py", "= [] if are_saved_tensors_watched() else None", "= None", CHECKPOINTING
@@ -164,6 +164,12 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "dropout: every block from the first byte": Mutation(
         "kernels/dropout.py", "start * a.shape[1] // 8)", "0)", DROPOUT
+    ),
+    "dropout: one mask for two checkpointed blocks": Mutation(
+        "kernels/dropout.py", "key = (probability, watcher())", "key = (probability, None)", DROPOUT
+    ),
+    "dropout: one mask for two blocks of reentrant checkpointing": Mutation(
+        "kernels/dropout.py", "if given or x.is_inference()", "if x.is_inference()", DROPOUT
     ),
     "dropout: one mask for ever": Mutation("kernels/dropout.py", " or id(reader) in last.readers", "", DROPOUT),
     "dropout: a mask for every projection": Mutation(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank import LoraConfig
@@ -129,7 +130,7 @@ def test_projections_of_one_input_share_the_mask_and_a_second_pass_draws_another
         one.weight.data = q.weight.data
         one.load_state_dict(q.state_dict())
     model.train(training)
-    x = torch.randn(16, 64, requires_grad=True)
+    x = torch.randn(16, 64, requires_grad=True) * 1
     first, same, other, again = q(x), k(x), o(x * 1), q(x)
     assert torch.equal(first, same)
     assert torch.equal(first, other) is torch.equal(first, again) is not training
@@ -156,3 +157,28 @@ def test_elsewhere_than_on_cpu_the_mask_is_drawn_again_from_its_seed():
     mask = dropout.Mask(0.7, 5, None)
     assert torch.equal(ones_of(mask, x), ones_of(mask, x)) and set(ones_of(mask, x).unique().tolist()) == {0.0, 1.0}
     assert abs(ones_of(mask, x).mean().item() - 0.7) < 0.06
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("blocks", [["q", "k", "v"], ["qk", "v"], ["qkv"]], ids=str)
+def test_blocks_that_are_computed_again_draw_what_they_drew(reentrant, blocks):
+    """Several checkpointed blocks given one tensor, as attention and MLP side by side: the change is linear in B, so
+    the gradient of B at B is the change itself, if both passes saw one mask."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Linear(64, 8, bias=False) for name in "qkv"})
+    lowrank.inject(model, LoraConfig(r=2, target_modules=list("qkv"), lora_dropout=0.5, init_lora_weights="random"))
+    for layer in model.values():
+        layer.weight.data.zero_()
+    x = torch.randn(16, 64, requires_grad=True) * 1
+
+    def block(names):
+        return lambda t: sum((i + 1) * model[name](t) for i, name in enumerate(names))
+
+    weights, total, changes = torch.randn(16, 8), 0, []
+    for names in blocks:
+        changes.append(checkpoint(block(names), x, use_reentrant=reentrant))
+        total = total + (weights * changes[-1]).sum()
+    total.backward()
+    for names, change in zip(blocks, changes, strict=True):
+        got = sum((model[name].factors("default").b.grad * model[name].factors("default").b).sum() for name in names)
+        torch.testing.assert_close(got, (weights * change).sum())

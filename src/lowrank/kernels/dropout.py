@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank.kernels.hooks import watcher
 from lowrank.kernels.remembered import Remembered
 
 DIGITS = 16
@@ -86,12 +87,19 @@ _shared: Remembered[_Shared] = Remembered()
 
 
 def shared(probability: float, x: Tensor, reader: object) -> Mask:
-    """The mask of all that read this tensor one after the other; for one that reads it again, a new mask."""
-    if x.is_inference():  # torch does not say of such a tensor whether it was written to
+    """The mask of all that read this tensor one after the other; for one that reads it again, a new mask.
+
+    A block that checkpointing computes again must draw what it drew before, so nothing is shared between blocks: they
+    are told apart by their hooks or, where checkpointing is reentrant, by x: there, what a block is given comes from
+    outside of its no_grad in the first pass, and is a leaf in the second.
+    """
+    given = x.requires_grad and (x.is_leaf or not torch.is_grad_enabled())
+    if given or x.is_inference():  # of a tensor made in inference mode torch does not say whether it was written to
         return draw(probability, x)
-    last = _shared.of(x, probability)
+    key = (probability, watcher())
+    last = _shared.of(x, key)
     if last is None or id(reader) in last.readers:
-        last = _shared.keep(x, probability, _Shared(draw(probability, x), set()))
+        last = _shared.keep(x, key, _Shared(draw(probability, x), set()))
     last.readers.add(id(reader))
     return last.mask
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lowrank.kernels import pieces, products
 from lowrank.kernels.autocast import dtype_for
 from lowrank.kernels.dropout import Mask
+from lowrank.kernels.hooks import are_saved_tensors_watched
 from lowrank.kernels.order import choose_order, few_rows, thin_products_are_slow
 from lowrank.kernels.shared_input import SharedInput, shared_input
 
@@ -85,12 +86,6 @@ def fused_linear(
         with torch.no_grad():
             later.pop()(h.detach())
     return h
-
-
-def are_saved_tensors_watched() -> bool:
-    """Whether saved-tensor hooks are set, as gradient checkpointing does; yes where this torch does not tell."""
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # there is no public name for it
-    return hooks is None or hooks(True) is not None
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -28,7 +28,6 @@ from torch.autograd.function import once_differentiable
 from lowrank.kernels import dropout, products
 from lowrank.kernels.dropout import Mask
 from lowrank.kernels.fused import (
-    are_saved_tensors_watched,
     beside,
     folds,
     forward_part,
@@ -39,6 +38,7 @@ from lowrank.kernels.fused import (
     reason_against,
     seen_by_a,
 )
+from lowrank.kernels.hooks import are_saved_tensors_watched
 from lowrank.kernels.input_gradient import InputGradient
 from lowrank.kernels.order import few_rows
 from lowrank.kernels.stacking import a_gradients, down, may_be_stacked
