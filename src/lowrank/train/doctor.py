@@ -102,8 +102,7 @@ class ModelPaths:
             for g in self.groups
         ]
         lines += [
-            f"{times:>4} × {', '.join(names)} share an input: "
-            f"computed together on a CPU from {FEW_ROWS} tokens on, one input gradient elsewhere"
+            f"{times:>4} × {', '.join(names)} share an input: computed together (on a CPU from {FEW_ROWS} tokens on)"
             for names, times in self.sharing
         ]
         return "\n".join([*lines, *([self.unknown] if self.unknown else []), self.plan.summary()])
