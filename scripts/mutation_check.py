@@ -43,7 +43,7 @@ MERGE, TIED, INIT = "test_merge_laws.py", "test_merge_tied.py", "test_init.py"
 REFUSALS = "test_merge_refusals.py"
 FUSED, CHECKPOINTING = "test_fused_rows.py", "test_injection_checkpointing.py"
 TOGETHER, PIECES, WRAPPERS = "test_together.py", "test_pieces.py", "test_wrappers.py"
-GPU = "test_gpu_kernels.py"
+GPU, ACCELERATE = "test_gpu_kernels.py", "test_accelerate.py"
 CHECKPOINTING, CAST, DROPOUT = "test_injection_checkpointing.py", "test_autocast.py", "test_dropout.py"
 FEW = "test_few_rows.py"
 
@@ -160,7 +160,7 @@ MUTATIONS: dict[str, Mutation] = {
         "kernels/input_gradient.py", "mask.add_product_(dx, stacked, a)", "dx.addmm_(stacked, a)", DROPOUT
     ),
     "dropout: dA of a group without the mask": Mutation(
-        "kernels/together.py", "seen_by_a(rows, mask)\n        for", "rows\n        for", TOGETHER
+        "kernels/together.py", "seen_by_a(rows, mask) if wanted else rows", "rows", TOGETHER
     ),
     "dropout: every block from the first byte": Mutation(
         "kernels/dropout.py", "start * a.shape[1] // 8)", "0)", DROPOUT
@@ -171,6 +171,10 @@ MUTATIONS: dict[str, Mutation] = {
     "dropout: one mask for two blocks of reentrant checkpointing": Mutation(
         "kernels/dropout.py", "if given or x.is_inference()", "if x.is_inference()", DROPOUT
     ),
+    "dropout: an answer computed ahead reads no mask": Mutation(
+        "kernels/together.py", "            _mask(layer, x, own, share_mask)  #", "            pass  #", TOGETHER
+    ),
+    "accelerate: one mask for all": Mutation("peft/layer.py", "share_mask=False", "share_mask=True", ACCELERATE),
     "dropout: one mask for ever": Mutation("kernels/dropout.py", " or id(reader) in last.readers", "", DROPOUT),
     "dropout: a mask for every projection": Mutation(
         "kernels/together.py", "dropout.shared(own.dropout, x, layer)", "dropout.draw(own.dropout, x)", DROPOUT

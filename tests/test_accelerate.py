@@ -148,6 +148,24 @@ def test_dropout_has_peft_s_law_and_a_true_gradient(monkeypatch):
     torch.testing.assert_close(model(x), layer.base_layer(x) + 3 * x)
 
 
+def test_every_layer_draws_a_mask_of_its_own_as_in_peft():
+    """Also those that are called with one tensor and have equal weights and factors, in the first passes and later."""
+    net = nn.ModuleDict({name: nn.Linear(64, 8) for name in "qk"})
+    net["k"].load_state_dict(net["q"].state_dict())
+    model = peft.get_peft_model(nn.Sequential(net), peft.LoraConfig(r=2, target_modules=["q", "k"], lora_dropout=0.5))
+    q, k = model.base_model.model[0].values()
+    for part in ("lora_A", "lora_B"):
+        nn.init.normal_(getattr(q, part)["default"].weight)
+    k.load_state_dict(q.state_dict())
+    accelerate(model)
+    model.train()
+    for _ in range(3):
+        x = torch.randn(16, 64, requires_grad=True) * 1
+        assert not torch.equal(q(x), k(x))
+    model.eval()
+    assert torch.equal(q(x), k(x))
+
+
 def test_several_adapters_under_dropout_draw_a_mask_each(monkeypatch):
     model = peft_model(lora_dropout=0.3)
     model.add_adapter("second", config(r=3, lora_alpha=5, lora_dropout=0.3))

@@ -227,6 +227,17 @@ def test_dropout_has_the_bits_of_separate_projections(monkeypatch, dtype):
     assert sizes == [3, 1] * (MEETINGS + 2)
 
 
+def test_an_answer_computed_ahead_is_a_reading_of_the_mask(monkeypatch):
+    """k's answer was computed with q's; called again with the same input, k sees another mask, as it would alone."""
+    model, x = adapted(lora_dropout=0.4), batch()
+    for expected in ([], [3]):
+        sizes, hidden = nodes(monkeypatch), x * 1
+        model.q(hidden)
+        first, second = model.k(hidden), model.k(hidden)
+        model.v(hidden)
+        assert sizes == expected and not torch.equal(first, second)
+
+
 def test_projections_that_differ_in_dropout_do_not_go_together(monkeypatch):
     model, x = adapted(lora_dropout=0.4), batch()
     model.k.factors("default").dropout = 0.2

@@ -116,7 +116,7 @@ def laid_out_as_b(dbt: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def _down(rows: Tensor, weight: Tensor, a: Tensor, mask: Mask | None, keep: bool) -> tuple[Tensor | None, bool]:
     """(S, whether W0 + s·B·A is formed first): S (T, r), None where it is neither kept nor needed."""
-    fold = mask is None and folds(rows, weight, a)
+    fold = folds(rows, weight, a, mask)
     return products.down(seen_by_a(rows, mask), a) if keep or not fold else None, fold
 
 
@@ -125,10 +125,10 @@ def seen_by_a(rows: Tensor, mask: Mask | None) -> Tensor:
     return rows if mask is None else mask.of(rows)
 
 
-def folds(rows: Tensor, weight: Tensor, a: Tensor) -> bool:
-    """Whether W0 + s·B·A is formed first: rows (T, k), weight (d, k), a (r, k)."""
+def folds(rows: Tensor, weight: Tensor, a: Tensor, mask: Mask | None) -> bool:
+    """Whether W0 + s·B·A is formed first: rows (T, k), weight (d, k), a (r, k). It cannot be where A sees mask∘x."""
     d, k = weight.shape
-    return choose_order(rows.shape[0], k, d, a.shape[0], rows.dtype, rows.device.type).fold
+    return mask is None and choose_order(rows.shape[0], k, d, a.shape[0], rows.dtype, rows.device.type).fold
 
 
 def forward_part(

@@ -15,8 +15,7 @@ class InputGradient:
 
     def __init__(self) -> None:
         self._dx: Tensor | None = None
-        self._parts: dict[int | None, list[tuple[Tensor, Tensor]]] = {}  # by the mask's seed
-        self._masks: dict[int | None, Mask | None] = {}
+        self._parts: dict[int | None, tuple[Mask | None, list[tuple[Tensor, Tensor]]]] = {}  # by the mask's seed
 
     def add(self, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, mask: Mask | None) -> None:
         """dX += dY·W0 + mask∘(dS·A): dy (T, d), weight (d, k), ds (T, r), a (r, k)."""
@@ -25,9 +24,8 @@ class InputGradient:
             self._dx = kernel(dy, weight, ds, a, onto=self._dx)
             return
         self._dx = input_gradient(dy, weight, onto=self._dx)
-        seed = None if mask is None else mask.seed
-        self._parts.setdefault(seed, []).append((ds, a))
-        self._masks[seed] = mask
+        _, parts = self._parts.setdefault(None if mask is None else mask.seed, (mask, []))
+        parts.append((ds, a))
 
     def total(self, ds: Tensor | None = None) -> Tensor | None:
         """dX with all low-rank parts; None where nothing was added.
@@ -38,14 +36,13 @@ class InputGradient:
         dx = self._dx
         if dx is None:
             return None
-        for seed, parts in self._parts.items():
+        for mask, parts in self._parts.values():
             if len(parts) == 1:
                 stacked, a = parts[0]
             else:
                 a = torch.cat([a for _, a in parts])
                 is_all = ds is not None and ds.shape[1] == a.shape[0]
                 stacked = ds if ds is not None and is_all else torch.cat([part for part, _ in parts], dim=1)
-            mask = self._masks[seed]
             if mask is None:
                 dx.addmm_(stacked, a)
             else:

@@ -220,7 +220,7 @@ class _FusedGroup(Function):
         ctx.stacks = may_be_stacked(rows, [one.shape[0] for one in a])
         s = down(seen_by_a(rows, mask), a, ctx.stacks)
         answers = tuple(
-            forward_part(x, rows, weight, bias, one_a, b, scale, one_s, mask is None and folds(rows, weight, one_a))
+            forward_part(x, rows, weight, bias, one_a, b, scale, one_s, folds(rows, weight, one_a, mask))
             for weight, bias, one_a, (b, scale), one_s in zip(weights, biases, a, pairs, s, strict=True)
         )
         ctx.beside = [scale for _, scale in pairs]
@@ -248,7 +248,8 @@ class _FusedGroup(Function):
             grads[3][i] = None if dbt is None else laid_out_as_b(dbt, ctx.scales[i], ctx.masters[i][1])
             grads[1][i] = dh.sum(0) if needs_bias[i] else None
         together = ds[0] if len(live) == 1 else torch.cat(ds, dim=1)  # (T, Σr)
-        wanted, seen = [i for i, _ in live if needs_a[i]], seen_by_a(rows, mask)
+        wanted = [i for i, _ in live if needs_a[i]]
+        seen = seen_by_a(rows, mask) if wanted else rows
         for i, da in zip(
             wanted, a_gradients(together, ds, [i for i, _ in live], wanted, seen, ctx.stacks), strict=True
         ):
