@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ADAPTERS, RANK = 8, 16
 LIBRARY = """
 import json, sys, time
-from lowrank.merge.combine import combine_adapters
+from lowrank.adapters.combine import combine_adapters
 *adapters, out = sys.argv[1:]
 started = time.perf_counter()
 report = combine_adapters([(folder, 0.125) for folder in adapters], out, rank=16)

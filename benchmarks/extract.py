@@ -36,7 +36,7 @@ RANK, SIZE = 16, 0.02
 SHAPES = [(256, 2048), (2048, 2048), (5632, 2048)]
 EXTRACT = """
 import json, sys, time
-from lowrank.merge.extract import extract_adapter
+from lowrank.adapters.extract import extract_adapter
 base, tuned, out = sys.argv[1:]
 started = time.perf_counter()
 report = extract_adapter(base, tuned, out, rank=16)

@@ -10,9 +10,9 @@ import lowrank
 from checkpoint_models import answer, bert, convolutions, disturb, gpt2, llama
 from combination_oracle import truncated
 from lowrank import LoraConfig
+from lowrank.adapters.combine import combine_adapters
 from lowrank.core.combination import METHODS, Options, Term
 from lowrank.errors import CheckpointError, ConfigError, LowrankError, MergeError
-from lowrank.merge.combine import combine_adapters
 
 FIRST = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]}
 SECOND = {"r": 5, "lora_alpha": 2, "use_rslora": True, "target_modules": ["v_proj", "down_proj"]}

@@ -16,11 +16,11 @@ from torch import nn
 import lowrank
 from checkpoint_models import answer, bert, convolutions, disturb, gpt2, llama
 from lowrank import LoraConfig
+from lowrank.adapters.convert import convert_adapter
+from lowrank.adapters.convert.gguf_file import gguf_bytes, read_gguf
+from lowrank.checkpoint.adapter_folder import target_of
 from lowrank.checkpoint.read import read_adapter
 from lowrank.errors import CheckpointError, ConfigError, LowrankError
-from lowrank.merge.adapter_folder import target_of
-from lowrank.merge.convert import convert_adapter
-from lowrank.merge.convert.gguf_file import gguf_bytes, read_gguf
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
 MIXED = {

@@ -11,7 +11,7 @@ import torch
 import lowrank
 from checkpoint_models import disturb
 from lowrank import LoraConfig
-from lowrank.merge.convert import convert_adapter
+from lowrank.adapters.convert import convert_adapter
 
 IDS = [1, 5, 17, 33, 40, 9]
 CONFIG = {

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from lowrank.data.dataset import label_names, read_dataset, split
+from lowrank.data.settings import DataSettings
 from lowrank.errors import DataError
-from lowrank.train.dataset import label_names, read_dataset, split
-from lowrank.train.settings import DataSettings
 
 COMPLETION = {"prompt_column": "mr", "completion_column": "ref"}
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from lowrank.data.batches import collate, endless_batches, epoch_order
+from lowrank.data.dataset import Dataset, Row
+from lowrank.data.recipe import Recipe
+from lowrank.data.tokens import IGNORED, encode, prompt_ids
 from lowrank.errors import DataError
-from lowrank.train.batches import collate, endless_batches, epoch_order
-from lowrank.train.dataset import Dataset, Row
-from lowrank.train.recipe import Recipe
-from lowrank.train.tokens import IGNORED, encode, prompt_ids
 from train_models import WORDS, tokenizer
 
 X = IGNORED

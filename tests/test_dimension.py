@@ -11,9 +11,9 @@ from torch import nn
 from lowrank.cli import main
 from lowrank.core.fastfood import Fastfood
 from lowrank.errors import ConfigError
-from lowrank.train.dimension import Crossing, DimensionSettings, crossing, ladder, measure_dimension
-from lowrank.train.dimension.subspace import Subspace
-from lowrank.train.dimension.training import Point
+from lowrank.study.dimension import Crossing, DimensionSettings, crossing, ladder, measure_dimension
+from lowrank.study.dimension.subspace import Subspace
+from lowrank.study.dimension.training import Point
 from train_models import completion_rows, label_rows, save_bert, save_llama, write_jsonl
 
 

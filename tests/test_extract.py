@@ -13,10 +13,10 @@ import lowrank
 from checkpoint_models import answer, disturb, gpt2, llama
 from combination_oracle import truncated
 from lowrank import LoraConfig
+from lowrank.adapters.differences import pair
+from lowrank.adapters.extract import extract_adapter
 from lowrank.errors import CheckpointError, ConfigError, LowrankError, MergeError
-from lowrank.merge.differences import pair
-from lowrank.merge.disk.base import read_base
-from lowrank.merge.extract import extract_adapter
+from lowrank.modelfiles.base import read_base
 
 
 def save(model, folder):
@@ -147,7 +147,7 @@ def test_a_block_at_a_time_is_the_same_as_all_at_once(tmp_path, monkeypatch):
     base, tuned = llama(), moved(llama())
     save(base, tmp_path / "base"), save(tuned, tmp_path / "tuned")
     whole = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "whole", rank=3)
-    monkeypatch.setattr("lowrank.merge.extract.DENSE_ELEMENTS", 0)
+    monkeypatch.setattr("lowrank.adapters.extract.DENSE_ELEMENTS", 0)
     monkeypatch.setattr("lowrank.core.merging.BLOCK_ELEMENTS", 64)
     blocks = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "blocks", rank=3)
     for one, other in zip(whole.modules, blocks.modules, strict=True):

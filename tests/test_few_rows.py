@@ -9,7 +9,7 @@ from lowrank import LoraConfig
 from lowrank.functional import lora_linear
 from lowrank.kernels import fused, order
 from lowrank.kernels.order import few_rows
-from lowrank.train.doctor import describe_model
+from lowrank.study.doctor import describe_model
 
 FEW_ROWS = True  # the limit is what it is for users (conftest.py)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

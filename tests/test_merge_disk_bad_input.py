@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from lowrank.errors import CheckpointError, LowrankError, MergeError
-from lowrank.merge.disk import merge_checkpoint, staging
-from lowrank.merge.disk.layout import build_layout
+from lowrank.merge.disk import merge_checkpoint
+from lowrank.modelfiles import staging
+from lowrank.modelfiles.layout import build_layout
 from merge_disk_models import embedding_factors, linear_factors, pair, write_adapter, write_base
 
 Q = "layers.0.q_proj"

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lowrank.errors import CheckpointError
-from lowrank.merge.disk.layout import BITS, DTYPES, build_layout, read_layout
+from lowrank.modelfiles.layout import BITS, DTYPES, build_layout, read_layout
 
 names = st.text("abc.ß日0_ -", min_size=1, max_size=12).filter(str.isprintable)
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)

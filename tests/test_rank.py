@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import lowrank
 from checkpoint_models import IDS, Convolutions, convolutions, disturb, gpt2, llama
 from lowrank import LoraConfig
+from lowrank.adapters.proposal import ModuleSpectrum, adapter_spectra, propose
 from lowrank.cli import main
 from lowrank.core.allotment import allot
 from lowrank.core.sketch import Directions, Sketch
 from lowrank.errors import ConfigError
 from lowrank.injection.planning import plan
-from lowrank.merge.proposal import ModuleSpectrum, adapter_spectra, propose
-from lowrank.train.rank import AdapterRankSettings, GradientRankSettings, from_adapter, from_gradient
-from lowrank.train.rank.gradients import watched
+from lowrank.study.rank import AdapterRankSettings, GradientRankSettings, from_adapter, from_gradient
+from lowrank.study.rank.gradients import watched
 from train_models import completion_rows, label_rows, save_bert, save_llama, write_jsonl
 
 CPU = torch.device("cpu")

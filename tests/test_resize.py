@@ -8,10 +8,10 @@ import lowrank
 from checkpoint_models import answer, bert, convolutions, disturb, gpt2, llama
 from combination_oracle import truncated
 from lowrank import LoraConfig
+from lowrank.adapters.resize import resize_adapter
+from lowrank.checkpoint.adapter_folder import target_of
 from lowrank.checkpoint.read import read_adapter
 from lowrank.errors import CheckpointError, ConfigError, LowrankError
-from lowrank.merge.adapter_folder import target_of
-from lowrank.merge.resize import resize_adapter
 
 CONFIGS = {
     "llama": (llama, {"target_modules": ["q_proj", "down_proj", "embed_tokens"]}),

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from lowrank import train
-from lowrank.train.batches import collate, epoch_order
-from lowrank.train.dataset import read_dataset
+from lowrank.data.batches import collate, epoch_order
+from lowrank.data.dataset import read_dataset
+from lowrank.data.recipe import Recipe
+from lowrank.data.tokens import encode
 from lowrank.train.evaluation import Measure, score
 from lowrank.train.losses import LOSSES
 from lowrank.train.models import load_causal, load_tokenizer
-from lowrank.train.recipe import Recipe
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import TrainSettings
-from lowrank.train.tokens import encode
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 MODEL, DATA = SHARED / "models" / "stories260K", SHARED / "data" / "e2e"

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank import LoraConfig, inject
+from lowrank.data.batches import collate
+from lowrank.data.dataset import Dataset, Row
+from lowrank.data.recipe import Recipe
+from lowrank.data.tokens import Example, encode
 from lowrank.errors import LowrankError
-from lowrank.train.batches import collate
-from lowrank.train.dataset import Dataset, Row
 from lowrank.train.evaluation import Measure, matthews, score
 from lowrank.train.loop import Loop, steps_of
 from lowrank.train.losses import LOSSES
 from lowrank.train.models import checkpoint_activations, load_causal
 from lowrank.train.optimiser import Optimiser
-from lowrank.train.recipe import Recipe
 from lowrank.train.reporting import Reporter
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import LoopSettings
-from lowrank.train.tokens import Example, encode
 from train_models import completion_rows, save_llama, tokenizer
 
 CPU = torch.device("cpu")

@@ -319,7 +319,7 @@ def test_disk_full_is_a_sentence(home, tmp_path, monkeypatch):
 
 
 def test_a_damaged_run_record_is_a_sentence(home, trained, tmp_path):
-    from lowrank.train.recipe import read_recipe
+    from lowrank.data.recipe import read_recipe
 
     assert read_recipe(trained[0]).template == "{prompt} ->"
     assert read_recipe(tmp_path) is None

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
+from lowrank.data.names import read_targets, split_names
 from lowrank.errors import ConfigError
 from lowrank.train.config_file import resolve
-from lowrank.train.names import read_targets, split_names
 from lowrank.train.settings import AdapterSettings, EvalSettings, TrainSettings
 
 NEEDED = {"model": "m", "data": "d.csv", "out": "o"}

@@ -8,11 +8,11 @@ import torch
 from common import DATA
 
 from lowrank.checkpoint import load_adapter
-from lowrank.train.recipe import Recipe, read_recipe
-from lowrank.train.records import read_file
+from lowrank.data.recipe import Recipe, read_recipe
+from lowrank.data.records import read_file
+from lowrank.data.tokens import prompt_ids
 from lowrank.train.settings import MachineSettings
 from lowrank.train.task import Loaded, load
-from lowrank.train.tokens import prompt_ids
 
 BATCH, LONGEST = 64, 110
 

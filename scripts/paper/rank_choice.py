@@ -14,10 +14,10 @@ from common import RUNS, Result, kept
 from tasks import Job, tasks
 from trainings import SEEDS, run_task
 
+from lowrank.adapters.resize import resize_adapter
 from lowrank.checkpoint import read_adapter
-from lowrank.merge.resize import resize_adapter
+from lowrank.study.rank import AdapterRankSettings, Choice, GradientRankSettings, from_adapter, from_gradient
 from lowrank.train.evaluator import evaluate
-from lowrank.train.rank import AdapterRankSettings, Choice, GradientRankSettings, from_adapter, from_gradient
 from lowrank.train.settings import EvalSettings
 
 UNIFORM = 4

@@ -20,8 +20,8 @@ def measure_subspaces(again: bool = False) -> Result:
 
 
 def _measured() -> Result:
+    from lowrank.study.dimension import DimensionSettings, measure_dimension
     from lowrank.train.config_file import check
-    from lowrank.train.dimension import DimensionSettings, measure_dimension
 
     files = {"data": os.path.relpath(SST2 / "train.tsv"), "eval_data": os.path.relpath(SST2 / "dev.tsv")}
     wanted = {"model": str(minilm()), "text_column": "sentence", "out": str(RUNS / "dimension")}

@@ -12,6 +12,10 @@ from lowrank.errors import LowrankError, LowrankWarning
 if TYPE_CHECKING:
     from lowrank import functional as functional
     from lowrank import peft as peft
+    from lowrank.adapters.combine import combine_adapters
+    from lowrank.adapters.convert import convert_adapter
+    from lowrank.adapters.extract import extract_adapter
+    from lowrank.adapters.resize import resize_adapter
     from lowrank.checkpoint import load_adapter, read_adapter, save_adapter
     from lowrank.core.factors import LoraFactors
     from lowrank.injection.adapters import active_adapters, adapter_configs, delete_adapter, disabled, set_active
@@ -19,12 +23,8 @@ if TYPE_CHECKING:
     from lowrank.injection.config import LoraConfig
     from lowrank.injection.plan import InjectionPlan
     from lowrank.injection.planning import plan
-    from lowrank.merge.combine import combine_adapters
-    from lowrank.merge.convert import convert_adapter
     from lowrank.merge.disk import merge_checkpoint
-    from lowrank.merge.extract import extract_adapter
     from lowrank.merge.memory import merge_and_unload, merged, unload
-    from lowrank.merge.resize import resize_adapter
 
 __version__ = "0.1.0"
 
@@ -42,10 +42,10 @@ _HOMES = {
     "load_adapter": "lowrank.checkpoint",
     "read_adapter": "lowrank.checkpoint",
     "save_adapter": "lowrank.checkpoint",
-    "combine_adapters": "lowrank.merge.combine",
-    "convert_adapter": "lowrank.merge.convert",
-    "extract_adapter": "lowrank.merge.extract",
-    "resize_adapter": "lowrank.merge.resize",
+    "combine_adapters": "lowrank.adapters.combine",
+    "convert_adapter": "lowrank.adapters.convert",
+    "extract_adapter": "lowrank.adapters.extract",
+    "resize_adapter": "lowrank.adapters.resize",
     "merge_and_unload": "lowrank.merge.memory",
     "merge_checkpoint": "lowrank.merge.disk",
     "merged": "lowrank.merge.memory",

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from lowrank.errors import LowrankError
 from lowrank.merge.disk import merge_checkpoint
-from lowrank.merge.disk.base import read_base
+from lowrank.modelfiles.base import read_base
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 20  # a merge of some kilobytes that takes longer hangs

@@ -8,11 +8,10 @@ from torch import Tensor
 from lowrank.checkpoint import AdapterFiles
 from lowrank.errors import CheckpointError
 from lowrank.merge.disk.adapters import Adapter
-from lowrank.merge.disk.base import BaseFiles, read_base
-from lowrank.merge.disk.blocks import mapped
-from lowrank.merge.disk.layout import FLOATS
 from lowrank.merge.disk.match import match
-from lowrank.merge.disk.recipe import Source
+from lowrank.modelfiles.base import BaseFiles, Source, read_base
+from lowrank.modelfiles.blocks import mapped
+from lowrank.modelfiles.layout import FLOATS
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from lowrank.adapters.each_module import Progress, for_each, silent
 from lowrank.analysis.against_base import BaseMeasure, measure_against_base
 from lowrank.analysis.base_files import BaseWeights, find_base_weights
 from lowrank.analysis.changes import read_change
@@ -13,7 +14,6 @@ from lowrank.analysis.places import Place, natural, places
 from lowrank.checkpoint import AdapterFiles, read_adapter
 from lowrank.checkpoint.keys import Key
 from lowrank.errors import LowrankError
-from lowrank.merge.each_module import Progress, for_each, silent
 
 Location = str | os.PathLike[str]
 

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from lowrank.adapters.combine import combine_adapters
 from lowrank.cli.merge import weighted
 from lowrank.cli.module_bar import module_bar
-from lowrank.merge.combine import combine_adapters
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 

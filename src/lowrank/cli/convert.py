@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import torch
 from cyclopts import App, Parameter
 
+from lowrank.adapters.convert import convert_adapter
 from lowrank.cli.base import base_folder
 from lowrank.errors import LowrankError
-from lowrank.merge.convert import convert_adapter
 
 Format = Literal["peft", "peft-bin", "loralib", "mlx", "gguf", "safetensors"]
 Dtype = Literal["float32", "float16", "bfloat16"]

@@ -25,7 +25,7 @@ def demo(*, out: str = "demo-out") -> None:
 
     from lowrank.cli.console import RunDisplay
     from lowrank.nano import model_path
-    from lowrank.train.demo import SHOWN, Answers, Demo, folder_size
+    from lowrank.study.demo import SHOWN, Answers, Demo, folder_size
 
     torch.set_num_threads(1)  # a model of this size loses more to handing work over than it gains from a second core
     started = time.perf_counter()

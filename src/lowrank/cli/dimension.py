@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Group, Parameter
 
 from lowrank.cli.flags import given
+from lowrank.data.settings import DataSettings
+from lowrank.study.dimension.settings import DimensionSettings, LadderSettings, TrainingSettings
 from lowrank.train.config_file import resolve
-from lowrank.train.dimension.settings import DimensionSettings, LadderSettings, TrainingSettings
-from lowrank.train.settings import DataSettings, MachineSettings
+from lowrank.train.settings import MachineSettings
 
 if TYPE_CHECKING:
-    from lowrank.train.dimension import Crossing, Measured
-    from lowrank.train.dimension.training import Point
+    from lowrank.study.dimension import Crossing, Measured
+    from lowrank.study.dimension.training import Point
 
 command = App(
     name="dimension",
@@ -58,7 +59,7 @@ def dimension(
 
     from lowrank.analysis.figures.dimension import dimension_curve, dimension_page
     from lowrank.checkpoint.atomic import write_file
-    from lowrank.train.dimension import measure_dimension
+    from lowrank.study.dimension import measure_dimension
 
     def told(name: str, point: "Point | None") -> None:
         if point is not None and not json:

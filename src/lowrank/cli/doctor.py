@@ -40,7 +40,7 @@ def doctor(
     as_json
         Print one JSON object instead of tables.
     """
-    from lowrank.train.doctor import describe_machine, describe_model
+    from lowrank.study.doctor import describe_machine, describe_model
 
     machine = describe_machine()
     layers = describe_model(model, targets, rank, tokens, dtype) if model else None

@@ -5,8 +5,9 @@ from typing import Annotated
 from cyclopts import App, Group, Parameter
 
 from lowrank.cli.flags import given
+from lowrank.data.settings import DataSettings
 from lowrank.train.config_file import resolve
-from lowrank.train.settings import DataSettings, EvalSettings, MachineSettings
+from lowrank.train.settings import EvalSettings, MachineSettings
 
 command = App(
     name="eval",

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from lowrank.adapters.extract import extract_adapter
 from lowrank.cli.base import base_folder
 from lowrank.cli.module_bar import module_bar
-from lowrank.merge.extract import extract_adapter
 
 command = App(
     name="extract",

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lowrank.adapters.each_module import silent
 from lowrank.analysis.as_json import as_json
 from lowrank.analysis.columns import columns
 from lowrank.analysis.inspection import Inspection
 from lowrank.analysis.summary import summary
 from lowrank.cli.table import plain_table
-from lowrank.merge.each_module import silent
 
 
 @contextmanager

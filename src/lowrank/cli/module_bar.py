@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lowrank.merge.each_module import silent
+from lowrank.adapters.each_module import silent
 
 
 @contextmanager

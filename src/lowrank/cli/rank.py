@@ -6,9 +6,10 @@ from typing import Annotated
 from cyclopts import App, Group, Parameter
 
 from lowrank.cli.flags import given
+from lowrank.data.settings import DataSettings
+from lowrank.study.rank.settings import AdapterRankSettings, GradientRankSettings, GradientRows
 from lowrank.train.config_file import check
-from lowrank.train.rank.settings import AdapterRankSettings, GradientRankSettings, GradientRows
-from lowrank.train.settings import DataSettings, MachineSettings, TargetSettings
+from lowrank.train.settings import MachineSettings, TargetSettings
 
 command = App(
     name="rank",
@@ -68,7 +69,7 @@ def rank(
     flags = given(targets, gradient, rows, machine, model=model, data=data, energy=energy, budget=budget)
     if adapter is not None:
         from lowrank.errors import ConfigError
-        from lowrank.train.rank.choice import from_adapter
+        from lowrank.study.rank.choice import from_adapter
 
         if idle := sorted(flags.keys() - AdapterRankSettings.model_fields):
             named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
@@ -77,7 +78,7 @@ def rank(
         choice = from_adapter(check(AdapterRankSettings, {**flags, "adapter": adapter, "allow_pickle": allow_pickle}))
     else:
         from lowrank.cli.module_bar import module_bar
-        from lowrank.train.rank.choice import from_gradient
+        from lowrank.study.rank.choice import from_gradient
 
         settings = check(GradientRankSettings, flags)
         with module_bar("gradient") as progress:

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+from lowrank.adapters.proposal import ModuleSpectrum, Proposal
 from lowrank.checkpoint.atomic import write_file
 from lowrank.cli.table import plain_table
-from lowrank.merge.proposal import ModuleSpectrum, Proposal
-from lowrank.train.rank.choice import Choice
+from lowrank.study.rank.choice import Choice
 
 
 def write(choice: Choice, out: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from lowrank.adapters.resize import resize_adapter
 from lowrank.cli.module_bar import module_bar
 from lowrank.errors import ConfigError
-from lowrank.merge.resize import resize_adapter
 
 command = App(
     name="resize",

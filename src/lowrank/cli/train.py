@@ -6,8 +6,9 @@ from typing import Annotated
 from cyclopts import App, Group, Parameter
 
 from lowrank.cli.flags import given
+from lowrank.data.settings import DataSettings
 from lowrank.train.config_file import resolve
-from lowrank.train.settings import AdapterSettings, DataSettings, LoopSettings, MachineSettings, TrainSettings
+from lowrank.train.settings import AdapterSettings, LoopSettings, MachineSettings, TrainSettings
 
 command = App(
     name="train",

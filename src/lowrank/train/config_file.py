@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from lowrank.data.settings import Settings
 from lowrank.errors import ConfigError
-from lowrank.train.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 EXCLUSIVE = (("steps", "epochs"), ("eval_data", "eval_split"))  # a flag for one beats the other in a file

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lowrank.train.batches import Batch, chunks
+from lowrank.data.batches import Batch, chunks
+from lowrank.data.tokens import Example
 from lowrank.train.losses import Loss
-from lowrank.train.tokens import Example
 
 
 @dataclass(frozen=True, slots=True)

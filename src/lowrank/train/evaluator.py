@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint import load_adapter
+from lowrank.data.dataset import Kind, read_dataset
+from lowrank.data.recipe import Recipe, read_recipe
+from lowrank.data.settings import DataSettings
+from lowrank.data.tokens import encode
 from lowrank.errors import ConfigError, DataError
-from lowrank.train.dataset import Kind, read_dataset
 from lowrank.train.evaluation import Scores, score
 from lowrank.train.models import find_model, longest_row, own_labels
-from lowrank.train.recipe import Recipe, read_recipe
-from lowrank.train.settings import DataSettings, EvalSettings
+from lowrank.train.settings import EvalSettings
 from lowrank.train.task import load
-from lowrank.train.tokens import encode
 
 
 @dataclass(frozen=True, slots=True)

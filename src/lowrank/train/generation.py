@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from lowrank.checkpoint import load_adapter
+from lowrank.data.recipe import Recipe, read_recipe
+from lowrank.data.tokens import prompt_ids
 from lowrank.errors import ConfigError
 from lowrank.train.models import find_model, quiet
-from lowrank.train.recipe import Recipe, read_recipe
 from lowrank.train.settings import GenerateSettings
 from lowrank.train.task import Loaded, load
-from lowrank.train.tokens import prompt_ids
 
 
 def generate(settings: GenerateSettings, on_text: Callable[[str], None] | None = None) -> str:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lowrank.data.batches import chunks, endless_batches
+from lowrank.data.tokens import Example
 from lowrank.errors import Diverged
-from lowrank.train.batches import chunks, endless_batches
 from lowrank.train.evaluation import Measure, Scores, score
 from lowrank.train.optimiser import Optimiser
 from lowrank.train.reporting import Progress, Reporter
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import LoopSettings, StepSettings
-from lowrank.train.tokens import Example
 
 
 @dataclass(slots=True)

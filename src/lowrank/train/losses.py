@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lowrank.train.batches import Batch
-from lowrank.train.dataset import Kind
-from lowrank.train.tokens import IGNORED
+from lowrank.data.batches import Batch
+from lowrank.data.dataset import Kind
+from lowrank.data.tokens import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from lowrank.checkpoint.atomic import sync, write_file
+from lowrank.data import recipe
 from lowrank.errors import CheckpointError, ConfigError
-from lowrank.train import recipe
 from lowrank.train.models import quiet
 
 SETTINGS = "train.yaml"

@@ -2,17 +2,10 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from lowrank.train.names import split_names, unescape
-
-Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
-
-
-class Settings(BaseModel):
-    """Unknown names are refused, and a settings object never changes once it is checked."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
+from lowrank.data.names import unescape
+from lowrank.data.settings import DataSettings, Names, Settings
 
 
 class TargetSettings(Settings):
@@ -42,32 +35,6 @@ class AdapterSettings(TargetSettings):
     modules_to_save: Names = Field((), description="Modules to train and save in full, names with commas")
     rank_pattern: dict[str, int] = Field({}, description="Other ranks: regex that ends a module's name = rank")
     alpha_pattern: dict[str, float] = Field({}, description="Other alphas: regex that ends a name = alpha")
-
-
-class DataSettings(Settings):
-    """Where the rows' fields are, and how they become tokens."""
-
-    kind: Literal["text", "completion", "classification"] | None = Field(
-        None, description="What a row is; seen from its fields where not given"
-    )
-    prompt_column: str | None = Field(None, description='Column of the prompt ("prompt" where not given)')
-    completion_column: str | None = Field(None, description='Column of the completion ("completion")')
-    text_column: str | None = Field(None, description='Column of the text ("text")')
-    text_pair_column: str | None = Field(None, description='Column of the second text of a pair ("text_pair")')
-    label_column: str | None = Field(None, description='Column of the label ("label")')
-    header: bool = Field(True, description="The first line of a csv or tsv names its columns; else they are 1, 2, ...")
-    template: Annotated[str, BeforeValidator(unescape)] = Field(
-        "{prompt}\\n", description="The text a completion follows; \\n is a new line"
-    )
-    max_length: int | None = Field(
-        None, ge=2, description="Tokens a row is cut to; 512, or what the model holds, where not given"
-    )
-
-    @model_validator(mode="after")
-    def _has_prompt(self) -> Self:
-        if self.template.count("{prompt}") != 1:
-            raise ValueError(f"template must hold {{prompt}} once, not as in {self.template!r}")
-        return self
 
 
 class StepSettings(Settings):

@@ -2,11 +2,11 @@
 
 import warnings
 
+from lowrank.data.dataset import Dataset
+from lowrank.data.tokens import Encoded
 from lowrank.errors import LowrankWarning
-from lowrank.train.dataset import Dataset
 from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
-from lowrank.train.tokens import Encoded
 
 
 def summarise(

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank.data.batches import collate
+from lowrank.data.dataset import Kind
+from lowrank.data.tokens import Example
 from lowrank.errors import CheckpointError
-from lowrank.train.batches import collate
-from lowrank.train.dataset import Kind
 from lowrank.train.evaluation import Measure
 from lowrank.train.losses import LOSSES
 from lowrank.train.models import (
@@ -23,7 +24,6 @@ from lowrank.train.models import (
     pad_token,
 )
 from lowrank.train.settings import MachineSettings
-from lowrank.train.tokens import Example
 
 
 @dataclass(frozen=True, slots=True)

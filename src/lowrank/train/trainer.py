@@ -11,21 +11,22 @@ import torch
 
 from lowrank import __version__
 from lowrank.checkpoint import save_adapter
+from lowrank.data.dataset import Dataset, Kind, label_names, read_dataset, split
+from lowrank.data.names import read_targets
+from lowrank.data.recipe import Recipe
+from lowrank.data.settings import DataSettings
+from lowrank.data.tokens import Encoded, encode
 from lowrank.errors import DataError, LowrankError
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
-from lowrank.train.dataset import Dataset, Kind, label_names, read_dataset, split
 from lowrank.train.evaluation import Scores
 from lowrank.train.loop import Loop, LoopState, steps_of
 from lowrank.train.models import checkpoint_activations, find_model, longest_row, own_labels
-from lowrank.train.names import read_targets
-from lowrank.train.recipe import Recipe
 from lowrank.train.reporting import Log, Reporter, Several
 from lowrank.train.run_folder import LOG, OWN, check_free, claim, save_whole, write_record
-from lowrank.train.settings import DataSettings, RunSettings, TargetSettings, TrainSettings
+from lowrank.train.settings import RunSettings, TargetSettings, TrainSettings
 from lowrank.train.summary import summarise
 from lowrank.train.task import Loaded, load
-from lowrank.train.tokens import Encoded, encode
 
 COLUMNS = ("kind", "prompt_column", "completion_column", "text_column", "text_pair_column", "label_column")
 

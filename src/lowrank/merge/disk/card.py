@@ -11,9 +11,9 @@ from pathlib import Path
 from lowrank.checkpoint import config_file
 from lowrank.checkpoint.read import PICKLE, SAFETENSORS
 from lowrank.merge.disk.adapters import Adapter
-from lowrank.merge.disk.base import BaseFiles
 from lowrank.merge.disk.plan import MergePlan
 from lowrank.merge.disk.verify import Findings
+from lowrank.modelfiles.base import BaseFiles
 
 ADAPTER_FILES = (config_file.NAME, SAFETENSORS, PICKLE)
 READ_AT_ONCE = 2**20

@@ -12,13 +12,13 @@ from lowrank.core.finite import all_finite
 from lowrank.errors import CheckpointError
 from lowrank.injection.patterns import matches, matches_name, suggestion
 from lowrank.merge.disk.adapters import Adapter, Contribution
-from lowrank.merge.disk.base import BaseFiles
-from lowrank.merge.disk.blocks import equals_stored
-from lowrank.merge.disk.layout import DTYPE_NAMES
-from lowrank.merge.disk.names import resolve
-from lowrank.merge.disk.orientation import kinds_that_fit, shape_fault, stores_transposed
 from lowrank.merge.disk.sidefiles import own_texts
-from lowrank.merge.disk.tied import head_of, may_be_tied
+from lowrank.merge.disk.stored_rows import equals_stored
+from lowrank.modelfiles.base import BaseFiles
+from lowrank.modelfiles.layout import DTYPE_NAMES
+from lowrank.modelfiles.names import resolve
+from lowrank.modelfiles.orientation import kinds_that_fit, shape_fault, stores_transposed
+from lowrank.modelfiles.tied import head_of, may_be_tied
 
 LARGEST_SCALE = torch.finfo(torch.float32).max
 

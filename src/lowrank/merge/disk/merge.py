@@ -13,17 +13,17 @@ import torch
 
 from lowrank.errors import CheckpointError, LowrankWarning, MergeError
 from lowrank.merge.disk.adapters import Adapter, WeightedAdapter, read_adapters
-from lowrank.merge.disk.base import BaseFiles, read_base
 from lowrank.merge.disk.card import card, sha256_of
-from lowrank.merge.disk.layout import FLOATS
 from lowrank.merge.disk.plan import MergePlan, plan_merge
-from lowrank.merge.disk.pool import core_count, one_core
 from lowrank.merge.disk.progress import bar
 from lowrank.merge.disk.report import MergeReport, survival_warnings
 from lowrank.merge.disk.sidefiles import corrected_config, side_files, write_synced
-from lowrank.merge.disk.staging import check_place, check_space, staging
 from lowrank.merge.disk.verify import Findings, verify_files
 from lowrank.merge.disk.write import link_or_clone, sync_data, write_files
+from lowrank.modelfiles.base import BaseFiles, read_base
+from lowrank.modelfiles.layout import FLOATS
+from lowrank.modelfiles.pool import core_count, one_core
+from lowrank.modelfiles.staging import check_place, check_space, staging
 
 Verify = Literal["sample", "full"]
 Untouched = Literal["copy", "reflink", "hardlink"]

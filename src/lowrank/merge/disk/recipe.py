@@ -7,16 +7,8 @@ import torch
 from torch import Tensor
 
 from lowrank.merge.disk.adapters import Contribution
-from lowrank.merge.disk.base import Shard
-from lowrank.merge.disk.layout import FLOATS, Entry, Layout, nbytes_of
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A tensor of the base."""
-
-    shard: Shard
-    entry: Entry
+from lowrank.modelfiles.base import Shard, Source
+from lowrank.modelfiles.layout import FLOATS, Layout, nbytes_of
 
 
 @dataclass(frozen=True, slots=True)

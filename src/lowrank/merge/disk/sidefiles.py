@@ -7,8 +7,8 @@ from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
-from lowrank.merge.disk.base import INDEX_ENDING, OTHER_WEIGHTS, BaseFiles, inside
-from lowrank.merge.disk.tied import untied
+from lowrank.modelfiles.base import INDEX_ENDING, OTHER_WEIGHTS, BaseFiles, inside
+from lowrank.modelfiles.tied import untied
 
 LEFT_OUT = frozenset({"README.md", "training_args.bin", "adapter_config.json", ".gitattributes"})
 DTYPE_FIELDS = ("dtype", "torch_dtype")

@@ -13,9 +13,9 @@ from torch import Tensor
 from lowrank.core.merging import Change
 from lowrank.errors import MergeError
 from lowrank.merge.disk.adapters import Contribution
-from lowrank.merge.disk.base import BaseFiles
-from lowrank.merge.disk.layout import FLOATS
-from lowrank.merge.disk.tied import EXPLICIT, has_head, head_of, may_be_tied, shares_several
+from lowrank.modelfiles.base import BaseFiles
+from lowrank.modelfiles.layout import FLOATS
+from lowrank.modelfiles.tied import EXPLICIT, has_head, head_of, may_be_tied, shares_several
 
 Changed = Mapping[str, tuple[Contribution, ...]]
 Replaced = Mapping[str, Tensor]

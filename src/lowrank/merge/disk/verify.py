@@ -18,12 +18,13 @@ from torch import Tensor
 
 from lowrank.core.merging import row_blocks
 from lowrank.errors import MergeError
-from lowrank.merge.disk.blocks import Workspace, opened, read_rows
-from lowrank.merge.disk.bytes import CHUNK, read_into
 from lowrank.merge.disk.exact import ExactRows
-from lowrank.merge.disk.layout import DTYPES, Entry, read_layout
-from lowrank.merge.disk.pool import run_tasks
 from lowrank.merge.disk.recipe import Recipe, ResultFile
+from lowrank.merge.disk.stored_rows import read_rows
+from lowrank.modelfiles.blocks import Workspace, opened
+from lowrank.modelfiles.bytes import CHUNK, read_into
+from lowrank.modelfiles.layout import DTYPES, Entry, read_layout
+from lowrank.modelfiles.pool import run_tasks
 
 SAMPLED_ROWS = 8
 SAMPLED_PLACES = 2

@@ -1,0 +1,1 @@
+"""Adapters made from adapters or checkpoints, files alone: combine, extract, resize, convert, propose ranks."""

@@ -1,0 +1,142 @@
+"""From one format to another: every reader gives the same value, every writer takes it."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowrank.adapters.convert.gguf import read_gguf_adapter, write_gguf
+from lowrank.adapters.convert.loralib import read_loralib, write_loralib
+from lowrank.adapters.convert.mlx import WEIGHTS, read_mlx, write_mlx
+from lowrank.adapters.convert.model_pickles import has_pickles, unpickle_model
+from lowrank.adapters.convert.options import ConvertOptions, Read
+from lowrank.adapters.convert.repack import to_pickle, to_safetensors
+from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, check_out, content_of, write_adapter
+from lowrank.checkpoint.config_file import NAME
+from lowrank.checkpoint.read import PICKLE, SAFETENSORS, read_adapter
+from lowrank.errors import CheckpointError, ConfigError
+
+Reader = Callable[[Path, ConvertOptions], Read]
+Writer = Callable[[AdapterContent, Path, ConvertOptions], tuple[str, ...]]
+Direct = Callable[[Path, Path, ConvertOptions], tuple[str, ...]]
+
+
+def _read_peft(source: Path, options: ConvertOptions) -> Read:
+    return Read(content_of(read_adapter(source, options.allow_pickle)))
+
+
+def _write_peft(content: AdapterContent, out: Path, options: ConvertOptions) -> tuple[str, ...]:
+    write_adapter(out, content, options.dtype)
+    return ()
+
+
+READERS: dict[str, Reader] = {
+    "peft": _read_peft,
+    "loralib": read_loralib,
+    "mlx": read_mlx,
+    "gguf": read_gguf_adapter,
+}
+WRITERS: dict[str, Writer] = {
+    "peft": _write_peft,
+    "loralib": write_loralib,
+    "mlx": write_mlx,
+    "gguf": write_gguf,
+}
+DIRECT: dict[tuple[str, str], Direct] = {  # where nothing has to be understood, nothing is changed
+    ("peft", "peft"): to_safetensors,
+    ("peft", "peft-bin"): to_pickle,
+    ("model", "safetensors"): unpickle_model,
+}
+FORMATS = (*WRITERS, "peft-bin", "safetensors")
+FOLDERS = ("peft", "peft-bin", "mlx")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What was converted: from which format to which, how many adapted modules, and what else there is to know."""
+
+    source_format: str
+    target_format: str
+    modules: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line, and one for each note."""
+        count = f", {self.modules} modules" if self.modules else ""
+        return "\n".join([f"{self.source_format} → {self.target_format}{count}", *self.notes])
+
+
+def convert_adapter(
+    source: AdapterPath,
+    out: AdapterPath,
+    *,
+    to: str = "peft",
+    model: AdapterPath | None = None,
+    alpha: float | None = None,
+    enable_lora: Sequence[bool] | None = None,
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+) -> ConvertReport:
+    """Write to `out` the adapter in `source` in the format `to`; what `source` is, its files tell.
+
+    peft: a folder with `adapter_model.safetensors`; peft-bin: the same with the `.bin` of old versions; loralib: one
+    file, `.bin` or `.safetensors`; mlx: a folder for mlx-lm; gguf: a file for llama.cpp; safetensors: a whole *model*
+    folder with pickled weights, read in a process of its own.
+
+    model: the base's folder, for GGUF; alpha, enable_lora: what a loralib file does not say; dtype: of the factors
+    written; allow_pickle: `.bin` files may be read, by torch.load(weights_only=True) and never otherwise.
+
+    ΔW stays the same in every module; what a format cannot hold is refused. Raises ConfigError for arguments that
+    cannot be meant and CheckpointError for files that cannot be read, written, or expressed.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"format {to!r} is not known: choose one of {', '.join(FORMATS)}")
+    base = None if model is None else Path(model)
+    place, options = Path(source), ConvertOptions(base, alpha, enable_lora, dtype, allow_pickle)
+    found, target = detect(place), _check_target(place, Path(out), to)
+    if direct := DIRECT.get((found, to)):
+        return ConvertReport(found, to, 0, direct(place, target, options))
+    if found not in READERS or to not in WRITERS:
+        raise ConfigError(f"{os.fspath(source)} is {_described(found)}, which cannot become {to}")
+    read = READERS[found](place, options)
+    notes = WRITERS[to](read.content, target, options)
+    return ConvertReport(found, to, len(read.content.targets), (*read.notes, *notes))
+
+
+def _described(found: str) -> str:
+    return "a model" if found == "model" else f"an adapter of the format {found}"
+
+
+def detect(source: Path) -> str:
+    """The format of `source`: a key of READERS, or "model". Raises CheckpointError for what is none."""
+    if not source.exists():
+        raise CheckpointError(f"there is no {source}")
+    if source.is_file():
+        if source.suffix == ".gguf":
+            return "gguf"
+        if source.suffix in (".bin", ".pt", ".pth", ".safetensors"):
+            return "loralib"
+        raise CheckpointError(f"{source} is none of .gguf, .bin, .pt, .safetensors, so its format is not known")
+    if (source / NAME).is_file() and (source / WEIGHTS).is_file():
+        return "mlx"
+    if (source / NAME).is_file() or (source / SAFETENSORS).is_file() or (source / PICKLE).is_file():
+        return "peft"
+    if has_pickles(source):
+        return "model"
+    raise CheckpointError(f"{source} holds no adapter and no pickled model: nothing there can be converted")
+
+
+def _check_target(source: Path, out: Path, to: str) -> Path:
+    if out.exists() and out.samefile(source):
+        raise CheckpointError(f"{out} is the input: give another place for the result")
+    if to in ("peft", "peft-bin"):
+        return check_out(out, [source])
+    if to in ("loralib", "gguf") and out.is_dir():
+        raise CheckpointError(f"{out} is a folder, and {to} is one file: give its name")
+    if to in FOLDERS and out.is_file():
+        raise CheckpointError(f"{out} is a file, and {to} is a folder: give another name")
+    if to == "safetensors" and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is not an empty folder: give a new one for the model")
+    return out

@@ -1,0 +1,1 @@
+"""Data as people have it, made into what is trained: files → records → rows → tokens → batches. Never a model."""

@@ -1,0 +1,66 @@
+"""The order of the rows, and rows as padded tensors."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lowrank.data.tokens import IGNORED, Example
+
+T = TypeVar("T")
+WINDOW = 50  # batches sorted by length together: long enough to pad little, short enough to stay shuffled
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows padded on the right to the longest. labels: (rows, length), or (rows,) for classification."""
+
+    inputs: dict[str, Tensor]  # input_ids, attention_mask and perhaps token_type_ids, each (rows, length)
+    labels: Tensor
+    tokens: int  # without padding
+
+
+def collate(examples: Sequence[Example], pad: int, device: torch.device, per_token: bool) -> Batch:
+    """One batch on `device`. What the pad token is does not matter: it is masked and never trained."""
+    length = max(len(example.ids) for example in examples)
+    sizes = [len(example.ids) for example in examples]
+
+    def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows]).to(device)
+
+    inputs = {
+        "input_ids": padded([e.ids for e in examples], pad),
+        "attention_mask": padded([[1] * size for size in sizes], 0),
+    }
+    types = [example.type_ids for example in examples if example.type_ids is not None]
+    if types:
+        inputs["token_type_ids"] = padded(types, 0)
+    labels = [example.labels for example in examples]
+    target = padded(labels, IGNORED) if per_token else torch.tensor([label[0] for label in labels]).to(device)
+    return Batch(inputs, target, sum(sizes))
+
+
+def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The items in groups of `size`; the last may be smaller."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, by_length: bool) -> list[Sequence[int]]:
+    """The batches of one pass over the rows: a shuffle that depends on seed and epoch alone, and can be redone."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    if not by_length:
+        return chunks(order, batch_size)
+    windows = chunks(order, WINDOW * batch_size)
+    batches = [b for w in windows for b in chunks(sorted(w, key=lengths.__getitem__), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def endless_batches(lengths: Sequence[int], batch_size: int, seed: int, by_length: bool) -> Iterator[Sequence[int]]:
+    """Batch after batch, epoch after epoch."""
+    epoch = 0
+    while True:
+        yield from epoch_order(lengths, batch_size, seed, epoch, by_length)
+        epoch += 1

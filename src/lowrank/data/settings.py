@@ -1,0 +1,41 @@
+"""What a user may say of the data: which columns are what, and how rows become tokens."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from lowrank.data.names import split_names, unescape
+
+Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
+
+
+class Settings(BaseModel):
+    """Unknown names are refused, and a settings object never changes once it is checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True)
+
+
+class DataSettings(Settings):
+    """Where the rows' fields are, and how they become tokens."""
+
+    kind: Literal["text", "completion", "classification"] | None = Field(
+        None, description="What a row is; seen from its fields where not given"
+    )
+    prompt_column: str | None = Field(None, description='Column of the prompt ("prompt" where not given)')
+    completion_column: str | None = Field(None, description='Column of the completion ("completion")')
+    text_column: str | None = Field(None, description='Column of the text ("text")')
+    text_pair_column: str | None = Field(None, description='Column of the second text of a pair ("text_pair")')
+    label_column: str | None = Field(None, description='Column of the label ("label")')
+    header: bool = Field(True, description="The first line of a csv or tsv names its columns; else they are 1, 2, ...")
+    template: Annotated[str, BeforeValidator(unescape)] = Field(
+        "{prompt}\\n", description="The text a completion follows; \\n is a new line"
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="Tokens a row is cut to; 512, or what the model holds, where not given"
+    )
+
+    @model_validator(mode="after")
+    def _has_prompt(self) -> Self:
+        if self.template.count("{prompt}") != 1:
+            raise ValueError(f"template must hold {{prompt}} once, not as in {self.template!r}")
+        return self

@@ -1,0 +1,36 @@
+"""The stored rows that a tensor of the result starts from, and whether a tensor is the base's own."""
+
+import torch
+from torch import Tensor
+
+from lowrank.core.merging import row_blocks
+from lowrank.merge.disk.recipe import Recipe
+from lowrank.modelfiles.base import BaseFiles, Source
+from lowrank.modelfiles.blocks import Workspace, opened, read_entry_rows
+from lowrank.modelfiles.layout import DTYPES
+
+
+def read_rows(recipe: Recipe, descriptor: int, rows: slice, workspace: Workspace, role: str = "stored") -> Tensor:
+    """The stored rows (n', m) that the recipe starts from, before any change; `descriptor` is that of its source."""
+    columns = recipe.matrix[1]
+    if recipe.replacement is not None:
+        block = recipe.replacement.reshape(recipe.matrix)[rows]
+        return block.to(recipe.stored_dtype) if recipe.contributions else block
+    assert recipe.source is not None
+    return read_entry_rows(recipe.source, descriptor, columns, rows, workspace, role)
+
+
+def equals_stored(base: BaseFiles, name: str, tensor: Tensor) -> bool:
+    """True where `tensor`, rounded to the dtype of the base's tensor of this name, is that tensor bit for bit."""
+    source = Source(*base.tensors[name])
+    dtype = DTYPES.get(source.entry.dtype)
+    if dtype is None or tuple(tensor.shape) != source.entry.shape:
+        return False
+    recipe = Recipe(name, source.entry.dtype, source.entry.shape, source)
+    workspace, (n, m) = Workspace(), recipe.matrix
+    matrix = tensor.reshape(n, m)
+    with opened(source) as descriptor:
+        return all(
+            torch.equal(matrix[rows].to(dtype), read_rows(recipe, descriptor, rows, workspace))
+            for rows in row_blocks(n, m)
+        )

@@ -1,0 +1,76 @@
+"""Rows of a tensor's values, read block by block into memory that is used again."""
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lowrank.modelfiles.base import Source
+from lowrank.modelfiles.bytes import TruncatedError, read_into
+from lowrank.modelfiles.layout import DTYPES
+
+CACHE_LINE = 64  # bytes; arithmetic is slower where a tensor does not begin with one
+
+
+class Workspace:
+    """Memory that one thread uses again for every block, by the role it has."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, bytearray] = {}
+        self._last: dict[str, tuple[tuple[object, ...], Tensor, memoryview]] = {}
+
+    def take(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+        """A tensor of this shape, its content undefined, and its bytes; valid until the role is taken again."""
+        last = self._last.get(role)
+        if last is None or last[0] != (*shape, dtype):
+            last = self._last[role] = ((*shape, dtype), *self._view(role, shape, dtype))
+        return last[1:]
+
+    def _view(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+        count = prod(shape) * dtype.itemsize
+        if len(self._memory.get(role, b"")) < count + CACHE_LINE:
+            self._memory[role] = bytearray(count + CACHE_LINE)
+        whole = torch.frombuffer(self._memory[role], dtype=torch.uint8)
+        first = -whole.data_ptr() % CACHE_LINE
+        memory = memoryview(self._memory[role])[first : first + count]
+        return whole[first : first + count].view(dtype).view(*shape), memory
+
+
+@contextmanager
+def opened(source: Source | None) -> Iterator[int]:
+    """A read-only descriptor of the source's file; -1 where there is no source."""
+    descriptor = -1 if source is None else os.open(source.shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def read_entry_rows(
+    source: Source, descriptor: int, columns: int, rows: slice, workspace: Workspace, role: str
+) -> Tensor:
+    """Rows (n', m) of a tensor of the base, in its own dtype."""
+    dtype = DTYPES[source.entry.dtype]
+    block, memory = workspace.take(role, (rows.stop - rows.start, columns), dtype)
+    offset = source.entry.offset + rows.start * columns * dtype.itemsize
+    read_into(descriptor, memory, offset, source.shard.path)
+    return block
+
+
+def mapped(source: Source) -> Tensor:
+    """The tensor mapped from its file, (n, m): pages of the file, no memory of ours. For what needs all rows."""
+    entry = source.entry
+    dtype = DTYPES[entry.dtype]
+    with open(source.shard.path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < entry.offset + entry.nbytes:
+            raise TruncatedError(source.shard.path)
+        pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    flat = torch.frombuffer(pages, dtype=torch.uint8, offset=entry.offset, count=entry.nbytes)
+    if entry.offset % dtype.itemsize:
+        flat = flat.clone()  # a header of odd length puts its tensors where they cannot be read in place
+    return flat.view(dtype).view(entry.shape[0], -1)

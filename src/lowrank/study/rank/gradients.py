@@ -1,0 +1,150 @@
+"""The spectrum of the loss's gradient for every target, before anything is trained."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters.proposal import ModuleSpectrum
+from lowrank.core.sketch import Directions, Sketch
+from lowrank.data.batches import chunks
+from lowrank.data.dataset import read_dataset
+from lowrank.data.tokens import Example, encode
+from lowrank.errors import LowrankError
+from lowrank.injection.plan import InjectionPlan, PlanEntry
+from lowrank.injection.planning import plan
+from lowrank.study.rank.settings import GradientRankSettings
+from lowrank.train.evaluation import Measure
+from lowrank.train.models import find_model
+from lowrank.train.task import load
+from lowrank.train.trainer import labels_of, recipe_of, seeded, target_config
+
+Progress = Callable[[int, int], None]  # (rows done, rows in all)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """modules: the spectrum of ∂L/∂W0 of every target, L the mean loss; rows, trained: what L is the mean over.
+
+    new_head: the classifier's head started from random numbers, so the gradient is seen through a head that knows
+    nothing; warnings: what the plan of the targets warns of.
+    """
+
+    modules: tuple[ModuleSpectrum, ...]
+    rows: int
+    trained: int
+    new_head: bool
+    warnings: tuple[str, ...]
+
+
+def gradient_spectra(settings: GradientRankSettings, progress: Progress = lambda _done, _count: None) -> Gradients:
+    """The first `most` singular values of every target's gradient, over a few rows, the model as it is.
+
+    Backward hands over one weight's gradient at a time; it goes into a sketch and is dropped. Where a sketch would be
+    about as large as the matrix, the sum of the gradients is kept instead, and measured exactly. Same settings, same
+    figures.
+
+    Raises LowrankError for whatever is wrong with settings, data or model, and for a gradient that is not finite.
+    """
+    base = find_model(settings.model)
+    data = read_dataset(settings.data, settings)
+    labels = labels_of(base, data)
+    with seeded(settings.seed):
+        loaded = load(base, data.kind, labels, settings)
+        planned = plan(loaded.model, target_config(settings))
+        few = encode(data.spread(settings.sample), loaded.tokenizer, recipe_of(settings, data, labels, loaded))
+    directions = Directions(settings.most, settings.seed, loaded.device)
+    sketches = measured(loaded.model, planned, directions, few.examples, loaded.measure(data.kind), settings, progress)
+    return Gradients(
+        tuple(_spectrum(entry, sketches[entry.path], settings.most) for entry in planned.entries),
+        len(few.examples),
+        few.trained,
+        bool(loaded.fresh),
+        planned.warnings,
+    )
+
+
+def measured(
+    model: nn.Module,
+    planned: InjectionPlan,
+    directions: Directions,
+    examples: list[Example],
+    measure: Measure,
+    settings: GradientRankSettings,
+    progress: Progress,
+) -> dict[str, list[Sketch]]:
+    """{path: a sketch of every part} of the gradient of the mean loss over all examples."""
+    sketches = {entry.path: [Sketch(rows, entry.k, directions) for rows in entry.rows] for entry in planned.entries}
+    count = sum(example.trained for example in examples)
+    model.eval()  # without dropout, so that the gradient is that of the loss and not of one of its samples
+    with watched(model, planned.entries, sketches):
+        done = 0
+        for part in chunks(examples, settings.batch_size):
+            torch.autograd.backward(measure.loss(model, measure.collate(part)).total / count)
+            done += len(part)
+            progress(done, len(examples))
+    return sketches
+
+
+@contextmanager
+def watched(model: nn.Module, entries: tuple[PlanEntry, ...], sketches: dict[str, list[Sketch]]) -> Iterator[None]:
+    """Inside, every target's gradient goes into its sketches and is dropped, and no other weight has one."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    hooks = []
+    try:
+        model.requires_grad_(False)
+        for weight, targets in _by_weight(model, entries):
+            weight.requires_grad_(True)
+            hooks.append(weight.register_post_accumulate_grad_hook(_taker(targets, sketches)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+def _by_weight(model: nn.Module, entries: tuple[PlanEntry, ...]) -> list[tuple[Tensor, list[PlanEntry]]]:
+    """Every weight once, with the targets it belongs to: tied ones share it, and its gradient is that of them all."""
+    found: dict[int, tuple[Tensor, list[PlanEntry]]] = {}
+    for entry in entries:
+        module: Any = model.get_submodule(entry.path)
+        found.setdefault(id(module.weight), (module.weight, []))[1].append(entry)
+    return list(found.values())
+
+
+def _taker(targets: list[PlanEntry], sketches: dict[str, list[Sketch]]) -> Callable[[Tensor], None]:
+    def take(weight: Tensor) -> None:
+        assert weight.grad is not None
+        for entry in targets:
+            gradient = entry.kind.matrix(weight.grad)
+            if not gradient.isfinite().all():
+                raise LowrankError(
+                    f"{entry.path}: the gradient is not finite, so it has no spectrum; is the model sound, and its "
+                    "dtype wide enough? try --dtype float32"
+                )
+            for part, sketch in zip(entry.parts or (None,), sketches[entry.path], strict=True):
+                sketch.add(gradient if part is None else gradient[part.indices().to(gradient.device)])
+        weight.grad = None
+
+    return take
+
+
+def _spectrum(entry: PlanEntry, sketches: list[Sketch], most: int) -> ModuleSpectrum:
+    """Of the parts of a fused projection together: rank n gives each of them its n-th direction."""
+    spectra = [sketch.spectrum() for sketch in sketches]
+    squares = torch.zeros(min(most, *entry.rows, entry.k), dtype=torch.float64)
+    for spectrum in spectra:
+        squares += spectrum.sigma[: len(squares)].square()
+    return ModuleSpectrum(
+        path=entry.path,
+        shape=(entry.d, entry.k),
+        cost=sum(entry.k + rows for rows in entry.rows),
+        squares=tuple(squares.tolist()),
+        total=sum(spectrum.total for spectrum in spectra),
+        scale=entry.scale,
+        exact=all(spectrum.exact for spectrum in spectra),
+    )

@@ -1,7 +1,0 @@
-"""The intrinsic dimension of a task: how few numbers, in a random subspace of the weights, learn it almost as well."""
-
-from lowrank.train.dimension.crossing import Crossing, crossing
-from lowrank.train.dimension.ladder import Measured, measure_dimension
-from lowrank.train.dimension.settings import DimensionSettings
-
-__all__ = ["Crossing", "DimensionSettings", "Measured", "crossing", "measure_dimension"]

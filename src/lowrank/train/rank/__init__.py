@@ -1,6 +1,0 @@
-"""Which rank each module needs: a heuristic, from the gradient before training or from an adapter after it."""
-
-from lowrank.train.rank.choice import Choice, from_adapter, from_gradient
-from lowrank.train.rank.settings import AdapterRankSettings, GradientRankSettings
-
-__all__ = ["AdapterRankSettings", "Choice", "GradientRankSettings", "from_adapter", "from_gradient"]
