@@ -1,9 +1,9 @@
-"""Write the README's file tree: every source file with the first sentence of its docstring.
+"""Write the README's map of the house: every folder of src/lowrank with the first sentence of its docstring.
 
     python scripts/file_tree.py            # rewrites the part of README.md between the two markers
     python scripts/file_tree.py --check    # exits with 1 where the README is behind
 
-A test runs the check, so the tree stays true.
+What a file is, its own first line says. A test runs the check, so the map stays true.
 """
 
 import ast
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- file tree: scripts/file_tree.py writes this -->", "<!-- end of file tree -->"
+START, END = "<!-- map of the folders: scripts/file_tree.py writes this -->", "<!-- end of the map -->"
 
 
 def phrase(file: Path) -> str:
@@ -21,31 +21,21 @@ def phrase(file: Path) -> str:
     return re.split(r"(?<=[a-z\d)`”\"])\. (?=[A-Z])", text)[0].rstrip(".")
 
 
-def tree(root: Path) -> list[str]:
-    """One line a file, folders before what is in them."""
+def folders(root: Path) -> list[str]:
+    """One line a folder that holds modules, a folder before those in it."""
     lines = []
-    for file in sorted(root.rglob("*.py"), key=_order):
-        inside = file.relative_to(root)
-        depth = len(inside.parts) - 1
-        if file.name == "__init__.py":
-            name = f"{'  ' * max(depth - 1, 0)}{'/'.join(inside.parts[:-1][-1:]) or root.name}/"
-        else:
-            name = f"{'  ' * depth}{file.stem}"
-        lines.append(f"{name:<28} {phrase(file)}")
+    for package in sorted(root.rglob("__init__.py"), key=lambda file: file.parent.parts):
+        inside = package.parent.relative_to(root).parts
+        name = f"{'  ' * len(inside)}{package.parent.name}/"
+        lines.append(f"{name:<24} {phrase(package)}")
     return lines
 
 
-def _order(file: Path) -> tuple[str, ...]:
-    """A folder's __init__ first, then its files, then its folders."""
-    parents = [f"1{part}" for part in file.parts[:-1]]
-    return (*parents, "" if file.name == "__init__.py" else f"0{file.stem}")
-
-
 def render(readme: str) -> str:
-    """The README with today's tree."""
+    """The README with today's map."""
     before, rest = readme.split(START)
     after = rest.split(END)[1]
-    block = "\n".join(["```text", *tree(ROOT / "src" / "lowrank"), "```"])
+    block = "\n".join(["```text", *folders(ROOT / "src" / "lowrank"), "```"])
     return f"{before}{START}\n{block}\n{END}{after}"
 
 
@@ -56,7 +46,7 @@ def main() -> int:
     wanted = render(readme)
     if "--check" in sys.argv:
         if readme != wanted:
-            print("README.md: the file tree is behind; run python scripts/file_tree.py", file=sys.stderr)
+            print("README.md: the map is behind; run python scripts/file_tree.py", file=sys.stderr)
         return int(readme != wanted)
     path.write_text(wanted, encoding="utf-8")
     return 0

@@ -1,4 +1,4 @@
-"""The README's file tree says what the source says."""
+"""The README's map of the folders says what the source says."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_readmes_tree_is_todays() -> None:
+def test_the_readmes_map_is_todays() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "file_tree.py", "--check"], capture_output=True, text=True
     )
