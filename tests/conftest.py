@@ -1,4 +1,4 @@
-"""What every test stands on: no network, one thread, the same random numbers each time."""
+"""What every test stands on: no network, one thread unless asked, the same random numbers each time."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("lowrank")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("LOWRANK_TEST_THREADS", "1")))  # scripts/tour.py asks for two
 
 
 @pytest.fixture(autouse=True)
