@@ -119,6 +119,15 @@ def test_names_that_mean_nothing_are_listed_with_the_nearest(tmp_path: Path) -> 
     assert f"model.layers.7.{Q} is nowhere" in str(caught.value)
 
 
+def test_a_hundred_faults_are_one_sentence_that_counts_them(tmp_path: Path) -> None:
+    factors = {}
+    for layer in range(100):
+        factors |= linear_factors(f"model.layers.{layer}.mlp.{'x' * 5000}", 4, 3)
+    with pytest.raises(CheckpointError, match=r" and 97 more$") as caught:
+        merge(tmp_path, {f"model.layers.0.{Q}.weight": (4, 3)}, factors)
+    assert len(str(caught.value)) < 2000
+
+
 def test_a_list_of_layers_keeps_its_name(tmp_path: Path) -> None:
     """`blocks.0.q_proj` is not `layers.0.q_proj`, though they end alike."""
     with pytest.raises(CheckpointError, match="nowhere"):

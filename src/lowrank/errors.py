@@ -7,7 +7,11 @@ LowrankError
 ├── MergeError       a merge that would not be exact, or not finite
 ├── DataError        rows, columns or files of training data
 └── Diverged         a training whose loss or gradient stopped being finite
+
+Names come from files, and files may hold thousands of faults: `some` and `short` keep a sentence a sentence.
 """
+
+from collections.abc import Iterable
 
 
 class LowrankError(Exception):
@@ -40,3 +44,19 @@ class Diverged(LowrankError):  # noqa: N818  the field's word
 
 class LowrankWarning(UserWarning):
     """Something that works but is probably not what was meant."""
+
+
+def some(items: Iterable[object], most: int = 3, separator: str = ", ") -> str:
+    """The first `most` items, each cut by `short`, and how many there are besides: "a, b, c and 106 more"."""
+    every = list(items)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return separator.join(short(item) for item in every[:most]) + more
+
+
+def short(item: object, most: int = 300) -> str:
+    """The item as text of at most `most` characters: a longer one loses its middle."""
+    text = str(item)
+    if len(text) <= most:
+        return text
+    kept = (most - 1) // 2
+    return f"{text[:kept]}…{text[-kept:]}"

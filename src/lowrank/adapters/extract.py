@@ -24,6 +24,7 @@ from lowrank.injection.patterns import matches
 from lowrank.modelfiles.base import BaseFiles, read_base
 from lowrank.modelfiles.lookup import is_table
 from lowrank.modelfiles.orientation import CONV1D_LAYERS, CONV1D_MODELS
+from lowrank.modelfiles.tied import architectures
 
 DENSE_ELEMENTS = 2**26  # 256 MiB in float32: larger differences are formed anew, block by block, at every pass
 
@@ -191,7 +192,7 @@ def _content(
     config = base.config or {}
     every = [prefix + name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")]
     names = target_names(targets, sorted({*every, *targets}))
-    architecture = _architecture(config)
+    architecture = next(iter(architectures(config)), None)
     origin = {
         "base_model_name_or_path": given,
         "fan_in_fan_out": config.get("model_type") in CONV1D_MODELS,
@@ -207,11 +208,6 @@ def _content(
         whole.bias,
         companion=Companion(base=fingerprint or None),
     )
-
-
-def _architecture(config: Mapping[str, Any]) -> str | None:
-    names = config.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else None
 
 
 def _task(architecture: str | None) -> str | None:

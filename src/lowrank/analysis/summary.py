@@ -8,7 +8,8 @@ from lowrank.analysis.compare import Comparison, Similarity
 from lowrank.analysis.inspection import Inspection, Layer
 from lowrank.analysis.measure import SHARES, mean_energy_kept
 from lowrank.analysis.places import natural
-from lowrank.analysis.words import count, listed, number, percent, span, spans
+from lowrank.analysis.words import count, number, percent, span, spans
+from lowrank.errors import some
 
 ENOUGH = 0.95  # share of energy that a smaller rank should keep to be named
 TOP = 0.15  # share of modules that count as "changed most"
@@ -35,7 +36,7 @@ def _given(inspection: Inspection) -> Iterator[str]:
     names = sorted({layer.place.module for layer in inspection.layers}, key=natural)
     parameters = sum(m.parameters for m in measures)
     yield (
-        f"Rank {ranks} was given to {count(len(measures), 'module')} ({listed(names)}) at scale {scales}: "
+        f"Rank {ranks} was given to {count(len(measures), 'module')} ({some(names, 8)}) at scale {scales}: "
         f"{parameters:,} trained numbers."
     )
 
@@ -128,7 +129,7 @@ def _sharing(inspection: Inspection, shared: int) -> str:
     unshared = inspection.unshared
     assert unshared is not None
     rest = [
-        f"{len(paths)} {words} ({listed(paths)})"
+        f"{len(paths)} {words} ({some(paths, 8)})"
         for paths, words in (
             (unshared.only_ours, "only in this adapter"),
             (unshared.only_theirs, "only in the other"),
@@ -181,4 +182,4 @@ def _where(layers: Sequence[Layer]) -> str:
         numbers = sorted(layer.place.layer for layer in group if layer.place.layer is not None)
         plural = "s" if len(numbers) > 1 else ""
         words.append(f"{name} of layer{plural} {spans(numbers)}" if numbers else name)
-    return listed(words, most=5)
+    return some(words, 5)

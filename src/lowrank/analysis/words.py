@@ -1,6 +1,6 @@
 """Numbers and names as people write them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 
 def number(value: float) -> str:
@@ -38,9 +38,3 @@ def spans(numbers: Sequence[int]) -> str:
         else:
             found.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in found)
-
-
-def listed(names: Iterable[str], most: int = 8) -> str:
-    """The names with commas between, the last ones only counted where there are more than `most`."""
-    every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, some
 from lowrank.modelfiles.layout import Entry, Layout, read_layout
 
 SINGLE = "model.safetensors"
@@ -122,7 +122,7 @@ def _weight_files(folder: Path) -> tuple[str | None, dict[str, Any] | None, list
     if len(weights) == 1 and not indices:
         return None, None, weights
     if indices or weights:
-        found = ", ".join(indices or weights)
+        found = some(indices or weights)
         raise CheckpointError(f"{folder} holds several models ({found}): give the path of one file, or leave one there")
     raise CheckpointError(_without_weights(folder, names))
 
@@ -133,7 +133,7 @@ def _without_weights(folder: Path, names: list[str]) -> str:
         return f"{folder} is an adapter, not a base model: give the model it was trained on"
     if pickled:
         return (
-            f"{folder} has its weights only as pickles ({', '.join(pickled[:3])}), which can run code when they are "
+            f"{folder} has its weights only as pickles ({some(pickled)}), which can run code when they are "
             f"read: make a safetensors copy with `lowrank convert --source {folder} --to safetensors --allow-pickle "
             "--out NEW`, which reads them with weights_only in a process of its own, and merge into that"
         )
@@ -149,7 +149,7 @@ def _named_files(path: Path, index: dict[str, Any]) -> list[str]:
         if name != os.path.basename(name) or not name.endswith(".safetensors") or not name.isprintable():
             raise CheckpointError(f"{path} names the weight file {name!r}, which is no file of its folder")
     if missing := [name for name in files if not (path.parent / name).is_file()]:
-        raise CheckpointError(f"{path} names {', '.join(missing)}, which is not there: download the model again")
+        raise CheckpointError(f"{path} names {some(missing)}, which is not there: download the model again")
     return files
 
 
@@ -176,7 +176,6 @@ def _check_index(path: Path, index: dict[str, Any], shards: tuple[Shard, ...]) -
     present = {shard.name: {entry.name for entry in shard.layout.entries} for shard in shards}
     lost = [name for name, file in index["weight_map"].items() if name not in present[file]]
     if lost:
-        more = f" and {len(lost) - 1} more" if lost[1:] else ""
         raise CheckpointError(
-            f"{path} places {lost[0]!r}{more} in a file that does not hold it: download the model again"
+            f"{path} places {some(map(repr, lost), 1)} in a file that does not hold it: download the model again"
         )

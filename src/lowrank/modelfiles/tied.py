@@ -5,6 +5,7 @@ embedding's name; whether there is a head follows from the architecture that con
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 # (the embedding's path, the head's); the first that matches the whole path counts.
@@ -37,8 +38,13 @@ def head_of(embedding: str) -> str | None:
 
 def has_head(config: dict[str, Any] | None) -> bool:
     """True where config.json names an architecture with an output head over the vocabulary."""
+    return any(HEADED.fullmatch(name) for name in architectures(config))
+
+
+def architectures(config: Mapping[str, Any] | None) -> list[str]:
+    """The names of architectures in a config.json; empty where it has none, whatever it has in their place."""
     names = (config or {}).get("architectures")
-    return isinstance(names, list) and any(isinstance(name, str) and HEADED.fullmatch(name) for name in names)
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def shares_several(config: dict[str, Any] | None) -> bool:

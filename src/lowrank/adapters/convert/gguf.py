@@ -18,7 +18,7 @@ from lowrank.adapters.convert.options import ConvertOptions, Read
 from lowrank.adapters.convert.uniform import at_scale, common_alpha, refuse
 from lowrank.checkpoint.adapter_folder import AdapterContent, Target, exact_names
 from lowrank.checkpoint.atomic import write_file
-from lowrank.errors import CheckpointError, ConfigError
+from lowrank.errors import CheckpointError, ConfigError, some
 from lowrank.modelfiles.base import read_json
 
 TABLE = "token_embd.weight"
@@ -68,7 +68,7 @@ def _config(model: Path | None) -> dict[str, Any]:
 def _check_names(content: AdapterContent, family: Family, config: Mapping[str, Any]) -> None:
     unknown = sorted(path for path in content.targets if family.gguf_name(path) is None)
     if unknown:
-        raise CheckpointError(f"llama.cpp's {family.name} has no name for {', '.join(unknown[:3])}: leave them out")
+        raise CheckpointError(f"llama.cpp's {family.name} has no name for {some(unknown)}: leave them out")
     if "lm_head" in content.targets and config.get("tie_word_embeddings", family.tied):
         raise CheckpointError(
             "lm_head is adapted, and llama.cpp keeps no output weight where it is tied to the embedding"

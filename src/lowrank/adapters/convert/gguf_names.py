@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, some
+from lowrank.modelfiles.tied import architectures
 
 # Names within a layer; `blk.N.` goes in front on llama.cpp's side.
 GATED = {
@@ -91,14 +92,14 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a model by its config.json. Raises CheckpointError for one that is not known here."""
-    names = config.get("architectures") or []
-    for name in names if isinstance(names, list) else []:
-        if name in FAMILIES:
-            return FAMILIES[name]
-    raise CheckpointError(
-        f"the architecture {', '.join(map(str, names)) or 'of a model without a name'} is not known for GGUF: "
-        f"known are {', '.join(FAMILIES)}"
-    )
+    names = architectures(config)
+    known = next((name for name in names if name in FAMILIES), None)
+    if known is None:
+        raise CheckpointError(
+            f"the architecture {some(names) or 'of a model without a name'} is not known for GGUF: known are "
+            f"{', '.join(FAMILIES)}"
+        )
+    return FAMILIES[known]
 
 
 def heads_of(config: Mapping[str, Any], path: str) -> int | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lowrank.checkpoint.keys import Key
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.core.finite import all_finite
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, some
 from lowrank.injection.patterns import matches, matches_name, suggestion
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.sidefiles import own_texts
@@ -45,8 +45,8 @@ class Match:
 def match(base: BaseFiles, adapter: Adapter) -> Match:
     """Find every tensor of `adapter` its place in `base`.
 
-    Raises CheckpointError, everything listed at once, for names that match nothing, shapes that do not fit, and tensors
-    that cannot be merged into.
+    Raises CheckpointError for names that match nothing, shapes that do not fit, and tensors that cannot be merged into:
+    the first faults, and how many there are.
     """
     files = adapter.files
     modules = _modules(base)
@@ -67,7 +67,9 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
             found.heads[f"{places[path]}.weight"] = embedding
     faults = _changes(base, adapter, places, found, modules) + _full(base, adapter, places, found)
     if faults:
-        raise CheckpointError(f"{adapter.folder}: this adapter does not fit {base.label}: {'; '.join(faults)}")
+        raise CheckpointError(
+            f"{adapter.folder}: this adapter does not fit {base.label}: {some(faults, separator='; ')}"
+        )
     found.notes += _unadapted(base, adapter, found)
     return found
 
@@ -170,8 +172,7 @@ def _unadapted(base: BaseFiles, adapter: Adapter, found: Match) -> list[str]:
     missing = sorted(named - found.changed.keys() - found.replaced.keys())
     if not missing or not named & found.changed.keys():
         return []
-    more = f" and {len(missing) - 1} more" if missing[1:] else ""
-    return [f"{adapter.label}: target_modules names {missing[0]}{more} too, and the adapter's file has nothing for it"]
+    return [f"{adapter.label}: target_modules names {some(missing, 1)} too, and the adapter's file has nothing for it"]
 
 
 def _add(adapter: Adapter, key: Key, tensor: Tensor, name: str, found: Match) -> list[str]:
