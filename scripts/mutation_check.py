@@ -45,7 +45,7 @@ FUSED, CHECKPOINTING = "test_fused_rows.py", "test_injection_checkpointing.py"
 TOGETHER, PIECES, WRAPPERS = "test_together.py", "test_pieces.py", "test_wrappers.py"
 GPU, ACCELERATE = "test_gpu_kernels.py", "test_accelerate.py"
 CHECKPOINTING, CAST, DROPOUT = "test_injection_checkpointing.py", "test_autocast.py", "test_dropout.py"
-FEW = "test_few_rows.py"
+FEW, READ = "test_few_rows.py", "test_weights_read.py"
 
 MUTATIONS: dict[str, Mutation] = {
     "merge: no scale": Mutation("core/merging.py", "factors.scale * weighting", "weighting", MERGE),
@@ -67,10 +67,25 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "merge: stays tied": Mutation("merge/memory.py", "    part_tied_weights(model)\n", "", TIED),
     "merge: a tied weight is written for both": Mutation(
-        "merge/memory.py", "untie=id(layer.weight) in shared", "untie=False", TIED
+        "merge/memory.py", "untie=id(layer.base_weight) in shared", "untie=False", TIED
     ),
     "merged: base not put back": Mutation(
         "merge/memory.py", "            layer.weight = weight\n", "            pass\n", IDENTITY
+    ),
+    "read: W0 for everybody": Mutation(
+        "layers/reading.py", "WeightAsRead.of(layer) if _is_read_by_a_forward(layer) else weight", "weight", READ
+    ),
+    "read: a layer's own forward sees the change too": Mutation(
+        "layers/reading.py", " or _local.own is layer", "", READ
+    ),
+    "read: no scale": Mutation(
+        "core/merging.py",
+        "torch.addmm(total, left, right, alpha=factors.scale)",
+        "torch.addmm(total, left, right)",
+        READ,
+    ),
+    "read: an extension's gradient is lost": Mutation(
+        "layers/reading.py", "torch.autograd.backward(weight, gradient)", "pass", READ
     ),
     "factors: no start factors": Mutation(
         "core/factors.py", "torch.cat([a, a - self.start_a])", "torch.cat([a, a])", ANSWERS

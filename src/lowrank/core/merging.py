@@ -51,11 +51,16 @@ class Change:
         total += directed.sub_(base)
 
 
+def _as_stored(a: Tensor, b: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """(left, right) with left·right = B·A as the weight is stored."""
+    return (a.t(), b.t()) if transposed else (b, a)
+
+
 def prepare(factors: LoraFactors, weight: Tensor, *, transposed: bool, weighting: float = 1.0) -> Change:
     """The `Change` of `factors` for `weight` as stored, (n, m); `weighting` multiplies ΔW in a weighted merge."""
     wide = torch.promote_types(torch.float32, weight.dtype)
     a, b = (t.detach().to(device=weight.device, dtype=wide) for t in factors.effective())
-    left, right = (a.t(), b.t()) if transposed else (b, a)
+    left, right = _as_stored(a, b, transposed)
     scale = factors.scale * weighting
     if factors.magnitude is None:
         return Change(left.contiguous(), right.contiguous(), scale)
@@ -65,6 +70,28 @@ def prepare(factors: LoraFactors, weight: Tensor, *, transposed: bool, weighting
     gain = row_gain(matrix, a, b, scale, factors.magnitude.detach().to(weight.device))
     gains = {"column_gain": gain.unsqueeze(0)} if transposed else {"row_gain": gain.unsqueeze(1)}
     return Change(left.contiguous(), right.contiguous(), scale, **gains)
+
+
+def adapted_weight(weight: Tensor, adapters: Sequence[LoraFactors], *, transposed: bool) -> Tensor:
+    """W0 + Σ ΔW as stored, (n, m), differentiable in the factors: formed whole, rounded once to `weight`'s dtype.
+
+    For a forward that reads the weight. The start factors are taken off as a layer's own forward does it.
+    """
+    wide = torch.promote_types(torch.float32, weight.dtype)
+    base = total = weight.to(wide)
+    with torch.autocast(weight.device.type, enabled=False):
+        for factors in adapters:
+            a, b = (tensor.to(wide) for tensor in factors.moved())
+            left, right = _as_stored(a, b, transposed)
+            if factors.magnitude is None:
+                total = torch.addmm(total, left, right, alpha=factors.scale)
+                continue
+            matrix = weight.t() if transposed else weight
+            all_a, all_b = (tensor.detach() for tensor in factors.effective())
+            gain = row_gain(matrix, all_a, all_b, factors.scale, factors.magnitude)
+            directed = torch.addmm(base, left, right, alpha=factors.scale)
+            total = total + (directed * (gain if transposed else gain.unsqueeze(1)) - base)
+    return total.to(weight.dtype)
 
 
 def row_blocks(rows: int, columns: int) -> Iterator[slice]:

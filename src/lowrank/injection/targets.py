@@ -38,11 +38,6 @@ def _heads(model: nn.Module, modules: Modules) -> set[int]:
     return heads
 
 
-def _unused_by_call(modules: Mapping[str, nn.Module]) -> set[int]:
-    """Modules whose weight is used without calling them: nn.MultiheadAttention's output projection."""
-    return {id(m.out_proj) for m in modules.values() if isinstance(m, nn.MultiheadAttention)}
-
-
 def _stands_for_others(modules: Mapping[str, nn.Module]) -> set[int]:
     """Modules that only hold a weight for others: T5's and BART's `shared`, whose copies in the stacks are called."""
     called = {id(m.weight) for path, m in modules.items() if isinstance(m, nn.Embedding) and _leaf(path) != "shared"}
@@ -72,7 +67,7 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
 
 
 def _all_linear(model: nn.Module, modules: Modules) -> dict[str, tuple[str, ...]]:
-    excluded = _heads(model, modules) | _unused_by_call(modules)
+    excluded = _heads(model, modules)
     return {path: () for path, module in modules.items() if is_linear(module) and id(module) not in excluded}
 
 
@@ -165,13 +160,11 @@ def _without(
 
 def check_adaptable(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> None:
     """Raise one TargetError that lists every target which cannot be adapted, and why."""
-    bypassed, stands_in = _unused_by_call(modules), _stands_for_others(modules)
+    stands_in = _stands_for_others(modules)
     faults = []
     for path in targets:
         module = modules[path]
         why = refusal(module)
-        if id(module) in bypassed:
-            why = "nn.MultiheadAttention uses its weight without calling it, so the adapter would have no effect"
         if id(module) in stands_in:
             why = "it is never called, so the adapter would have no effect; name the embeddings that share its weight"
         if why is not None:

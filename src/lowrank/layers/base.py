@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.core.factors import LoraFactors
-from lowrank.core.merging import Change, merge_weight, prepare
+from lowrank.core.merging import Change, adapted_weight, merge_weight, prepare
 from lowrank.errors import TargetError
+from lowrank.layers.reading import AdaptedWeight, own_forward
 
 PREFIX = "lora_"
 REPLACED = "its forward is replaced on the instance, which would bypass the adapter; inject before you patch the module"
@@ -35,7 +36,7 @@ class LoraLayer(nn.Module):
     kind: ClassVar[str]
     transposed: ClassVar[bool] = False  # True where the weight is stored as W0ᵀ, (k, d)
     supports_dora: ClassVar[bool] = False
-    weight: nn.Parameter
+    weight = AdaptedWeight()
     adapter_names: tuple[str, ...]
     active_adapters: tuple[str, ...]
     active_factors: tuple[LoraFactors, ...]  # in the order of active_adapters; what forward reads
@@ -44,6 +45,18 @@ class LoraLayer(nn.Module):
     def refusal(module: nn.Module) -> str | None:  # noqa: ARG004  kinds look at it
         """Why `module` cannot be adapted, or None."""
         return None
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """W0, whoever asks: the parameter that the module holds (what a parametrisation put there, if one did)."""
+        weight = self._parameters.get("weight")
+        return self.weight if weight is None else weight
+
+    def base_forward(self, input: Tensor) -> Tensor:
+        """The answer of the plain class's forward, which reads W0 as its weight."""
+        with own_forward(self):
+            answer: Tensor = super().forward(input)
+        return answer
 
     @classmethod
     def stored(cls, weight: Tensor) -> Tensor:
@@ -81,13 +94,21 @@ class LoraLayer(nn.Module):
 
     def change(self, adapter: str, weighting: float = 1.0) -> Change:
         """ΔW of one adapter, ready to be merged."""
-        return prepare(self.factors(adapter), self.stored(self.weight), transposed=self.transposed, weighting=weighting)
+        return prepare(
+            self.factors(adapter), self.stored(self.base_weight), transposed=self.transposed, weighting=weighting
+        )
 
     @torch.no_grad()
     def merged_weight(self, adapters: tuple[str, ...]) -> Tensor:
         """W0 + Σ ΔW over `adapters`, a new tensor of the weight's own shape and dtype, rounded once."""
         changes = [self.change(name) for name in adapters]
-        return merge_weight(self.stored(self.weight.detach()), changes).view_as(self.weight)
+        return merge_weight(self.stored(self.base_weight.detach()), changes).view_as(self.base_weight)
+
+    def adapted_weight(self) -> Tensor:
+        """W0 + Σ ΔW over the active adapters, differentiable in the factors, of the weight's own shape and dtype."""
+        weight = self.base_weight
+        changed = adapted_weight(self.stored(weight), self.active_factors, transposed=self.transposed)
+        return changed.view_as(weight)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy by the plain class, since the extended one is made at run time."""
@@ -148,7 +169,7 @@ def restore(layer: LoraLayer) -> nn.Module:
     """In place: give the plain module back. Its factors are dropped; its weight is not touched."""
     for adapter in layer.adapter_names:
         del layer._modules[_attribute(adapter)]
-    for name in ("adapter_names", "active_adapters", "active_factors", "plain_reason"):
+    for name in ("adapter_names", "active_adapters", "active_factors", "plain_reason", "said_dropout"):
         layer.__dict__.pop(name, None)
     module = cast(nn.Module, layer)
     module.__class__ = plain_class(layer)

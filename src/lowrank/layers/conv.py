@@ -28,7 +28,7 @@ class LoraConv(LoraLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """The base's answer plus every active adapter's change."""
-        h: Tensor = super().forward(input)
+        h = self.base_forward(input)
         for factors in self.active_factors:
             h = h + self._change(input, factors).to(h.dtype)
         return h
@@ -38,8 +38,8 @@ class LoraConv(LoraLayer):
         return self._path(x, *factors.moved()) * factors.scale
 
     def _path(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        spatial = self.weight.shape[2:]
-        kernel = a.to(x.dtype).view(a.shape[0], *self.weight.shape[1:]).repeat(self.groups, *[1] * (len(spatial) + 1))
+        _, inputs, *spatial = self.base_weight.shape
+        kernel = a.to(x.dtype).view(a.shape[0], inputs, *spatial).repeat(self.groups, *[1] * (len(spatial) + 1))
         middle = self._conv_forward(x, kernel, None)  # type: ignore[operator]  # (N, groups·r, *out)
         pointwise = b.to(x.dtype).view(*b.shape, *[1] * len(spatial))
         return POINTWISE[len(spatial)](middle, pointwise, groups=self.groups)

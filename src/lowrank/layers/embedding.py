@@ -30,7 +30,7 @@ class LoraEmbedding(LoraLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """The base's rows plus every active adapter's."""
-        h: Tensor = super().forward(input)
+        h = self.base_forward(input)
         scale = getattr(self, self.embed_scale_name, 1.0)
         for factors in self.active_factors:
             change = self._look_up(input, *factors.moved(), h.dtype)

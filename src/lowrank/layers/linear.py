@@ -37,10 +37,9 @@ class LoraLinear(LoraLayer):
         """The base's answer plus every active adapter's change."""
         factors = self.active_factors
         if not factors:
-            answer: Tensor = super().forward(input)
-            return answer
+            return self.base_forward(input)
         if self.plain_reason is None:
-            x, weight, bias = under_autocast(input), self.matrix(self.weight), self.bias
+            x, weight, bias = under_autocast(input), self.matrix(self.base_weight), self.bias
             if reason_against(x, weight, bias) is None:
                 a, b, scale = stacked([(*f.moved(), f.scale) for f in factors])
                 dropout = factors[0].dropout if self.training else 0.0
@@ -56,7 +55,7 @@ class LoraLinear(LoraLayer):
         if factors.parts or factors.start_a is not None:
             return None
         dropout = factors.dropout if self.training else 0.0
-        return Operands(self.weight, self.bias, factors.a, factors.b, factors.scale, dropout)
+        return Operands(self.base_weight, self.bias, factors.a, factors.b, factors.scale, dropout)
 
     def reason_for_plain_path(self) -> str | None:
         """Why the active adapters are computed by plain operations, or None where the fused function serves."""
@@ -71,8 +70,7 @@ class LoraLinear(LoraLayer):
         return None
 
     def _plain_forward(self, input: Tensor, active: tuple[LoraFactors, ...]) -> Tensor:
-        base = super().forward(input)
-        h: Tensor = base
+        h = base = self.base_forward(input)
         for factors in active:
             change = self._change(input, factors)
             if factors.magnitude is not None:
@@ -96,7 +94,7 @@ class LoraLinear(LoraLayer):
     def _gain(self, factors: LoraFactors) -> Tensor:
         a, b = factors.effective()
         assert factors.magnitude is not None
-        return row_gain(self.matrix(self.weight), a.detach(), b.detach(), factors.scale, factors.magnitude)
+        return row_gain(self.matrix(self.base_weight), a.detach(), b.detach(), factors.scale, factors.magnitude)
 
     def _dora_change(self, base: Tensor, change: Tensor, factors: LoraFactors) -> Tensor:
         """g·(W0 + ΔW)·x − W0·x with g = m / ‖W0 + ΔW‖_row."""

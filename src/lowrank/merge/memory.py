@@ -38,7 +38,7 @@ def merge_and_unload(model: nn.Module, adapters: Iterable[str] | None = None, pr
     layers = [(path, layer) for path, layer in lora_layers(model) if set(names) & set(layer.adapter_names)]
     for _, layer in _progress(layers, progress):
         own = tuple(name for name in names if name in layer.adapter_names)
-        _fold(layer, own, untie=id(layer.weight) in shared)
+        _fold(layer, own, untie=id(layer.base_weight) in shared)
     return _finish(model, names, drop_rest=adapters is None)
 
 
@@ -63,7 +63,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     try:
         for _, layer in lora_layers(model):
             if layer.active_adapters:
-                originals[layer] = layer.weight
+                originals[layer] = layer.base_weight
                 merged_weight = layer.merged_weight(layer.active_adapters)
                 layer.weight = nn.Parameter(merged_weight, requires_grad=False)
                 layer.activate(())
@@ -113,7 +113,7 @@ def _shared_targets(model: nn.Module) -> set[int]:
     """The weights of adapted layers that other modules use too, by identity."""
     modules = named_targets(model)
     groups = [group for group in shared_weights(modules) if any(isinstance(modules[p], LoraLayer) for p in group)]
-    return {id(modules[path].weight) for group in groups for path in group}
+    return {id(modules[path]._parameters["weight"]) for group in groups for path in group}
 
 
 @torch.no_grad()
@@ -121,9 +121,9 @@ def _fold(layer: LoraLayer, names: tuple[str, ...], untie: bool) -> None:
     """In place: the layer's weight takes the merged values, and the merged adapters leave it."""
     merged_weight = layer.merged_weight(names)
     if untie:
-        layer.weight = nn.Parameter(merged_weight, requires_grad=layer.weight.requires_grad)
+        layer.weight = nn.Parameter(merged_weight, requires_grad=layer.base_weight.requires_grad)
     else:
-        layer.weight.data = merged_weight
+        layer.base_weight.data = merged_weight
     for name in names:
         layer.remove_factors(name)
     if not layer.adapter_names:

@@ -14,14 +14,14 @@ def merge_fault(layer: LoraLayer, adapters: tuple[str, ...]) -> str | None:
     A bound on the largest entry answers for nearly every layer in one pass over W0; where it exceeds what the dtype
     holds (a large change of a float16 weight), the layer is merged on trial.
     """
-    largest = _largest(layer.weight)
+    largest = _largest(layer.base_weight)
     if not torch.isfinite(largest):
         return "the base's weight holds values that are not finite"
     bound = largest + sum(_bound(layer.change(name), largest) for name in adapters)
-    limit = torch.finfo(layer.weight.dtype).max
+    limit = torch.finfo(layer.base_weight.dtype).max
     if bound < 0.99 * limit or torch.isfinite(_largest(layer.merged_weight(adapters))):
         return None
-    return f"the merged values do not fit into {layer.weight.dtype}, whose largest number they exceed"
+    return f"the merged values do not fit into {layer.base_weight.dtype}, whose largest number they exceed"
 
 
 def _largest(tensor: Tensor) -> Tensor:
