@@ -79,6 +79,16 @@ FAULTS = [
     ("d.jsonl", '{"text": "a"}\n{"text": \n', {}, ["d.jsonl:2", "not JSON"]),
     ("d.jsonl", '["a"]\n', {}, ["d.jsonl:1", "JSON object", "list"]),
     ("d.jsonl", '{"text": "a"}\n', {"header": False}, ["no header line"]),
+    (
+        "d.jsonl",
+        '{"text": "a"}\n{"text": "hello \\ud83d"}\n',
+        {},
+        ["d.jsonl:2", "'text' holds half a character", "mend"],
+    ),
+    ("d.jsonl", '{"text": "a", "more": [{"x": "\\uDC00"}]}\n', {}, ["d.jsonl:1", "'more' holds half a character"]),
+    ("d.jsonl", '{"text": ' + "[" * 3000 + "]" * 3000 + "}\n", {}, ["d.jsonl:1", "nested more than 100 deep"]),
+    ("d.jsonl", '{"text": ' + "[" * 150 + "]" * 150 + "}\n", {}, ["d.jsonl:1", "nested more than 100 deep"]),
+    ("d.jsonl", '{"text": ' + "9" * 5000 + "}\n", {}, ["d.jsonl:1", "not JSON", "4300 digits"]),
     ("d.jsonl", b'{"text": "caf\xe9"}\n', {}, ["0xe9", "UTF-8"]),
     ("d.csv", 'mr,ref\na,"b\nc,d\n', COMPLETION, ["d.csv:2", "quote left open"]),
     ("d.csv", "mr,ref\na,b,c\n", COMPLETION, ["d.csv:2", "3 fields", "has 2"]),
@@ -125,6 +135,25 @@ def test_faults_name_place_and_remedy(tmp_path, name, content, settings, parts):
     for part in parts:
         assert part in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_whole_emoji_and_many_shallow_brackets_are_rows(tmp_path):
+    rows = [{"text": "\U0001f600", "notes": [[1]] * 200}]
+    assert fields(read(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))) == [
+        {"text": "\U0001f600"}
+    ]
+
+
+def test_columns_that_become_no_tokens_are_counted(tmp_path):
+    rows = [{"prompt": "p", "completion": "c", "input": text, "id": None} for text in ("", "x", "y")]
+    data = read(tmp_path, "d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert data.unused == (("input", 2),)
+    assert data.spread(2).unused == data.unused
+
+
+def test_a_folder_is_called_a_folder(tmp_path):
+    with pytest.raises(DataError, match="this is a folder"):
+        read_dataset(tmp_path, DataSettings())
 
 
 def test_missing_file(tmp_path):

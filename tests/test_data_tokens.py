@@ -50,6 +50,27 @@ def test_text_is_trained_but_for_the_first_token():
         assert example.labels == [X, *ids(text)[1:]]
 
 
+@pytest.mark.parametrize("text", ["<s> the cat </s>", "the cat </s>", "<s> the cat", "the cat", "the cat </s>\n"])
+def test_first_and_last_tokens_that_are_written_out_are_not_put_a_second_time(text):
+    (example,) = encoded("text", [{"text": text}]).examples
+    assert example.ids == ids("<s> the cat </s>")
+    assert example.labels == [X, *ids("the cat </s>")]
+    row = {"prompt": text.removesuffix("\n").removesuffix("</s>"), "completion": text.removeprefix("<s>")}
+    (example,) = encoded("completion", [row]).examples
+    assert example.ids == ids("<s> the cat -> the cat </s>")
+    assert example.labels == [X, X, X, X, *ids("the cat </s>")]
+
+
+def test_the_end_inside_a_text_is_not_its_end():
+    (example,) = encoded("text", [{"text": "a </s> cat"}]).examples
+    assert example.ids == ids("<s> a </s> cat </s>")
+
+
+def test_what_is_put_around_a_text_to_classify_is_not_put_a_second_time():
+    data = encoded("classification", [{"text": "<s> a good film", "label": "good"}], labels=("bad", "good"))
+    assert data.examples[0].ids == ids("<s> a good film")
+
+
 def test_a_prompt_of_no_tokens_does_not_train_the_unpredicted_first_token():
     (example,) = encoded("completion", [{**PAIR, "prompt": " "}], template="{prompt}", bos=False).examples
     assert example.labels == [X, *ids("cat </s>")]

@@ -1,7 +1,8 @@
 """From records to rows of one kind: which fields mean what, checked on every row."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,15 +44,19 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Rows of one kind, and the file they come from."""
+    """Rows of one kind, and the file they come from.
+
+    unused: (column, rows in which it says something) of the columns that are not made into tokens.
+    """
 
     path: Path
     kind: Kind
     rows: Sequence[Row]
+    unused: tuple[tuple[str, int], ...] = ()
 
     def choose(self, indices: Sequence[int]) -> "Dataset":
         """The rows at these places."""
-        return Dataset(self.path, self.kind, [self.rows[i] for i in indices])
+        return replace(self, rows=[self.rows[i] for i in indices])
 
     def spread(self, count: int | None) -> "Dataset":
         """`count` rows spread evenly over the file (sorted files keep their mixture); all where there are no more."""
@@ -76,7 +81,15 @@ def read_dataset(path: str | Path, settings: DataSettings) -> Dataset:
     _raise(faults, f"every row of kind {kind} needs {shape.label}{_flags(shape)}")
     if kind == "classification":
         _check_labels(file, columns["label"])
-    return Dataset(file.path, kind, rows)
+    return Dataset(file.path, kind, rows, _unused(file, set(named.values())))
+
+
+def _unused(file: DataFile, used: set[str]) -> tuple[tuple[str, int], ...]:
+    """The columns beside those used, but for empty ones."""
+    filled = Counter(
+        name for record in file.records for name, value in record.fields.items() if value not in (None, "", [], {})
+    )
+    return tuple((name, count) for name, count in filled.items() if name not in used)
 
 
 def _columns(file: DataFile, settings: DataSettings) -> dict[str, str]:

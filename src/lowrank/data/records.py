@@ -1,6 +1,7 @@
 """Reading a data file: every row as a record that knows its file and line."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,11 @@ from typing import Any
 
 from lowrank.data.tables import read_csv, read_tsv
 from lowrank.errors import DataError
+
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # only an escape can bring one into a UTF-8 file
+DEEPEST = 100  # brackets in brackets: beyond any data, and far below what Python's own recursion bears
+TOO_DEEP = f"nested more than {DEEPEST} deep"
+HALF = "holds half a character (a lone surrogate, as truncated JSON leaves it); mend or remove the row"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +45,46 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
-                    f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); "
-                    "a jsonl file holds one JSON object a line"
+                    f"{path}:{number}: not JSON ({json_fault(error)}); a jsonl file holds one JSON object a line"
                 ) from None
             if not isinstance(value, dict):
                 raise DataError(f"{path}:{number}: a row must be a JSON object, not {type(value).__name__}")
+            if line.count("[") + line.count("{") > DEEPEST and depth(value) > DEEPEST:
+                raise DataError(f"{path}:{number}: not a row ({TOO_DEEP}); mend or remove the row")
+            if ESCAPED_SURROGATE.search(line) and (half := half_character(value)) is not None:
+                raise DataError(f"{path}:{number}: field {half!r} {HALF}")
             yield number, value
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """What is wrong with the JSON, in words: a syntax fault, brackets nested by the thousand, a number of pages."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return TOO_DEEP if isinstance(error, RecursionError) else str(error).split(";")[0]
+
+
+def depth(value: Any) -> int:
+    """How deep lists and objects lie in each other, 0 for a bare value; without recursion, for there may be thousands."""
+    level, deep = [value], -1
+    while level:
+        deep += 1
+        inner = [v for v in level if isinstance(v, dict | list)]
+        level = [x for v in inner for x in (v.values() if isinstance(v, dict) else v)]
+        if inner and not level:
+            return deep + 1
+    return deep
+
+
+def half_character(fields: dict[str, Any]) -> str | None:
+    """The first field that holds half a character, a surrogate without its other half, at any depth."""
+    for name, value in fields.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return name.encode(errors="replace").decode()
+    return None
 
 
 def _jsonl(path: Path, header: bool) -> DataFile:
@@ -75,6 +113,8 @@ def read_file(path: str | Path, header: bool = True) -> DataFile:
     lines that cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: this is a folder; give one of its files ({', '.join(READERS)})")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(

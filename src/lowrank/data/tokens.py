@@ -4,7 +4,7 @@ completion      [bos] + tokens(template with the prompt) + tokens(completion) + 
 text            [bos] + tokens(text) + [eos]; trained: all
 classification  the tokenizer's own form of a text or a pair; trained: the label
 
-The first token of a row is never trained: nothing predicts it.
+The first token of a row is never trained: nothing predicts it. Rows that have bos or eos written out get no second one.
 Prompt and completion are made into tokens apart, so that the tokens a completion follows in training are exactly those
 it follows when the model is asked.
 """
@@ -77,7 +77,7 @@ def encode(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
 
 def prompt_ids(tokenizer: Any, recipe: Recipe, prompt: str) -> list[int]:
     """The tokens the model reads before it answers: the same as in training."""
-    return [*_bos(tokenizer), *_plain(tokenizer, [recipe.prompt(prompt)])[0]]
+    return _begun(_plain(tokenizer, [recipe.prompt(prompt)])[0], _bos(tokenizer))
 
 
 def _bos(tokenizer: Any) -> list[int]:
@@ -90,25 +90,52 @@ def _eos(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
+def _begun(ids: list[int], bos: list[int]) -> list[int]:
+    """The row with its first token, which the text may have brought itself."""
+    return ids if bos and ids[:1] == bos else [*bos, *ids]
+
+
+def _ended(ids: list[int], text: str, tokenizer: Any) -> list[int]:
+    """The row with its last token, which the text may have brought itself; a new line after it changes nothing."""
+    eos = _eos(tokenizer)
+    written = bool(eos) and eos[0] in ids and text.rstrip().endswith(tokenizer.eos_token)
+    return ids if written else [*ids, *eos]
+
+
 def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     found: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return found
 
 
 def _completions(data: Dataset, tokenizer: Any, recipe: Recipe) -> list[Example]:
-    bos, eos = _bos(tokenizer), _eos(tokenizer)
-    prompts = _plain(tokenizer, [recipe.prompt(row.fields["prompt"]) for row in data.rows])
-    answers = _plain(tokenizer, [row.fields["completion"] for row in data.rows])
+    bos = _bos(tokenizer)
+    answers = [row.fields["completion"] for row in data.rows]
+    prompts = [_begun(ids, bos) for ids in _plain(tokenizer, [recipe.prompt(r.fields["prompt"]) for r in data.rows])]
+    ended = [_ended(ids, text, tokenizer) for ids, text in zip(_plain(tokenizer, answers), answers, strict=True)]
     return [
-        Example([*bos, *prompt, *answer, *eos], [IGNORED] * (len(bos) + len(prompt)) + [*answer, *eos])
-        for prompt, answer in zip(prompts, answers, strict=True)
+        Example([*prompt, *answer], [IGNORED] * len(prompt) + answer)
+        for prompt, answer in zip(prompts, ended, strict=True)
     ]
 
 
 def _texts(data: Dataset, tokenizer: Any) -> list[Example]:
-    bos, eos = _bos(tokenizer), _eos(tokenizer)
-    texts = [[*bos, *ids, *eos] for ids in _plain(tokenizer, [row.fields["text"] for row in data.rows])]
-    return [Example(ids, ids) for ids in texts]
+    bos = _bos(tokenizer)
+    texts = [row.fields["text"] for row in data.rows]
+    rows = [
+        _ended(_begun(ids, bos), text, tokenizer) for ids, text in zip(_plain(tokenizer, texts), texts, strict=True)
+    ]
+    return [Example(ids, ids) for ids in rows]
+
+
+def _unframed(text: str, tokenizer: Any) -> str:
+    """The text without the tokens that the tokenizer puts around every text to classify, where they are written out."""
+    first, last = tokenizer.cls_token or tokenizer.bos_token, tokenizer.sep_token or tokenizer.eos_token
+    framed = tokenizer("a")["input_ids"]
+    if first and framed[:1] == [tokenizer.convert_tokens_to_ids(first)]:
+        text = text.removeprefix(first)
+    if last and framed[-1:] == [tokenizer.convert_tokens_to_ids(last)]:
+        text = text.removesuffix(last)
+    return text
 
 
 def _classification(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
@@ -119,7 +146,7 @@ def _classification(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
                 f"{data.path}:{row.line}: label {row.fields['label']!r} is none of the labels trained on "
                 f"({', '.join(map(repr, recipe.labels))})"
             )
-    texts = [row.fields["text"] for row in data.rows]
+    texts = [_unframed(row.fields["text"], tokenizer) for row in data.rows]
     paired = [row.fields["text_pair"] for row in data.rows if "text_pair" in row.fields]
     if paired and len(paired) < len(texts):
         raise DataError(f"{data.path}: {len(paired)} of {len(texts)} rows have a second text; all or none must")

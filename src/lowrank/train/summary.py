@@ -8,6 +8,8 @@ from lowrank.errors import LowrankWarning
 from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
 
+NAMED = 5  # columns
+
 
 def summarise(
     settings: TrainSettings,
@@ -34,9 +36,18 @@ def summarise(
     if evaluated:
         where = settings.eval_data or f"{settings.eval_split:.0%} of the data, held out"
         lines.insert(4, ("evaluation", f"{where}: {len(evaluated.examples):,} rows{_cut(evaluated)}"))
+    if rows.unused:
+        lines.insert(3, ("not used", _unused(rows)))
     if loaded.fresh and not settings.full:
         lines.insert(2, ("new", f"{', '.join(loaded.fresh)} starts from the seed, trained and saved in full"))
     return lines
+
+
+def _unused(rows: Dataset) -> str:
+    """A column left out on purpose is no fault, one that was forgotten is: alpaca's `input` in two rows of five."""
+    names = [f"{name!r} ({count:,} rows)" for name, count in rows.unused[:NAMED]]
+    more = f" and {len(rows.unused) - NAMED} more" if len(rows.unused) > NAMED else ""
+    return f"columns {', '.join(names)}{more}"
 
 
 def _cut(data: Encoded) -> str:
