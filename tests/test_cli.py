@@ -149,15 +149,6 @@ def test_our_warnings_are_lines_and_others_stay(monkeypatch, capsys):
     assert call(capsys, "train") == (0, "", "lowrank: warning: watch out\n" * 2)
 
 
-def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
-    def fail(_):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(cli, "_answer", fail)
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["train"])
-
-
 def test_help_imports_no_torch_and_a_closed_pipe_is_quiet():
     code = """
 import sys

@@ -60,3 +60,16 @@ def short(item: object, most: int = 300) -> str:
         return text
     kept = (most - 1) // 2
     return f"{text[:kept]}…{text[-kept:]}"
+
+
+def printable(text: object, keep: str = "") -> str:
+    """The text with every character that a terminal would not show as it is, but those of `keep`, as its escape.
+
+    A name from a file may hold a line break, a terminal's command or a sign that turns the line around; printed like
+    this it stays within its place in the line. What is shown already stays the same.
+    """
+    return "".join(sign if sign.isprintable() or sign in keep else _escape(sign) for sign in str(text))
+
+
+def _escape(sign: str) -> str:
+    return sign.encode("unicode_escape").decode("ascii")

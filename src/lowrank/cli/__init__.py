@@ -12,7 +12,9 @@ from importlib.metadata import version
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
-from lowrank.errors import LowrankError, LowrankWarning
+from lowrank.cli.last_net import caught
+from lowrank.cli.streams import say_anything
+from lowrank.errors import LowrankError, LowrankWarning, printable, short
 
 COMMANDS = {
     "demo": "The whole story in a minute, offline: teach a small decoder a skill, merge it, prove the merge.",
@@ -31,7 +33,8 @@ COMMANDS = {
 }
 MODULES = {"eval": "evaluate"}  # where a module cannot be called as its command is
 
-WRONG_CALL, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+FAILED, WRONG_CALL, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+LONGEST = 2000  # characters of a message
 
 
 def make_app() -> App:
@@ -57,8 +60,10 @@ def _shown_default(value: object) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (from sys.argv where no arguments are given) and return the exit status.
 
-    0: done; 2: a wrong call or input, one sentence on stderr; 130: interrupted; 141: the reader of stdout is gone.
+    0: done; 2: a wrong call or input, one sentence on stderr; 1: something that nobody foresaw, one sentence too;
+    130: interrupted; 141: the reader of stdout is gone.
     """
+    say_anything()
     try:
         with _warnings_as_lines():
             _answer(list(sys.argv[1:] if arguments is None else arguments))
@@ -75,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _complain(f"{where}{error.strerror or error}")
+    except Exception as error:
+        return _complain(caught(error), FAILED)
     return 0
 
 
@@ -99,9 +106,14 @@ def _wrong_call(error: CycloptsError) -> str:
     return " ".join(str(error).split())
 
 
-def _complain(text: str) -> int:
-    print(f"lowrank: error: {text}", file=sys.stderr)
-    return WRONG_CALL
+def _complain(text: str, status: int = WRONG_CALL) -> int:
+    print(f"lowrank: error: {_line(text)}", file=sys.stderr)
+    return status
+
+
+def _line(text: object) -> str:
+    """One line of bounded length, whatever names from files and arguments are in it."""
+    return short(printable(text), LONGEST)
 
 
 @contextmanager
@@ -112,7 +124,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
             if issubclass(category, LowrankWarning):
-                print(f"lowrank: warning: {message}", file=sys.stderr)
+                print(f"lowrank: warning: {_line(message)}", file=sys.stderr)
             else:
                 usual(message, category, filename, lineno, *rest)
 
