@@ -66,7 +66,7 @@ def json_fault(error: ValueError | RecursionError) -> str:
 
 
 def depth(value: Any) -> int:
-    """How deep lists and objects lie in each other, 0 for a bare value; without recursion, for there may be thousands."""
+    """How deep lists and objects lie in each other, 0 for a bare value; without recursion, which thousands would break."""
     level, deep = [value], -1
     while level:
         deep += 1
