@@ -126,24 +126,24 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "fused: input gradient of the base alone": Mutation(
         "kernels/fused.py",
-        "ctx.shared.add(dh, weight, ds, a, mask)",
-        "ctx.shared.add(dh, weight, 0 * ds, a, mask)",
+        "Part(dh, weight, ds, a, mask)",
+        "Part(dh, weight, 0 * ds, a, mask)",
         GRADIENTS,
     ),
     "together: no scale": Mutation(
-        "kernels/together.py",
+        "kernels/group.py",
         "for b, scale in zip(masters_b, scales, strict=True)]",
         "for b, _ in zip(masters_b, scales, strict=True) for scale in [1.0]]",
         TOGETHER,
     ),
     "together: no bias": Mutation(
-        "kernels/together.py", "forward_part(x, rows, weight, bias,", "forward_part(x, rows, weight, None,", TOGETHER
+        "kernels/group.py", "forward_part(x, rows, weight, bias,", "forward_part(x, rows, weight, None,", TOGETHER
     ),
     "together: input gradient of the base alone": Mutation(
-        "kernels/together.py", "dx.total(together)", "dx.total(0 * together)", TOGETHER
+        "kernels/group.py", "Part(dh, weights[i], ds[i],", "Part(dh, weights[i], 0 * ds[i],", TOGETHER
     ),
     "together: dB not scaled": Mutation(
-        "kernels/together.py", "laid_out_as_b(dbt, ctx.scales[i],", "laid_out_as_b(dbt, 1.0,", TOGETHER
+        "kernels/group.py", "laid_out_as_b(dbt, ctx.scales[i],", "laid_out_as_b(dbt, 1.0,", TOGETHER
     ),
     "together: answers out of date": Mutation("kernels/together.py", "ready.stamp == own.stamp()", "True", TOGETHER),
     "together: an answer of another scale": Mutation(
@@ -152,12 +152,13 @@ MUTATIONS: dict[str, Mutation] = {
     "together: waits for ever": Mutation(
         "kernels/together.py", "            _settled.add(first)", "            pass", TOGETHER
     ),
-    "together: stacked whatever the bits": Mutation(
-        "kernels/stacking.py",
-        "known + 1 if known < MEETINGS else _same_bits(rows, ranks)",
-        "known + 1 if known < MEETINGS else True",
-        TOGETHER,
+    "together: parts of dX as they come": Mutation(
+        "kernels/shared_input.py", "max(self._due, default=-1)", "-1", TOGETHER
     ),
+    "together: parts of dX in the order that was learned": Mutation(
+        "kernels/group.py", "parts = {places[i]: Part", "parts = {i: Part", TOGETHER
+    ),
+    "together: an answer for another sum": Mutation("kernels/together.py", "if current and", "if", TOGETHER),
     "together: never": Mutation("kernels/together.py", "followers is not None and (", "False and (", TOGETHER),
     "together: under checkpointing too": Mutation(
         "kernels/hooks.py", "return _top is None or _top(True) is not None", "return False", TOGETHER
@@ -175,7 +176,7 @@ MUTATIONS: dict[str, Mutation] = {
         "kernels/input_gradient.py", "mask.add_product_(dx, stacked, a)", "dx.addmm_(stacked, a)", DROPOUT
     ),
     "dropout: dA of a group without the mask": Mutation(
-        "kernels/together.py", "seen_by_a(rows, mask) if wanted else rows", "rows", TOGETHER
+        "kernels/group.py", "seen_by_a(rows, mask) if any(needs_a[i] for i in live) else rows", "rows", TOGETHER
     ),
     "dropout: every block from the first byte": Mutation(
         "kernels/dropout.py", "start * a.shape[1] // 8)", "0)", DROPOUT
@@ -195,21 +196,20 @@ MUTATIONS: dict[str, Mutation] = {
         "kernels/together.py", "dropout.shared(own.dropout, x, layer)", "dropout.draw(own.dropout, x)", DROPOUT
     ),
     "gpu: a kernel whatever its answer": Mutation("kernels/gpu/choice.py", "if not off <= CLOSE:", "if False:", GPU),
-    "gpu: a kernel whatever its time": Mutation(
-        "kernels/gpu/choice.py", "return best - 1 if best else None", "return 0", GPU
+    "gpu: kernels nobody measured or asked for": Mutation(
+        "kernels/gpu/choice.py", 'ASKED == "1" or (', "True or (", GPU
     ),
     "gpu: no groups of tiles": Mutation(
         "kernels/gpu/product.py", "first + program % in_group % group_rows", "program % in_group % group_rows", GPU
-    ),
-    "together: low-rank parts of all, where kernels added some": Mutation(
-        "kernels/input_gradient.py", "ds.shape[1] == a.shape[0]", "True", GPU
     ),
     "autocast: the copy of another tensor": Mutation("kernels/remembered.py", "self._x() is x and ", "", CAST),
     "autocast: a copy out of date": Mutation("kernels/remembered.py", " and self._version == x._version", "", CAST),
     "pieces: the bias always inside": Mutation(
         "kernels/pieces.py", " and x.dim() > 2 and not x.is_contiguous()", " and False", PIECES
     ),
-    "pieces: whatever the bits": Mutation("kernels/pieces.py", " and torch.equal(pieces(cut)(), wanted)]", "]", PIECES),
+    "pieces: whatever the bits": Mutation(
+        "kernels/pieces.py", "if torch.equal(_in_pieces(x, m, bias, start, cut), whole) else None", "", PIECES
+    ),
     "pieces: no bias": Mutation("kernels/pieces.py", "if bias_part is None:", "if True:", PIECES),
     "pieces: the last one left out": Mutation(
         "kernels/pieces.py",

@@ -76,7 +76,7 @@ def test_the_fused_map_through_the_kernels(monkeypatch):
     used = []
     monkeypatch.setattr(choice, "available", lambda x: True)
     monkeypatch.setattr(choice, "product_tile", lambda *_: (used.append("product"), TILES[-1])[1])
-    monkeypatch.setattr(choice, "gradients_are_faster", lambda *_: (used.append("gradients"), True)[1])
+    monkeypatch.setattr(choice, "serves_gradients", lambda *_: (used.append("gradients"), True)[1])
 
     def run(linear, dtype):
         x = draw(40, 24, dtype=torch.float32, seed=0).to(dtype).requires_grad_()
@@ -97,7 +97,7 @@ def test_the_fused_map_through_the_kernels(monkeypatch):
 @pytest.mark.parametrize("by_kernel", [set(), {32}, {24, 32}], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_group_of_which_some_products_are_kernels(monkeypatch, by_kernel, dropout):
-    """q, k and v as one node, where the clock chose the kernel for outputs of some widths only, against autograd's."""
+    """q, k and v as one node, where the kernel serves for outputs of some widths only, against autograd's."""
     torch.manual_seed(0)
     model = nn.ModuleDict({name: nn.Linear(20, d) for name, d in (("q", 32), ("k", 24), ("v", 24))}).to(DEVICE)
     lowrank.inject(model, LoraConfig(r=4, target_modules=["q", "k", "v"], init_lora_weights="random"))
@@ -114,7 +114,7 @@ def test_a_group_of_which_some_products_are_kernels(monkeypatch, by_kernel, drop
     gradients()
     wanted, used = gradients(), []
     monkeypatch.setattr(choice, "available", lambda x: True)
-    monkeypatch.setattr(choice, "gradients_are_faster", lambda *_: True)
+    monkeypatch.setattr(choice, "serves_gradients", lambda *_: True)
 
     def product_tile(x, width, *_):
         used.append(width)
@@ -129,22 +129,29 @@ def test_a_group_of_which_some_products_are_kernels(monkeypatch, by_kernel, drop
 @pytest.fixture
 def nothing_known():
     """No choice is kept from before, nor for after."""
-    for known in (choice._product_tile, choice._gradients_are_faster):
+    for known in (choice._product_tile, choice._serves_gradients):
         known.cache_clear()
     yield
-    for known in (choice._product_tile, choice._gradients_are_faster):
+    for known in (choice._product_tile, choice._serves_gradients):
         known.cache_clear()
 
 
 @pytest.mark.usefixtures("nothing_known")
-def test_the_choice_is_measured_once_and_leaves_random_numbers_alone(monkeypatch):
-    x = draw(64, 32, dtype=torch.float32, seed=0)
-    timed, seconds = [], iter([3.0, 9.0, 2.0, 4.0, 5.0, 1.0, 2.0])  # torch and the tiles, then torch and the gradients
-    monkeypatch.setattr(choice, "_seconds", lambda *_: (timed.append(1), next(seconds))[1])
+@pytest.mark.parametrize(("tokens", "width", "tile"), [(64, 48, TILES[-1]), (130, 128, TILES[1])])
+def test_the_tiles_follow_from_the_shape_and_are_tried_once(monkeypatch, tokens, width, tile):
+    """The largest that the output fills; the user's random numbers stay what they were."""
+    tried = []
+
+    def kernel(x, m, s, n, bias=None, onto=None, out=None, tile=None):
+        tried.append(tile)
+        return x @ m + s @ n
+
+    monkeypatch.setattr("lowrank.kernels.gpu.product.plus_low_rank", kernel)
     state = torch.random.get_rng_state()
-    assert [choice.product_tile(x, 48, 4, False) for _ in range(2)] == [TILES[1]] * 2
-    assert [choice.gradients_are_faster(x, 4) for _ in range(2)] == [False] * 2
-    assert len(timed) == 1 + len(TILES) + 2 and torch.equal(torch.random.get_rng_state(), state)
+    x = draw(tokens, 32, dtype=torch.float32, seed=0)
+    assert [choice.product_tile(x, width, 4, False) for _ in range(2)] == [tile] * 2
+    assert choice.serves_gradients(draw(20, 8, dtype=torch.float32, seed=0), 4)
+    assert tried == [tile] and torch.equal(torch.random.get_rng_state(), state)
 
 
 @pytest.mark.usefixtures("nothing_known")
@@ -157,7 +164,6 @@ def test_a_kernel_that_does_not_serve_is_not_used_and_that_is_said(monkeypatch, 
         return (x @ m + s @ n) * (1.1 if fault == "is wrong" else float("nan"))
 
     monkeypatch.setattr("lowrank.kernels.gpu.product.plus_low_rank", broken)
-    monkeypatch.setattr(choice, "_seconds", lambda *_: 1.0)
     x = draw(64, 32, dtype=torch.float32, seed=0)
     with pytest.warns(
         lowrank.LowrankWarning, match=r"does not serve on .*, torch's products are used: .*Error: "
@@ -174,11 +180,21 @@ def test_one_tile_that_serves_is_enough(monkeypatch, recwarn):
         return x @ m + s @ n
 
     monkeypatch.setattr("lowrank.kernels.gpu.product.plus_low_rank", small)
-    seconds = iter([2.0, 1.0])
-    monkeypatch.setattr(choice, "_seconds", lambda *_: next(seconds))
-    assert choice.product_tile(draw(64, 32, dtype=torch.float32, seed=0), 48, 4, False) == TILES[-1]
+    assert choice.product_tile(draw(300, 32, dtype=torch.float32, seed=0), 300, 4, False) == TILES[-1]
     assert not recwarn
 
 
 def test_without_a_gpu_no_kernel_is_considered():
     assert not choice.available(torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "wanted"), [(None, "A", False), (None, "B", True), ("1", "A", True), ("0", "B", False)]
+)
+def test_kernels_are_for_gpus_they_were_measured_on_and_for_who_asks(monkeypatch, asked, gpu, wanted):
+    monkeypatch.setattr(choice, "ASKED", asked)
+    monkeypatch.setattr(choice, "MEASURED", frozenset({"B"}))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu)
+    choice._wanted.cache_clear()
+    assert choice._wanted(torch.device("cuda")) == wanted
+    choice._wanted.cache_clear()

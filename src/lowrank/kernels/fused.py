@@ -24,7 +24,7 @@ from lowrank.kernels.autocast import dtype_for
 from lowrank.kernels.dropout import Mask
 from lowrank.kernels.hooks import are_saved_tensors_watched
 from lowrank.kernels.order import choose_order, few_rows, thin_products_are_slow
-from lowrank.kernels.shared_input import SharedInput, shared_input
+from lowrank.kernels.shared_input import Part, SharedInput, shared_input
 
 
 def reason_against(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -172,7 +172,7 @@ class _FusedLinear(Function):
         A checkpointed block that is computed again is left as soon as its last tensor is kept, which here is before
         the largest product: the answer of its last layer is not asked for.
         """
-        ctx.shared, ctx.scale, ctx.masters = shared, scale, (a.dtype, b.dtype)
+        ctx.shared, ctx.place, ctx.scale, ctx.masters = shared, shared.join(), scale, (a.dtype, b.dtype)
         a, (b, scale) = a.to(x.dtype), beside(x, b, scale)
         rows = x.reshape(-1, x.shape[-1])  # (T, k)
         s, fold = _down(rows, weight, a, mask, keep=True)
@@ -200,5 +200,5 @@ class _FusedLinear(Function):
         db = None if dbt is None else laid_out_as_b(dbt, ctx.scale, b_dtype)  # (d, r)
         dbias = dh.sum(0) if needs_bias else None
         if ctx.shared.needs_gradient:
-            ctx.shared.add(dh, weight, ds, a, mask)
+            ctx.shared.add({ctx.place: Part(dh, weight, ds, a, mask)}, ())
         return None, None, None, dbias, da, db, None, None, None, None

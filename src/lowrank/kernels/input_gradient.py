@@ -27,22 +27,15 @@ class InputGradient:
         _, parts = self._parts.setdefault(None if mask is None else mask.seed, (mask, []))
         parts.append((ds, a))
 
-    def total(self, ds: Tensor | None = None) -> Tensor | None:
-        """dX with all low-rank parts; None where nothing was added.
-
-        ds: dS of all projections side by side in the order they were added, (T, Σr), from who has them so; of use where
-        no projection's part is in dX already.
-        """
+    def total(self) -> Tensor | None:
+        """dX with all low-rank parts; None where nothing was added."""
         dx = self._dx
         if dx is None:
             return None
         for mask, parts in self._parts.values():
-            if len(parts) == 1:
-                stacked, a = parts[0]
-            else:
-                a = torch.cat([a for _, a in parts])
-                is_all = ds is not None and ds.shape[1] == a.shape[0]
-                stacked = ds if ds is not None and is_all else torch.cat([part for part, _ in parts], dim=1)
+            stacked, a = parts[0]
+            if len(parts) > 1:
+                stacked, a = torch.cat([ds for ds, _ in parts], dim=1), torch.cat([a for _, a in parts])
             if mask is None:
                 dx.addmm_(stacked, a)
             else:

@@ -9,23 +9,20 @@ Fold wins for many tokens over a small weight. It rounds the folded weight, whic
 swallows small changes in half precision, where it is never chosen. (RunLoRA, arXiv 2312.03415, counts the operations;
 here the bytes are counted too, since at r = 16 they weigh more.)
 
-Where the two estimates are closer than the model can be trusted, both can be timed once on tensors of that shape and
-the answer kept for the process. That is asked for by LOWRANK_MEASURE=1 (and done by `lowrank doctor`): a close call is
-worth less than 0.3 % of a step, and a choice by the clock would make two runs from one seed differ in their last bits.
+Where the two estimates are closer than the model can be trusted, the change is accumulated: a close call is worth less
+than 0.3 % of a step. No clock is asked, here or for any other product: a run is to have the same bits each time.
 """
 
-import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from lowrank.kernels.processor import has_matrix_tiles
+
 OPERATIONS_PER_BYTE = {"cpu": 5.0, "cuda": 200.0}  # done while one byte comes from memory, on one core or one GPU
-UNSURE = 0.25  # estimates closer than this share are settled by a measurement
-MEASURE = os.environ.get("LOWRANK_MEASURE") == "1"
+UNSURE = 0.25  # estimates closer than this share do not tell which is cheaper
 FEW_TOKENS = 96  # in inference
 FEW_ROWS = 128  # in training
 DECODING = 64  # below so many tokens there is nothing to gain: the products are as thin as the factors
@@ -49,13 +46,6 @@ def accumulates(dtype: torch.dtype, device: str) -> bool:
     return device != "cpu" or dtype.itemsize >= 4 or has_matrix_tiles()
 
 
-@cache
-def has_matrix_tiles() -> bool:
-    """Whether this processor has AMX."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch has no public name for it
-    return supported is not None and bool(supported())
-
-
 def thin_products_are_slow(x: Tensor) -> bool:
     """Whether x (..., k) has so few rows that its products with the factors are slower in its dtype than in float32.
 
@@ -75,10 +65,8 @@ def few_rows(x: Tensor) -> bool:
 
 
 @cache
-def choose_order(
-    tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device: str, measure: bool = MEASURE
-) -> Order:
-    """The order for x (tokens, k) and W0 (d, k) at rank `rank`; close calls are timed where `measure`."""
+def choose_order(tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device: str) -> Order:
+    """The order for x (tokens, k) and W0 (d, k) at rank `rank`."""
     inside = accumulates(dtype, device)
     if dtype.itemsize < 4:
         return Order(False, inside, f"accumulate: folding would round small changes away in {str(dtype)[6:]}")
@@ -88,11 +76,7 @@ def choose_order(
     if abs(accumulate - fold) > UNSURE * max(accumulate, fold):
         name = "fold" if fold < accumulate else "accumulate"
         return Order(fold < accumulate, inside, f"{name}: estimated {fold / accumulate:.2f} of accumulating")
-    if not measure:
-        return Order(False, inside, f"accumulate: folding ({fold / accumulate:.2f} of it) is too close to call")
-    ratio = _measured_ratio(tokens, k, d, rank, dtype, device)
-    name = "fold" if ratio < 1 else "accumulate"
-    return Order(ratio < 1, inside, f"{name}: folding measured at {ratio:.2f} of accumulating")
+    return Order(False, inside, f"accumulate: folding ({fold / accumulate:.2f} of it) is too close to call")
 
 
 def _estimates(tokens: int, k: int, d: int, rank: int, itemsize: int, balance: float) -> tuple[float, float]:
@@ -100,22 +84,3 @@ def _estimates(tokens: int, k: int, d: int, rank: int, itemsize: int, balance: f
     accumulate = tokens * d * (2 * rank / balance + 2 * itemsize)
     fold = d * k * (2 * rank / balance + 3 * itemsize)
     return accumulate, fold
-
-
-@cache
-def _measured_ratio(tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device: str) -> float:
-    """The time of folding over that of accumulating, each the best of three after one to warm up."""
-    weight, a, b = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((d, k), (rank, k), (d, rank)))
-    s, h = (torch.zeros(*shape, dtype=dtype, device=device) for shape in ((tokens, rank), (tokens, d)))
-    return _best(lambda: torch.addmm(weight, b, a), device) / _best(lambda: h.addmm_(s, b.t()), device)
-
-
-def _best(job: Callable[[], Tensor], device: str) -> float:
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        job()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])

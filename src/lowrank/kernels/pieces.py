@@ -2,17 +2,15 @@
 
 On a CPU torch multiplies half-precision matrices by oneDNN, which deals a product out to its threads by blocks that it
 chooses itself. For some shapes it finds one block only: 1,024×768 by 768×768 takes as long on two cores as on one. As
-two products of half the rows, or as blocks of columns, it uses both (measured: 1.7× as fast, on a Xeon with AMX).
+two products of half the rows it uses both (measured: 1.7× as fast, on a Xeon with AMX).
 
-No rule says for which shapes this is so: a shape that is met again and again is timed, once, whole and in pieces. The
-clock decides nothing that can be seen, though: pieces are used only where their answer has the bits of the whole
-product's, which the order of its sums, and so the shape, determines. LOWRANK_PIECES=0 turns them off.
+The shapes are those where that was measured (`MEASURED`), on processors of that kind. Whether the pieces make up the
+whole, bit for bit, is tried when a shape is met first, on numbers that are always the same, laid out as the operands
+are: where they do not, the product stays whole, so that W0·x is the base's. LOWRANK_PIECES=0 turns pieces off, and
+LOWRANK_PIECES=1 tries halves at every shape of that size, on any processor.
 """
 
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -20,41 +18,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MEETINGS = 12  # a shape is worth timing once it was met so often: the timing costs about as much as it can bring in
+from lowrank.kernels.processor import has_matrix_tiles
+
 SMALLEST = 1 << 27  # multiplications in a product; below, a second call costs what the second core saves
-CLEARLY = 0.8  # pieces are used below this share of the whole's time
-COLUMNS = 256
-ROUNDS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Pieces of a product's output along dimension `dim`, of `size` each, in `share` of the whole product's time."""
+class Cut(NamedTuple):
+    """Pieces of a product's output along dimension `dim`, of `size` each."""
 
     dim: int
     size: int
-    share: float
 
     def __str__(self) -> str:
         """As a person reads it."""
-        return f"in pieces of {self.size} {('rows', 'columns')[self.dim]}, {self.share:.2f} of the whole's time"
+        return f"in pieces of {self.size} {('rows', 'columns')[self.dim]}"
 
 
 class Shape(NamedTuple):
-    """What decides how oneDNN deals out x·m: x (tokens, k), m (k, d), and how it ends."""
+    """What decides how oneDNN deals out x·m: x (tokens, k), m (k, d), how they lie in memory, and how it ends."""
 
     tokens: int
     k: int
     d: int
-    transposed: bool  # m is a transposed view
+    strides: tuple[tuple[int, ...], tuple[int, ...]]  # of x and m
     bias: bool
     onto: bool
     dtype: torch.dtype
     threads: int
 
 
-_known: dict[Shape, int | Cut | None] = {}  # how often a shape was met, then what was found
-_off = os.environ.get("LOWRANK_PIECES") == "0"
+# on a Xeon with AMX, two threads: (tokens, k, d)
+MEASURED = {(1024, 768, 768): Cut(0, 512)}
+
+_asked = os.environ.get("LOWRANK_PIECES")
 
 
 def base(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
@@ -66,7 +62,7 @@ def base(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = No
     rows = x.reshape(-1, x.shape[-1])
     # where torch cannot see x as one matrix it adds the bias to the rounded product
     apart = bias is not None and x.dim() > 2 and not x.is_contiguous()
-    whole = Cut(0, max(1, rows.shape[0]), 1.0)
+    whole = Cut(0, max(1, rows.shape[0]))
     _in_pieces(rows, weight.t(), None if apart else bias, h.view(-1, weight.shape[0]), cut or whole)
     return h.add_(bias) if apart and bias is not None else h
 
@@ -82,61 +78,54 @@ def product(x: Tensor, m: Tensor, onto: Tensor | None = None) -> Tensor:
 
 
 def _cut_of(x: Tensor, m: Tensor, bias: bool, onto: bool) -> Cut | None:
-    """How x·m is cut: not at all until its shape has been met often enough to be timed."""
-    if x.dtype.itemsize != 2 or x.device.type != "cpu" or _off:
+    """How x·m is cut, x (..., k) and m (k, d); None: it stays whole."""
+    if x.dtype.itemsize != 2 or x.device.type != "cpu":
         return None
     k, d = m.shape
-    tokens = x.numel() // k
-    if tokens * k * d < SMALLEST:
+    threads = torch.get_num_threads()
+    if _rule(x.numel() // k, k, d, x.dtype, threads) is None:
         return None
-    shape = Shape(tokens, k, d, m.stride(0) < m.stride(1), bias, onto, x.dtype, torch.get_num_threads())
-    known = _known.get(shape, 0)
-    if isinstance(known, int):
-        known = known + 1 if known < MEETINGS else find_cut(shape)
-        _known[shape] = known
-    return known if isinstance(known, Cut) else None
+    rows = x.reshape(-1, k)
+    return tried(Shape(rows.shape[0], k, d, (rows.stride(), m.stride()), bias, onto, x.dtype, threads))
 
 
-@cache
 def explain(tokens: int, k: int, d: int, dtype: torch.dtype) -> str:
-    """How W0·x is cut for x (tokens, k) and W0 (d, k) on this CPU, measured now; empty where it is computed whole."""
-    if dtype.itemsize != 2 or tokens * k * d < SMALLEST or _off:
+    """How W0·x is cut for x (tokens, k) and W0 (d, k) on this CPU; empty where it is computed whole."""
+    threads = torch.get_num_threads()
+    if dtype.itemsize != 2 or _rule(tokens, k, d, dtype, threads) is None:
         return ""
-    cut = find_cut(Shape(tokens, k, d, True, False, False, dtype, torch.get_num_threads()))
+    cut = tried(Shape(tokens, k, d, ((k, 1), (1, k)), False, False, dtype, threads))
     return "" if cut is None else f"W0·x {cut}"
 
 
-def find_cut(shape: Shape) -> Cut | None:
-    """The fastest pieces for a shape that have the whole's bits and are clearly faster than it; None: whole is best."""
-    if shape.threads == 1 or not torch.backends.mkldnn.is_available():
+def _rule(tokens: int, k: int, d: int, dtype: torch.dtype, threads: int) -> Cut | None:
+    """The pieces that were faster at this shape where they were measured, before it is known that they fit."""
+    if _asked == "0" or threads == 1 or tokens * k * d < SMALLEST:
+        return None
+    if _asked == "1":
+        return Cut(0, -(-tokens // 2))
+    return MEASURED.get((tokens, k, d)) if threads == 2 and dtype is torch.bfloat16 and has_matrix_tiles() else None
+
+
+@cache
+def tried(shape: Shape) -> Cut | None:
+    """The rule's pieces, where they give the whole's bits on numbers drawn from a seed; else None."""
+    tokens, k, d, (x_stride, m_stride), *_ = shape
+    cut = _rule(tokens, k, d, shape.dtype, shape.threads)
+    if cut is None or 0 in x_stride + m_stride or not torch.backends.mkldnn.is_available():
         return None
     draw = torch.Generator().manual_seed(0)
 
-    def drawn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=draw).to(shape.dtype)
+    def drawn(size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        empty = torch.empty_strided(size, stride, dtype=shape.dtype, device="cpu")
+        return empty.copy_(torch.randn(size, generator=draw, device="cpu"))
 
-    x, bias = drawn(shape.tokens, shape.k), drawn(shape.d) if shape.bias else None
-    m = drawn(shape.d, shape.k).t() if shape.transposed else drawn(shape.k, shape.d)
-    start = drawn(shape.tokens, shape.d) if shape.onto else None
-
-    def whole() -> Tensor:
-        return F.linear(x, m.t(), bias) if start is None else start.clone().addmm_(x, m)
-
-    def pieces(cut: Cut) -> Callable[[], Tensor]:
-        if start is None:
-            return lambda: _in_pieces(x, m, bias, x.new_empty(shape.tokens, shape.d), cut)
-        return lambda: _onto_in_pieces(x, m, start.clone(), cut)
-
-    wanted = whole()
-    half = (-(-shape.tokens // 2), -(-shape.d // 2 // 64) * 64)
-    tried = dict.fromkeys((Cut(0, half[0], 0.0), Cut(1, half[1], 0.0), Cut(1, COLUMNS, 0.0)))
-    equal = [cut for cut in tried if cut.size < (shape.tokens, shape.d)[cut.dim] and torch.equal(pieces(cut)(), wanted)]
-    if not equal:
-        return None
-    seconds = _seconds([whole, *map(pieces, equal)])
-    fastest = min(range(len(equal)), key=lambda i: seconds[1 + i])
-    share = seconds[1 + fastest] / seconds[0]
-    return replace(equal[fastest], share=share) if share < CLEARLY else None
+    x, m, start = drawn((tokens, k), x_stride), drawn((k, d), m_stride), drawn((tokens, d), (d, 1))
+    bias = start[0].clone() if shape.bias else None
+    if shape.onto:
+        return cut if torch.equal(_onto_in_pieces(x, m, start.clone(), cut), start.addmm_(x, m)) else None
+    whole = F.linear(x, m.t(), bias)
+    return cut if torch.equal(_in_pieces(x, m, bias, start, cut), whole) else None
 
 
 def _in_pieces(x: Tensor, m: Tensor, bias: Tensor | None, out: Tensor, cut: Cut) -> Tensor:
@@ -164,14 +153,3 @@ def _parts(
     columns, targets = m.split(cut.size, 1), out.split(cut.size, 1)
     biases = [None] * len(columns) if bias is None else bias.split(cut.size)
     return [(x, ms, bs, target) for ms, bs, target in zip(columns, biases, targets, strict=True)]
-
-
-def _seconds(jobs: list[Callable[[], Tensor]]) -> list[float]:
-    """The best of some rounds for each job; they take turns."""
-    best = [float("inf")] * len(jobs)
-    for _ in range(ROUNDS):
-        for i, job in enumerate(jobs):
-            started = time.perf_counter()
-            job()
-            best[i] = min(best[i], time.perf_counter() - started)
-    return best

@@ -14,7 +14,7 @@ WIDE = 1536  # columns from which oneDNN's half-precision Sᵀ·Y gains more tha
 
 
 def one_kernel(x: Tensor, m: Tensor, rank: int, onto: bool) -> Callable[..., Tensor] | None:
-    """The Triton kernel for x·m plus its low-rank part, where it was measured faster than two products: else None."""
+    """The Triton kernel for x·m plus its low-rank part, where it computes it: else None."""
     tile = choice.product_tile(x, m.shape[1], rank, onto) if choice.available(x) else None
     if tile is None:
         return None
@@ -52,7 +52,7 @@ def two_gradients(dy: Tensor, s: Tensor, b: Tensor, scale: float, needs_b: bool)
 
     dB is computed transposed: the same sums, for which the CPU libraries need up to half the time.
     """
-    if needs_b and choice.available(dy) and choice.gradients_are_faster(dy, s.shape[1]):
+    if needs_b and choice.available(dy) and choice.serves_gradients(dy, s.shape[1]):
         from lowrank.kernels.gpu.gradients import two_gradients as kernel
 
         ds, db = kernel(dy, s, b)

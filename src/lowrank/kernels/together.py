@@ -7,41 +7,27 @@ computes the answers of all, thin products first, and the others find theirs rea
 Measured on a Xeon, 6×768, all linear layers: 4 % of a step in bfloat16 and 3 % in float32.
 
 Who belongs together is learned from the calls, never from names, and forgotten where it did not come true. Nothing of
-it can be seen in a number: an answer computed ahead is given only for the very tensors it was computed from, and has
-the bits of the answer computed alone. Stacked products (S of all, dA of all) are used only for shapes at which their
-bits are those of the single ones, which is tried once a shape was met often. Under saved-tensor hooks (gradient
-checkpointing) every projection is computed alone, so that a recomputed block keeps what the first pass kept. Where only
-some of an input's projections go together (they differ in dropout, say), dX is the sum of two nodes' parts, and may
-differ in its last bit.
+it is in a number: an answer computed ahead is given only for the very tensors it was computed from, by the products
+that would compute it alone, one by one; only x's masks, its casts and the node are shared. dX is summed by one gatherer
+in the order of the calls, alone or together (`shared_input`). One product for all, x by [A₁; A₂; …], would be faster,
+but a library sums a wider product in an order of its own: a run would differ from one that has to learn again. Under
+saved-tensor hooks (gradient checkpointing) every projection is computed alone, so that a recomputed block keeps what
+the first pass kept.
 """
 
 import threading
 import weakref
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from lowrank.kernels import dropout, products
+from lowrank.kernels import dropout
 from lowrank.kernels.dropout import Mask
-from lowrank.kernels.fused import (
-    beside,
-    folds,
-    forward_part,
-    fused_linear,
-    in_dtype_of,
-    is_tracked,
-    laid_out_as_b,
-    reason_against,
-    seen_by_a,
-)
+from lowrank.kernels.fused import fused_linear, in_dtype_of, is_tracked, reason_against
+from lowrank.kernels.group import FusedGroup, Group
 from lowrank.kernels.hooks import are_saved_tensors_watched
-from lowrank.kernels.input_gradient import InputGradient
 from lowrank.kernels.order import few_rows
-from lowrank.kernels.stacking import a_gradients, down, may_be_stacked
+from lowrank.kernels.shared_input import is_current
 
 MOST = 8  # projections in a group
 
@@ -78,6 +64,8 @@ class _Ready(NamedTuple):
     stamp: tuple[int, ...]
     numbers: tuple[float, float]  # scale and dropout
     h: Tensor
+    group: Group
+    at: int  # in the group
 
 
 class _Calls:
@@ -150,7 +138,9 @@ def projection(layer: Site, x: Tensor, own: Operands, share_mask: bool = True) -
         if followers is not None and (share_mask or not own.dropout):
             return _compute(calls, x, _group(layer, x, own, followers), _mask(layer, x, own, share_mask))
     elif (ready := calls.ready.pop(id(layer), None)) is not None:
-        if ready.numbers == own[4:] and ready.stamp == own.stamp():
+        current = is_current(ready.group.shared, x)  # else it would add to another sum, were it computed alone
+        if current and ready.numbers == own[4:] and ready.stamp == own.stamp():
+            ready.group.hand_out(ready.at)
             _mask(layer, x, own, share_mask)  # it has read x: were it to come again, it would get another mask
             return ready.h
     else:
@@ -195,69 +185,12 @@ def _compute(calls: _Calls, x: Tensor, group: list[tuple[Site, Operands]], mask:
     weights, biases = zip(*(in_dtype_of(x, one.weight, one.bias) for _, one in group), strict=True)
     if mask is not None:
         scales = tuple(scale / mask.kept for scale in scales)
-    answers: tuple[Tensor, ...] = _FusedGroup.apply(x, scales, mask, *weights, *biases, *a, *b)  # type: ignore[no-untyped-call]
-    for (layer, one), h in zip(group[1:], answers[1:], strict=True):
+    together = Group(x)
+    answers: tuple[Tensor, ...] = FusedGroup.apply(  # type: ignore[no-untyped-call]
+        together.shared.token, x.detach(), together, scales, mask, *weights, *biases, *a, *b
+    )
+    together.hand_out(0)
+    for index, ((layer, one), h) in enumerate(zip(group[1:], answers[1:], strict=True), 1):
         calls.layers.append(weakref.ref(layer))
-        calls.ready[id(layer)] = _Ready(one.stamp(), one[4:], h)
+        calls.ready[id(layer)] = _Ready(one.stamp(), one[4:], h, together, index)
     return answers[0]
-
-
-class _FusedGroup(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scales: tuple[float, ...], mask: Mask | None, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        n = len(scales)
-        weights, biases, masters_a, masters_b = (tensors[i * n : (i + 1) * n] for i in range(4))
-        ctx.scales, ctx.shape = scales, x.shape
-        ctx.mask = None if mask is None else replace(mask, bits=None)
-        ctx.masters = [(a.dtype, b.dtype) for a, b in zip(masters_a, masters_b, strict=True)]
-        ctx.set_materialize_grads(False)
-        x = x.detach()  # not x itself, which must be free to die
-        a = [one.to(x.dtype) for one in masters_a]
-        pairs = [beside(x, b, scale) for b, scale in zip(masters_b, scales, strict=True)]
-        rows = x.reshape(-1, x.shape[-1])  # (T, k)
-        ctx.stacks = may_be_stacked(rows, [one.shape[0] for one in a])
-        s = down(seen_by_a(rows, mask), a, ctx.stacks)
-        answers = tuple(
-            forward_part(x, rows, weight, bias, one_a, b, scale, one_s, folds(rows, weight, one_a, mask))
-            for weight, bias, one_a, (b, scale), one_s in zip(weights, biases, a, pairs, s, strict=True)
-        )
-        ctx.beside = [scale for _, scale in pairs]
-        ctx.save_for_backward(rows, None if mask is None else mask.bits, *s, *weights, *a, *(b for b, _ in pairs))
-        return answers
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *dhs: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, bits, *saved = ctx.saved_tensors
-        mask = None if ctx.mask is None else replace(ctx.mask, bits=bits)
-        n = len(ctx.scales)
-        s, weights, a, b = (saved[i * n : (i + 1) * n] for i in range(4))
-        needs_x, _, _, *needs = ctx.needs_input_grad
-        needs_bias, needs_a, needs_b = needs[n : 2 * n], needs[2 * n : 3 * n], needs[3 * n :]
-        grads: list[list[Tensor | None]] = [[None] * n for _ in range(4)]  # of weights, biases, a and b
-        # in the order in which autograd comes to separate projections: the last called first
-        live = [(i, dh.reshape(-1, dh.shape[-1])) for i in reversed(range(n)) if (dh := dhs[i]) is not None]
-        if not live:
-            return (None,) * (3 + 4 * n)
-        ds = []
-        for i, dh in live:
-            one, dbt = products.two_gradients(dh, s[i], b[i], ctx.beside[i], needs_b[i])  # (T, r), (r, d)
-            ds.append(one)
-            grads[3][i] = None if dbt is None else laid_out_as_b(dbt, ctx.scales[i], ctx.masters[i][1])
-            grads[1][i] = dh.sum(0) if needs_bias[i] else None
-        together = ds[0] if len(live) == 1 else torch.cat(ds, dim=1)  # (T, Σr)
-        wanted = [i for i, _ in live if needs_a[i]]
-        seen = seen_by_a(rows, mask) if wanted else rows
-        for i, da in zip(
-            wanted, a_gradients(together, ds, [i for i, _ in live], wanted, seen, ctx.stacks), strict=True
-        ):
-            grads[2][i] = da.to(ctx.masters[i][0], copy=ctx.stacks)
-        dx = InputGradient()
-        if needs_x:
-            for (i, dh), one in zip(live, ds, strict=True):
-                dx.add(dh, weights[i], one, a[i], mask)
-        total = dx.total(together)
-        total = None if total is None else total.view(ctx.shape)
-        return total, None, None, *grads[0], *grads[1], *grads[2], *grads[3]

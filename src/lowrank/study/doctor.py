@@ -132,8 +132,8 @@ def describe_model(name: str, targets: str | None, rank: int, tokens: int, dtype
 
 
 def _products(tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device: str) -> str:
-    """How the products of a fused layer are computed at this shape, with what was measured."""
-    order = choose_order(tokens, k, d, rank, dtype, device, measure=True).why
+    """How the products of a fused layer are computed at this shape."""
+    order = choose_order(tokens, k, d, rank, dtype, device).why
     cut = pieces.explain(tokens, k, d, dtype) if device == "cpu" else ""
     return f"{order}; {cut}" if cut else order
 

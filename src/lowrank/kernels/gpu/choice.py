@@ -1,13 +1,13 @@
-"""Whether a Triton kernel computes a product: only where it gives torch's answer and has been measured faster.
+"""Whether a Triton kernel computes a product, and by which tiles: by rule, and only where it gives torch's answer.
 
-Kernel and torch's own form are run once per shape and dtype on the GPU, on random tensors made for it; the process
-keeps the answer. A kernel that this GPU or this Triton cannot run, or runs wrong, is not used, and a warning says so.
-Under torch.use_deterministic_algorithms the clock decides nothing: torch's form is used.
+A clock would make two runs from one seed differ, so none is asked. The GPUs on which the kernels were measured to be
+faster than torch's products are in `MEASURED`: none yet. LOWRANK_TRITON=1 asks for them on any GPU, LOWRANK_TRITON=0
+turns them off. Kernel and torch's own form are run once per shape and dtype, on random tensors made for it; a kernel
+that this GPU or this Triton cannot run, or runs wrong, is not used, and a warning says so.
 """
 
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,20 +22,20 @@ from lowrank.errors import LowrankWarning
 if TYPE_CHECKING:
     from lowrank.kernels.gpu.product import Tile
 
-OFF = os.environ.get("LOWRANK_TRITON") == "0"
+ASKED = os.environ.get("LOWRANK_TRITON")
+MEASURED: frozenset[str] = frozenset()  # names of GPUs, as torch.cuda.get_device_name has them
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CLOSE = 1e-2  # a kernel's answer is torch's if it is off by no more, in norm: TF32 and half precision are well below
 
 
 def available(x: Tensor) -> bool:
-    """True where a Triton kernel could run on x at all."""
-    return (
-        x.is_cuda
-        and x.dtype in DTYPES
-        and not OFF
-        and _installed()
-        and not torch.are_deterministic_algorithms_enabled()
-    )
+    """True where a Triton kernel could compute a product of x."""
+    return x.is_cuda and x.dtype in DTYPES and _wanted(x.device) and _installed()
+
+
+@cache
+def _wanted(device: torch.device) -> bool:
+    return ASKED == "1" or (ASKED != "0" and torch.cuda.get_device_name(device) in MEASURED)
 
 
 @cache
@@ -44,16 +44,17 @@ def _installed() -> bool:
 
 
 def product_tile(x: Tensor, width: int, rank: int, onto: bool) -> "Tile | None":
-    """The tiles with which `gpu.product.plus_low_rank` beats a product of x (T, k) followed by addmm_; None: none do.
+    """The tiles by which `gpu.product.plus_low_rank` computes a product of x (T, k), (T, width); None: torch does.
 
-    Tokens count in eighths of a power of two, so that batches of like length share a measurement.
+    The first of `TILES` that the output fills and the kernel serves with. Tokens count in eighths of a power of two, so
+    that batches of like length share a trial.
     """
     return _product_tile(_rounded(x.shape[0]), x.shape[1], width, rank, x.dtype, onto, x.device)
 
 
-def gradients_are_faster(dy: Tensor, rank: int) -> bool:
-    """Whether `gpu.gradients.two_gradients` beats two products with dY (T, d)."""
-    return _gradients_are_faster(_rounded(dy.shape[0]), dy.shape[1], rank, dy.dtype, dy.device)
+def serves_gradients(dy: Tensor, rank: int) -> bool:
+    """Whether `gpu.gradients.two_gradients` gives torch's two products with dY (T, d)."""
+    return _serves_gradients(_rounded(dy.shape[0]), dy.shape[1], rank, dy.dtype, dy.device)
 
 
 def _rounded(tokens: int) -> int:
@@ -74,23 +75,21 @@ def _product_tile(
     def kernel(tile: Tile) -> Callable[[], Sequence[Tensor]]:
         return lambda: [plus_low_rank(x, m, s, n, onto=start.clone() if onto else None, tile=tile)]
 
-    def torchs() -> Sequence[Tensor]:
-        return [(start.clone().addmm_(x, m) if onto else x @ m).addmm_(s, n)]
-
-    fastest = _fastest(f"x·W + S·B of {tokens}×{inner} by {inner}×{width}", list(map(kernel, TILES)), torchs, device)
-    return None if fastest is None else TILES[fastest]
+    wanted = [(start.clone().addmm_(x, m) if onto else x @ m).addmm_(s, n)]
+    fitting = [tile for tile in TILES if tile.tokens <= tokens and tile.width <= width] or list(TILES[-1:])
+    first = _first_that_serves(
+        f"x·W + S·B of {tokens}×{inner} by {inner}×{width}", list(map(kernel, fitting)), wanted, device
+    )
+    return None if first is None else fitting[first]
 
 
 @cache
-def _gradients_are_faster(tokens: int, width: int, rank: int, dtype: torch.dtype, device: torch.device) -> bool:
+def _serves_gradients(tokens: int, width: int, rank: int, dtype: torch.dtype, device: torch.device) -> bool:
     from lowrank.kernels.gpu.gradients import two_gradients
 
     dy, s, b = _drawn(((tokens, width), (tokens, rank), (width, rank)), dtype, device)
-
-    def torchs() -> Sequence[Tensor]:
-        return dy @ b, (s.t() @ dy).t()
-
-    return _fastest(f"dS and dB of {tokens}×{width}", [lambda: two_gradients(dy, s, b)], torchs, device) is not None
+    wanted, what = (dy @ b, (s.t() @ dy).t()), f"dS and dB of {tokens}×{width}"
+    return _first_that_serves(what, [lambda: two_gradients(dy, s, b)], wanted, device) is not None
 
 
 def _drawn(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -99,15 +98,12 @@ def _drawn(shapes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.
     return [torch.randn(*shape, generator=draw, device=device).div_(math.sqrt(shape[0])).to(dtype) for shape in shapes]
 
 
-def _fastest(
-    what: str,
-    kernels: Sequence[Callable[[], Sequence[Tensor]]],
-    torchs: Callable[[], Sequence[Tensor]],
-    device: torch.device,
+def _first_that_serves(
+    what: str, kernels: Sequence[Callable[[], Sequence[Tensor]]], wanted: Sequence[Tensor], device: torch.device
 ) -> int | None:
-    """Which of the kernels is the fastest; None where torch's form is, or no kernel gives its answer."""
-    wanted, seconds, faults = torchs(), [_seconds(torchs, device)], []
-    for kernel in kernels:
+    """The first of the kernels that gives torch's answer; None where none does, which is said."""
+    faults = []
+    for i, kernel in enumerate(kernels):
         try:
             off = max(
                 float((one.float() - other.float()).norm() / other.float().norm())
@@ -115,29 +111,9 @@ def _fastest(
             )
             if not off <= CLOSE:
                 raise ArithmeticError(f"its answer is off by {off:.2g}")
-            seconds.append(_seconds(kernel, device))
+            return i
         except Exception as error:  # a GPU, a driver or a Triton that the kernel was not written for: there is torch
             faults.append(f"{type(error).__name__}: {error}".splitlines()[0])
-            seconds.append(math.inf)
-    if len(faults) == len(kernels):
-        message = f"the Triton kernel for {what} does not serve on {device}, torch's products are used: {faults[0]}"
-        warnings.warn(message, LowrankWarning, stacklevel=2)
-    best = min(range(len(seconds)), key=seconds.__getitem__)
-    return best - 1 if best else None
-
-
-def _seconds(job: Callable[[], object], device: torch.device) -> float:
-    """The best of five, after two to warm up (the first compiles)."""
-    times = []
-    for _ in range(7):
-        _wait(device)
-        start = time.perf_counter()
-        job()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times[2:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    message = f"the Triton kernel for {what} does not serve on {device}, torch's products are used: {faults[0]}"
+    warnings.warn(message, LowrankWarning, stacklevel=2)
+    return None
