@@ -225,7 +225,7 @@ WRONG = [
     ({"alpha": float("nan")}, ConfigError, "lora_alpha must be a finite number"),
     ({"targets": "q_prj"}, TargetError, "'q_prj' matches no module"),
     ({"init": "magic"}, ConfigError, "magic"),
-    ({"model": "no/such"}, ConfigError, "model no/such: there is no such folder"),
+    ({"model": "no/such"}, CheckpointError, "no/such: there is no such folder here"),
     ({"max_length": 65}, ConfigError, "--max-length 65: this model holds 64 tokens"),
     ({"data": "none.jsonl"}, DataError, "none.jsonl"),
     ({"device": "warp"}, ConfigError, "--device warp"),

@@ -119,7 +119,7 @@ def _read(adapters: Sequence[tuple[AdapterPath, float]], allow_pickle: bool) -> 
                 f"{os.fspath(folder)} is a DoRA adapter, whose change depends on the base and is not linear in its "
                 "factors: merge it into the base and extract the difference"
             )
-        parts.append(_Part(Path(folder), content_of(files), float(weight)))
+        parts.append(_Part(files.folder, content_of(files), float(weight)))
     return parts
 
 

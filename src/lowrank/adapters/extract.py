@@ -20,6 +20,7 @@ from lowrank.core.exact import decompose
 from lowrank.core.randomised import Dense, compress
 from lowrank.core.truncation import Cut, LowRank, check_energy, check_rank
 from lowrank.errors import CheckpointError, ConfigError, MergeError
+from lowrank.hub import HubId, origin
 from lowrank.injection.patterns import matches
 from lowrank.modelfiles.base import BaseFiles, read_base
 from lowrank.modelfiles.lookup import is_table
@@ -106,7 +107,7 @@ def extract_adapter(
     results = for_each(chosen, lambda one: _factors(one, before, cut, exact, seed), progress)
     found = {_path(one): result for one, result in zip(chosen, results, strict=True)}
     whole, lost = _rest(pairing, changed, found, targets, embeddings, save_rest)
-    content = _content(before, os.fspath(base), found, whole, prefix)
+    content = _content(before, origin(before.folder) or HubId(os.fspath(base)), found, whole, prefix)
     write_adapter(folder, content)
     modules = tuple(_energy(path, result) for path, (_, result) in found.items())
     return ExtractReport(modules, overall(modules), tuple(f"{k.path}.{k.name}" for k in whole.tensors), tuple(lost))
@@ -186,15 +187,16 @@ def _rest(
 
 
 def _content(
-    base: BaseFiles, given: str, found: Mapping[str, tuple[Target, LowRank]], whole: Whole, prefix: str
+    base: BaseFiles, name: HubId, found: Mapping[str, tuple[Target, LowRank]], whole: Whole, prefix: str
 ) -> AdapterContent:
     targets: dict[str, Target] = {prefix + path: target for path, (target, _) in found.items()}
     config = base.config or {}
     every = [prefix + name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")]
     names = target_names(targets, sorted({*every, *targets}))
     architecture = next(iter(architectures(config)), None)
-    origin = {
-        "base_model_name_or_path": given,
+    came_from = {
+        "base_model_name_or_path": name.repo,
+        "revision": name.revision,
         "fan_in_fan_out": config.get("model_type") in CONV1D_MODELS,
         "task_type": _task(architecture),
     }
@@ -202,7 +204,7 @@ def _content(
     return AdapterContent(
         targets,
         {"target_modules": names},
-        origin,
+        came_from,
         {replace(key, path=prefix + key.path): tensor for key, tensor in whole.tensors.items()},
         tuple(prefix + path for path in whole.modules),
         whole.bias,

@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -39,6 +38,8 @@ def load_adapter(
 ) -> LoadReport:
     """In place: give `model` the adapter in `folder`, h = W0·x + s·B·A·x with the scale its config declares.
 
+    folder: of PEFT's format, or the adapter's name on the Hub (`org/name`, `org/name@revision`).
+
     The tensors in the file decide which modules are adapted. Leading parts of module paths that differ (`model.`) are
     exchanged where that makes all of them fit, and the report says so. The adapter becomes the only active one; it
     requires gradients only if `trainable`. Factors are kept in float32 (or wider), whatever the file holds.
@@ -49,7 +50,7 @@ def load_adapter(
     tensors that are missing, unexpected or of another shape than the model wants.
     """
     check_new_name(model, adapter_name)
-    return load_files(model, open_adapter(Path(folder), allow_pickle), adapter_name, trainable)
+    return load_files(model, open_adapter(folder, allow_pickle), adapter_name, trainable)
 
 
 def load_files(model: nn.Module, files: AdapterFiles, adapter_name: str, trainable: bool) -> LoadReport:

@@ -15,6 +15,7 @@ from lowrank.checkpoint.layout import from_file, pair_roles
 from lowrank.core.factors import LoraFactors
 from lowrank.core.finite import all_finite
 from lowrank.errors import CheckpointError
+from lowrank.hub import local_folder
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -76,7 +77,7 @@ def _master(tensor: Tensor) -> Tensor:
 
 
 def read_adapter(folder: str | os.PathLike[str], allow_pickle: bool = False) -> AdapterFiles:
-    """The adapter in `folder`, checked as far as that goes without a model.
+    """The adapter in `folder`, which may be a name on the Hub, checked as far as that goes without a model.
 
     allow_pickle: read the `adapter_model.bin` of an old adapter, by torch.load(weights_only=True).
 
@@ -84,14 +85,15 @@ def read_adapter(folder: str | os.PathLike[str], allow_pickle: bool = False) -> 
     weights that are missing, truncated or garbage, and (all listed at once) tensors that are empty, without their
     partner, or of another rank than the config declares.
     """
-    files = open_adapter(Path(folder), allow_pickle)
+    files = open_adapter(folder, allow_pickle)
     if faults := tensor_faults(files) + _rank_faults(files):
         raise CheckpointError(f"{files.folder}: {'; '.join(faults)}")
     return files
 
 
-def open_adapter(folder: Path, allow_pickle: bool) -> AdapterFiles:
+def open_adapter(name: str | os.PathLike[str], allow_pickle: bool) -> AdapterFiles:
     """`read_adapter` without the checks of single tensors."""
+    folder = local_folder(name)
     config = read_config(folder)
     low_rank, full = sort_tensors(_read_tensors(folder, allow_pickle), folder)
     return AdapterFiles(folder, config, low_rank, full, read_companion(folder))

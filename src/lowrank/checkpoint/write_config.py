@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.checkpoint.describe import describe, target_names
+from lowrank.hub import HubId, origin
 from lowrank.injection.config import LoraConfig
 
 # PEFT wraps these heads in full, without being asked, for the task, and then expects their tensors in the file.
@@ -39,10 +40,11 @@ def config_bytes(
     """The file's content. modules: {path: (rank in the file, scale)}; transposed: some target is a Conv1D."""
     ranks = describe(modules, config.use_rslora)
     task = task_type(model, config.modules_to_save, all_paths)
+    base = base_name(model)
     content = {
         "alpha_pattern": ranks.alpha_pattern,
         "auto_mapping": None if task else _auto_mapping(model),
-        "base_model_name_or_path": base_name(model),
+        "base_model_name_or_path": base and base.repo,
         "bias": config.bias,
         "fan_in_fan_out": transposed,
         "inference_mode": True,
@@ -55,7 +57,7 @@ def config_bytes(
         "peft_type": "LORA",
         "r": ranks.r,
         "rank_pattern": ranks.rank_pattern,
-        "revision": None,
+        "revision": base and base.revision,
         "target_modules": target_names(modules, all_paths),
         "task_type": task,
         "use_dora": config.use_dora,
@@ -64,10 +66,15 @@ def config_bytes(
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def base_name(model: nn.Module) -> str | None:
-    """Where the base came from, as its config remembers it; nothing is looked up."""
+def base_name(model: nn.Module) -> HubId | None:
+    """Where the base came from, as its config remembers it: a path, or for one in the Hub's cache its name and commit.
+
+    Nothing is looked up.
+    """
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return name if isinstance(name, str) and name else None
+    if not isinstance(name, str) or not name:
+        return None
+    return origin(name) or HubId(name)
 
 
 def task_type(model: nn.Module, saved: tuple[str, ...] | list[str], all_paths: list[str]) -> str | None:

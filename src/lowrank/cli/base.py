@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def base_folder(model: Path) -> Path:
-    """The folder itself, or that of the shipped decoder for "nano"; whether it is a model is for the work to say."""
+    """The path itself, or the shipped decoder's for "nano"; names on the Hub, and what is no model, the work sees."""
     if str(model) == "nano" and not model.is_dir():
         from lowrank.nano import model_path
 

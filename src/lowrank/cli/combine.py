@@ -44,7 +44,7 @@ def combine(
     Parameters
     ----------
     adapter
-        An adapter's folder, as DIR or DIR:WEIGHT; repeat the flag for several
+        An adapter, as DIR or DIR:WEIGHT, a folder or a name on the Hub; repeat the flag for several
     out
         The folder to make
     method

@@ -47,13 +47,14 @@ def convert(
     Parameters
     ----------
     source
-        A folder of PEFT's or mlx-lm's, a file of loralib's or llama.cpp's (.gguf), or a model's folder with .bin files
+        An adapter: a folder of PEFT's or mlx-lm's, its name on the Hub, a file of loralib's or llama.cpp's (.gguf); or
+        a model's folder with .bin files
     out
         The folder or, for loralib and gguf, the file to make
     to
         peft; peft-bin, for PEFT before 0.6; loralib; mlx; gguf; safetensors, for a whole model
     model
-        The base model's folder or "nano", of which gguf needs the config.json
+        The base, its folder, its name on the Hub or "nano", of which gguf needs the config.json
     alpha
         The lora_alpha that a loralib file was trained with
     enable_lora

@@ -45,7 +45,7 @@ def dimension(
     Parameters
     ----------
     model
-        The folder of a transformers model, or "nano", the one that ships with lowrank
+        A model: its folder, its name on the Hub (org/name), or "nano", which ships with lowrank
     data
         A jsonl, csv or tsv file: rows of prompt + completion, text, or text + label
     out

@@ -28,7 +28,7 @@ def doctor(
     Parameters
     ----------
     model
-        The folder of a transformers model, or "nano". Only its config is read; no weights are loaded.
+        A model: its folder, its name on the Hub, or "nano". Only its config is read; no weights are loaded
     targets
         What to adapt: names with commas between, "all-linear", or one regex. Default: query and value.
     rank

@@ -37,11 +37,11 @@ def evaluate(
     Parameters
     ----------
     model
-        The folder of a transformers model, or "nano", the one that ships with lowrank
+        A model: its folder, its name on the Hub (org/name), or "nano", which ships with lowrank
     data
         A jsonl, csv or tsv file
     adapter
-        The folder of an adapter; the bare model where not given
+        An adapter: its folder, or its name on the Hub; the bare model where not given
     count
         Evaluate on so many rows, spread evenly over the file; all where not given
     batch_size

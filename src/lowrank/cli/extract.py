@@ -45,7 +45,7 @@ def extract(
     Parameters
     ----------
     model
-        The base: a folder with safetensors weights, or one weight file
+        The base: a folder with safetensors weights, one weight file, or a name on the Hub
     tuned
         The same model after training
     out

@@ -35,11 +35,11 @@ def generate(
     Parameters
     ----------
     model
-        The folder of a transformers model, or "nano", the one that ships with lowrank
+        A model: its folder, its name on the Hub (org/name), or "nano", which ships with lowrank
     prompt
         The prompt, put into the template of the adapter if it has one
     adapter
-        The folder of an adapter; the bare model where not given
+        An adapter: its folder, or its name on the Hub; the bare model where not given
     template
         Another template, as in "Q: {prompt}\\nA:"; the adapter's where not given
     max_new_tokens

@@ -31,11 +31,11 @@ def inspect(
     Parameters
     ----------
     adapter
-        The folder of an adapter
+        An adapter: its folder, or its name on the Hub
     model
-        The folder of its base, or "nano": adds ‖ΔW‖/‖W0‖, amplification and intruder dimensions
+        Its base: a folder, a name on the Hub, or "nano"; adds ‖ΔW‖/‖W0‖, amplification and intruder dimensions
     against
-        The folder of another adapter of the same base: adds how similar the two are
+        Another adapter of the same base; adds how similar the two are
     html
         A file to write the report to, with figures; it needs no network to be read
     json

@@ -43,9 +43,9 @@ def merge(
     Parameters
     ----------
     model
-        The base: a folder with safetensors weights, one weight file, or "nano"
+        The base: a folder with safetensors weights, one weight file, a name on the Hub, or "nano"
     adapter
-        An adapter's folder, as DIR or DIR:WEIGHT; repeat the flag for several
+        An adapter, as DIR or DIR:WEIGHT, a folder or a name on the Hub; repeat the flag for several
     out
         The folder to make
     dtype

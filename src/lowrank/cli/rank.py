@@ -47,11 +47,11 @@ def rank(
     Parameters
     ----------
     model
-        Before training: the folder of a transformers model, or "nano"
+        Before training: a model, its folder, its name on the Hub, or "nano"
     data
         Before training: a jsonl, csv or tsv file to take the gradient on
     adapter
-        After training: the folder of an adapter, whose ΔW is measured exactly
+        After training: an adapter, its folder or its name on the Hub, whose ΔW is measured exactly
     energy
         The share of a module's energy (its sum of σ²) that its rank should hold; 0.9 where not given
     budget

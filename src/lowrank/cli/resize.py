@@ -41,7 +41,7 @@ def resize(
     Parameters
     ----------
     adapter
-        The adapter's folder
+        An adapter: its folder, or its name on the Hub
     out
         The folder to make
     rank

@@ -42,9 +42,9 @@ def train(
     Parameters
     ----------
     model
-        The folder of a transformers model, or "nano", the one that ships with lowrank
+        A model: its folder, its name on the Hub (org/name, org/name@revision), or "nano", which ships with lowrank
     data
-        A jsonl, csv or tsv file: rows of prompt + completion, text, or text + label
+        A jsonl, csv or tsv file, or one on the Hub (org/name:FILE): rows of prompt + completion, text, text + label
     out
         The folder to make: adapter, log and resolved settings
     config

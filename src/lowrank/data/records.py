@@ -9,6 +9,7 @@ from typing import Any
 
 from lowrank.data.tables import read_csv, read_tsv
 from lowrank.errors import DataError
+from lowrank.hub import local_file
 
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # only an escape can bring one into a UTF-8 file
 DEEPEST = 100  # brackets in brackets: beyond any data, and far below what Python's own recursion bears
@@ -107,12 +108,12 @@ READERS: dict[str, Callable[[Path, bool], DataFile]] = {".jsonl": _jsonl, ".csv"
 
 
 def read_file(path: str | Path, header: bool = True) -> DataFile:
-    """All rows of a jsonl, csv or tsv file.
+    """All rows of a jsonl, csv or tsv file, or of one in a data set on the Hub (org/name:train.jsonl).
 
     Raises DataError, naming file and line, for a file that is missing, empty, of another kind or not UTF-8, and for
     lines that cannot be read.
     """
-    path = Path(path)
+    path = local_file(path)
     if path.is_dir():
         raise DataError(f"{path}: this is a folder; give one of its files ({', '.join(READERS)})")
     reader = READERS.get(path.suffix.lower())

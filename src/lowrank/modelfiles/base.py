@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.errors import CheckpointError, some
+from lowrank.hub import local_folder, origin
 from lowrank.modelfiles.layout import Entry, Layout, read_layout
 
 SINGLE = "model.safetensors"
@@ -56,18 +57,19 @@ class BaseFiles:
     @property
     def label(self) -> str:
         """What messages and the card call it: the folder's name, or in the Hub's cache the model's; no path."""
-        if self.folder.parent.name == "snapshots":
-            return self.folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return self.folder.name
+        found = origin(self.folder)
+        return found.repo if found else self.folder.name
 
 
 def read_base(base: str | os.PathLike[str]) -> BaseFiles:
-    """The checkpoint in the folder `base`, or the one weight file `base`, every header and the index checked.
+    """The checkpoint in the folder `base`, the one weight file `base`, or that of the model `base` on the Hub.
+
+    Every header and the index are checked.
 
     Raises CheckpointError: no such folder, no safetensors weights (pickled ones are not read), an index that names what
     is not there, a tensor in two files, a damaged file, a link that leads out of the folder.
     """
-    path = Path(base)
+    path = local_folder(base)
     if not path.exists():
         raise CheckpointError(f"there is no model at {path}: give a folder with config.json and *.safetensors files")
     folder = Path(os.path.realpath(path if path.is_dir() else path.parent))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowrank.data.names import read_targets
 from lowrank.errors import CheckpointError, ConfigError
+from lowrank.hub import JSON
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.paths import execution_paths, shared_inputs
@@ -117,7 +118,7 @@ def describe_model(name: str, targets: str | None, rank: int, tokens: int, dtype
         raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if tokens < 1:
         raise ConfigError(f"--tokens {tokens}: a batch has at least one token")
-    model = _empty_model(find_model(name), DTYPES[dtype])
+    model = _empty_model(find_model(name, JSON), DTYPES[dtype])
     plan = inject(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=read_targets(targets)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds: Counter[tuple[str, tuple[int, int], str, str]] = Counter()

@@ -10,6 +10,7 @@ from lowrank.data.recipe import Recipe, read_recipe
 from lowrank.data.settings import DataSettings
 from lowrank.data.tokens import encode
 from lowrank.errors import ConfigError, DataError
+from lowrank.hub import local_folder
 from lowrank.train.evaluation import Scores, score
 from lowrank.train.models import find_model, longest_row, own_labels
 from lowrank.train.settings import EvalSettings
@@ -35,7 +36,8 @@ def evaluate(settings: EvalSettings) -> EvalResult:
     Raises LowrankError for whatever is wrong with the settings, the data, the model or the adapter.
     """
     base = find_model(settings.model)
-    trained = read_recipe(settings.adapter or base)
+    adapter = None if settings.adapter is None else local_folder(settings.adapter)
+    trained = read_recipe(adapter or base)
     data_settings = _data_settings(settings, trained)
     data = read_dataset(settings.data, data_settings).spread(settings.rows)
     if trained and data.kind != trained.kind:
@@ -47,8 +49,8 @@ def evaluate(settings: EvalSettings) -> EvalResult:
     loaded = load(base, data.kind, labels, settings)
     if loaded.fresh and settings.adapter is None:
         raise ConfigError(f"model {base}: it has no trained classification head to evaluate; give the --adapter")
-    if settings.adapter is not None:
-        load_adapter(loaded.model, settings.adapter)
+    if adapter is not None:
+        load_adapter(loaded.model, adapter)
     longest = longest_row(loaded.model, loaded.tokenizer, data_settings.max_length)
     encoded = encode(data, loaded.tokenizer, Recipe(data.kind, data_settings.template, longest, labels))
     scores = score(loaded.model, encoded.examples, loaded.measure(data.kind), settings.batch_size)

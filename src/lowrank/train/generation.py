@@ -9,6 +9,7 @@ from lowrank.checkpoint import load_adapter
 from lowrank.data.recipe import Recipe, read_recipe
 from lowrank.data.tokens import prompt_ids
 from lowrank.errors import ConfigError
+from lowrank.hub import local_folder
 from lowrank.train.models import find_model, quiet
 from lowrank.train.settings import GenerateSettings
 from lowrank.train.task import Loaded, load
@@ -24,10 +25,11 @@ def generate(settings: GenerateSettings, on_text: Callable[[str], None] | None =
     long.
     """
     base = find_model(settings.model)
-    recipe = _recipe(settings, read_recipe(settings.adapter or base))
+    adapter = None if settings.adapter is None else local_folder(settings.adapter)
+    recipe = _recipe(settings, read_recipe(adapter or base))
     loaded = load(base, recipe.kind, (), settings)
-    if settings.adapter is not None:
-        load_adapter(loaded.model, settings.adapter)
+    if adapter is not None:
+        load_adapter(loaded.model, adapter)
     ids = prompt_ids(loaded.tokenizer, recipe, settings.prompt)
     room = _room(loaded, ids)
     with torch.random.fork_rng(), quiet():

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer from a folder: never from the network, never with code that came with the model."""
+"""Finding a model, and loading it and its tokenizer from a folder: never with code that came with the model."""
 
 import json
 import warnings
@@ -11,23 +11,25 @@ import torch
 from torch import nn
 
 from lowrank.errors import CheckpointError, ConfigError, LowrankWarning
+from lowrank.hub import EVERYTHING, local_folder
 from lowrank.train.settings import MachineSettings
 
 LONGEST = 512  # tokens, where neither the user nor the model says less
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
 
 
-def find_model(name: str) -> Path:
-    """The folder `--model` means: a path, or "nano" for the model that ships with lowrank.
+def find_model(name: str, files: Sequence[str] = EVERYTHING) -> Path:
+    """The folder `--model` means: a path, "nano" for the model that ships with lowrank, or a model's name on the Hub.
 
-    Raises ConfigError for anything that is not a folder with a config.json, CheckpointError where that is damaged.
+    files: patterns of what a model on the Hub is needed for. Raises ConfigError for anything that is not a folder with
+    a config.json, CheckpointError where that is damaged or cannot be fetched.
     """
     if name == "nano" and not Path(name).is_dir():
         from lowrank.nano import model_path
 
         return model_path()
-    folder = Path(name)
-    wanted = 'give the folder of a transformers model (config.json, weights, tokenizer), or "nano"'
+    folder = local_folder(name, files)
+    wanted = 'give the folder of a transformers model, a name on the Hub (org/name), or "nano"'
     if not folder.is_dir():
         raise ConfigError(f"model {name}: there is no such folder; {wanted}")
     if not (folder / "config.json").is_file():

@@ -81,7 +81,7 @@ class MachineSettings(Settings):
 class RunSettings(DataSettings, StepSettings, MachineSettings):
     """What every kind of training needs."""
 
-    model: str = Field(description='The folder of a transformers model, or "nano", the one that ships with lowrank')
+    model: str = Field(description='A model: its folder, its name on the Hub (org/name), or "nano", the shipped one')
     data: str = Field(description="A jsonl, csv or tsv file")
 
 
@@ -126,9 +126,11 @@ def _own_first(name: str) -> bool:
 class EvalSettings(DataSettings, MachineSettings):
     """Everything `lowrank.train.evaluate` needs. What an adapter was trained with holds where nothing else is given."""
 
-    model: str = Field(description='The folder of a transformers model, or "nano"')
+    model: str = Field(description='A model: its folder, its name on the Hub, or "nano"')
     data: str = Field(description="A jsonl, csv or tsv file")
-    adapter: str | None = Field(None, description="The folder of an adapter; the bare model where not given")
+    adapter: str | None = Field(
+        None, description="An adapter: a folder, or a name on the Hub; the bare model if not given"
+    )
     rows: int | None = Field(None, ge=1, description="Evaluate on so many rows, spread evenly over the file")
     batch_size: int = Field(16, ge=1, description="Rows in one forward pass")
 
@@ -136,9 +138,11 @@ class EvalSettings(DataSettings, MachineSettings):
 class GenerateSettings(MachineSettings):
     """Everything `lowrank.train.generate` needs."""
 
-    model: str = Field(description='The folder of a transformers model, or "nano"')
+    model: str = Field(description='A model: its folder, its name on the Hub, or "nano"')
     prompt: str = Field(description="The prompt, put into the template of the adapter if it has one")
-    adapter: str | None = Field(None, description="The folder of an adapter; the bare model where not given")
+    adapter: str | None = Field(
+        None, description="An adapter: a folder, or a name on the Hub; the bare model if not given"
+    )
     template: Annotated[str | None, BeforeValidator(unescape)] = Field(
         None, description='Another template, as in "Q: {prompt}\\nA:"; the adapter\'s where not given'
     )

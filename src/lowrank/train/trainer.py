@@ -17,6 +17,7 @@ from lowrank.data.recipe import Recipe
 from lowrank.data.settings import DataSettings
 from lowrank.data.tokens import Encoded, encode
 from lowrank.errors import DataError, LowrankError
+from lowrank.hub import pinned
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
 from lowrank.train.evaluation import Scores
@@ -66,14 +67,24 @@ def run(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResul
         data = encode(rows, loaded.tokenizer, recipe)
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
         adapted = _adapt(loaded, settings)
+        sources = _sources(settings, base, rows, held_out)
+        settings = settings.model_copy(update=sources)
         claim(folder, settings.resolved())
         steps = steps_of(settings, len(data.examples))
         listener = Several(Log(folder / LOG), reporter or Reporter())
         listener.started(summarise(settings, loaded, adapted, rows, data, evaluated, steps), steps)
         state = _train(loaded, rows.kind, data, evaluated, settings, listener)
     _save(loaded, settings, folder)
-    write_record(folder, _record(recipe, state, loaded))
+    write_record(folder, _record(recipe, state, loaded) | sources)
     return _result(folder, state)
+
+
+def _sources(settings: TrainSettings, base: Path, rows: Dataset, held_out: Dataset | None) -> dict[str, str]:
+    """What was trained on what, names on the Hub with the commit that was found for them."""
+    found = {"model": pinned(settings.model, base), "data": pinned(settings.data, rows.path)}
+    if settings.eval_data is not None and held_out is not None:
+        found["eval_data"] = pinned(settings.eval_data, held_out.path)
+    return found
 
 
 def target_config(settings: TargetSettings) -> LoraConfig:

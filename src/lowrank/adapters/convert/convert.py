@@ -17,6 +17,7 @@ from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, check
 from lowrank.checkpoint.config_file import NAME
 from lowrank.checkpoint.read import PICKLE, SAFETENSORS, read_adapter
 from lowrank.errors import CheckpointError, ConfigError
+from lowrank.hub import JSON, local_folder
 
 Reader = Callable[[Path, ConvertOptions], Read]
 Writer = Callable[[AdapterContent, Path, ConvertOptions], tuple[str, ...]]
@@ -93,8 +94,8 @@ def convert_adapter(
     """
     if to not in FORMATS:
         raise ConfigError(f"format {to!r} is not known: choose one of {', '.join(FORMATS)}")
-    base = None if model is None else Path(model)
-    place, options = Path(source), ConvertOptions(base, alpha, enable_lora, dtype, allow_pickle)
+    base = None if model is None else local_folder(model, JSON)
+    place, options = local_folder(source), ConvertOptions(base, alpha, enable_lora, dtype, allow_pickle)
     found, target = detect(place), _check_target(place, Path(out), to)
     if direct := DIRECT.get((found, to)):
         return ConvertReport(found, to, 0, direct(place, target, options))

@@ -15,6 +15,7 @@ from lowrank.checkpoint.restore import with_moved_base
 from lowrank.core.factors import LoraFactors
 from lowrank.core.merging import Change, prepare
 from lowrank.errors import MergeError
+from lowrank.hub import origin
 
 AdapterPath = str | os.PathLike[str]
 WeightedAdapter = AdapterPath | tuple[AdapterPath, float]
@@ -31,7 +32,8 @@ class Adapter:
     @property
     def label(self) -> str:
         """What messages and the card call it: its folder's name, no path of this machine."""
-        return self.folder.resolve().name or "adapter"
+        found = origin(self.folder)
+        return found.repo if found else self.folder.resolve().name or "adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,8 @@ def _is_pair(value: object) -> bool:
 def _read(path: AdapterPath, weight: float, allow_pickle: bool) -> Adapter:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
         raise MergeError(f"merge: the weight of {os.fspath(path)} must be a finite number other than 0, not {weight!r}")
-    adapter = Adapter(Path(path), read_adapter(path, allow_pickle), float(weight))
+    files = read_adapter(path, allow_pickle)
+    adapter = Adapter(files.folder, files, float(weight))
     if adapter.weight != 1 and adapter.files.config.lora.use_dora:
         raise MergeError(
             f"{path} is a DoRA adapter, whose change is not linear in its factors: it can be merged with weight 1 only"

@@ -27,7 +27,7 @@ class Wanted(Settings):
 class GradientRankSettings(Wanted, GradientRows, TargetSettings, DataSettings, MachineSettings):
     """Everything `from_gradient` needs."""
 
-    model: str = Field(description='The folder of a transformers model, or "nano", the one that ships with lowrank')
+    model: str = Field(description='A model: its folder, its name on the Hub (org/name), or "nano", the shipped one')
     data: str = Field(description="A jsonl, csv or tsv file")
 
     @model_validator(mode="after")
