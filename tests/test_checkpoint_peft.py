@@ -111,7 +111,10 @@ def test_we_give_pefts_answers(case, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_peft_saved_goes_through_us_unchanged(case, tmp_path):
-    """Every tensor PEFT wrote is in our file, under the same key and with the same bits, and PEFT takes it back."""
+    """Every tensor PEFT wrote is in our file, under the same key and with the same bits, and PEFT takes it back.
+
+    Where modules differ in scale, that is so for `scales="own"`; tests/test_one_scale.py has the other way.
+    """
     from peft import PeftModel, get_peft_model
 
     make, _, config = configs(case)
@@ -120,7 +123,7 @@ def test_what_peft_saved_goes_through_us_unchanged(case, tmp_path):
     theirs.save_pretrained(tmp_path / "a")
     model = make()
     lowrank.load_adapter(model, tmp_path / "a")
-    lowrank.save_adapter(model, tmp_path / "b")
+    lowrank.save_adapter(model, tmp_path / "b", scales="own")
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
     tables = {key for key in before if key.endswith("base_layer.weight")}  # PEFT's copies of the base's own tables
     assert before.keys() - tables == after.keys()
@@ -136,14 +139,14 @@ def test_load_after_save_is_the_identity(case, tmp_path):
     model = make()
     lowrank.inject(model, ours)
     disturb(model)
-    lowrank.save_adapter(model, tmp_path / "a")
+    lowrank.save_adapter(model, tmp_path / "a", scales="own")
     loaded = make()
     lowrank.load_adapter(loaded, tmp_path / "a")
     assert torch.equal(answer(loaded), answer(model))
     state, expected = loaded.state_dict(), model.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
-    lowrank.save_adapter(loaded, tmp_path / "b")
+    lowrank.save_adapter(loaded, tmp_path / "b", scales="own")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 

@@ -148,8 +148,8 @@ class TestProposal:
 
     def test_the_scale_stays_whatever_the_rank(self) -> None:
         found = propose([spectrum("m.a", [4, 3, 2, 1]), spectrum("m.b", [9, 0.1])], rank=2).config()
-        assert (found.r, found.lora_alpha) == (1, 2)
-        assert found.rank_pattern == {"m.a": 3} and found.alpha_pattern == {"m.a": 6}
+        assert (found.r, found.lora_alpha) == (3, 6)
+        assert found.rank_pattern == {"m.b": 1} and found.alpha_pattern == {"m.b": 2}
 
     def test_zeros_and_a_budget_too_small_are_refused(self) -> None:
         with pytest.raises(ConfigError, match="every matrix is zero"):

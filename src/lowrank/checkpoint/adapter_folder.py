@@ -18,6 +18,7 @@ from lowrank.checkpoint.config_file import AdapterConfig
 from lowrank.checkpoint.describe import describe
 from lowrank.checkpoint.keys import MAGNITUDE, Key, full_key, low_rank_key
 from lowrank.checkpoint.layout import file_rank, pair_roles, to_file
+from lowrank.checkpoint.one_scale import common_scale, folded
 from lowrank.checkpoint.read import SAFETENSORS, AdapterFiles
 from lowrank.checkpoint.save import USUAL, check_folder
 from lowrank.errors import CheckpointError
@@ -65,7 +66,6 @@ class AdapterContent:
     full: Mapping[Key, Tensor] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
-    use_rslora: bool = False
     companion: Companion = field(default_factory=Companion)
 
 
@@ -129,7 +129,6 @@ def content_of(files: AdapterFiles) -> AdapterContent:
         full={key: tensor for key, tensor in files.full.items() if not (key.of_base and key.name == "weight")},
         modules_to_save=tuple(lora.modules_to_save),
         bias=lora.bias,
-        use_rslora=lora.use_rslora,
         companion=Companion(base=files.companion.base),
     )
 
@@ -176,10 +175,12 @@ def check_out(folder: AdapterPath, sources: Sequence[Path]) -> Path:
 def write_adapter(folder: Path, content: AdapterContent, dtype: torch.dtype | None = None) -> None:
     """Write `content` to `folder` in PEFT's format, all files in one step; dtype: of the factors, as they are if None.
 
-    Same content, same bytes. Raises CheckpointError for factors that are not finite in `dtype`, or files that cannot be
+    All modules get one scale: where theirs differ, B takes the quotient (`checkpoint.one_scale`). Same content, same
+    bytes. Raises CheckpointError for factors that are not finite in `dtype`, or files that cannot be
     written.
     """
-    tensors = dict(_tensors(content, dtype))
+    scale = common_scale(target.scale for target in content.targets.values())
+    tensors = dict(_tensors(content, dtype, scale))
     strange = sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all())
     if strange:
         raise CheckpointError(f"{folder}: {strange[0]} would hold values that are not finite, so nothing was written")
@@ -188,14 +189,15 @@ def write_adapter(folder: Path, content: AdapterContent, dtype: torch.dtype | No
         {
             SAFETENSORS: _serialise(tensors),
             companion.NAME: content.companion.to_bytes(),
-            config_file.NAME: _config(content),
+            config_file.NAME: _config(content, scale),
         },
     )
 
 
-def _tensors(content: AdapterContent, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _tensors(content: AdapterContent, dtype: torch.dtype | None, scale: float) -> Iterator[tuple[str, Tensor]]:
     for path, target in content.targets.items():
-        pair = to_file(target.kind, target.a, target.b, target.kernel, target.groups)
+        b = folded(target.b, target.scale, scale)
+        pair = to_file(target.kind, target.a, b, target.kernel, target.groups)
         for role, tensor in zip(pair_roles(target.kind), pair, strict=True):
             yield low_rank_key(path, role), tensor.to(dtype or tensor.dtype)
         if target.magnitude is not None:
@@ -210,11 +212,9 @@ def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
     return cast(bytes, save({key: tensors[key].contiguous() for key in sorted(tensors)}, metadata={"format": "pt"}))
 
 
-def _config(content: AdapterContent) -> bytes:
-    described = {
-        path: (file_rank(target.a.shape[0], target.groups), target.scale) for path, target in content.targets.items()
-    }
-    ranks = describe(described, content.use_rslora)
+def _config(content: AdapterContent, scale: float) -> bytes:
+    described = {path: (file_rank(target.a.shape[0], target.groups), scale) for path, target in content.targets.items()}
+    ranks = describe(described)
     fields = {
         "auto_mapping": None,
         "base_model_name_or_path": None,
@@ -234,6 +234,6 @@ def _config(content: AdapterContent) -> bytes:
         "modules_to_save": sorted(content.modules_to_save) or None,
         "peft_type": "LORA",
         "use_dora": any(target.magnitude is not None for target in content.targets.values()),
-        "use_rslora": content.use_rslora,
+        "use_rslora": False,
     }
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()

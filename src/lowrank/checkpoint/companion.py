@@ -3,10 +3,12 @@
     {"format": 1,
      "base":  {"architecture": ..., "config_sha256": ..., "shapes": {path: [..]}},
      "fused": {path: {"names": ["q", "v"], "rows": [[start, width, stride, count], ...]}},
-     "start": [path, ...]}
+     "start": [path, ...],
+     "scales": {path: s}}
 
 fused: modules of which only some rows are adapted, which the weights file holds padded with zeros.
 start: modules whose file factors are [A; A_start] and [B, −B_start], because training did not start at ΔW = 0.
+scales: the s of modules that the config gives another one, so that their B took the quotient (`checkpoint.one_scale`).
 """
 
 import json
@@ -37,6 +39,7 @@ class Companion:
     base: Fingerprint | None = None
     fused: dict[str, Fused] = field(default_factory=dict)
     start: frozenset[str] = frozenset()
+    scales: dict[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The file's content: same value, same bytes."""
@@ -50,6 +53,7 @@ class Companion:
                 for path, fused in self.fused.items()
             },
             "start": sorted(self.start),
+            "scales": self.scales,
         }
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
@@ -87,4 +91,5 @@ def _parse(content: dict[str, Any]) -> Companion:
         base and Fingerprint(str(base["architecture"]), base["config_sha256"], shapes),
         fused,
         frozenset(map(str, content["start"])),
+        {str(path): float(scale) for path, scale in content.get("scales", {}).items()},
     )

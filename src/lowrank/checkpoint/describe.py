@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeVar
 
+from lowrank.checkpoint.one_scale import common_scale
 from lowrank.core.scaling import alpha_of, lora_scale
 
 Number = TypeVar("Number", int, float)
@@ -20,7 +20,7 @@ class Ranks(NamedTuple):
     alpha_pattern: dict[str, float]
 
 
-def exact_alpha(scale: float, rank: int, rslora: bool) -> float:
+def exact_alpha(scale: float, rank: int, rslora: bool = False) -> float:
     """An alpha from which `lora_scale` gives `scale` back to the last bit; a short one where there is one."""
     short = alpha_of(scale, rank, rslora)
     raw = scale * (math.sqrt(rank) if rslora else rank)
@@ -30,18 +30,25 @@ def exact_alpha(scale: float, rank: int, rslora: bool) -> float:
     return raw
 
 
-def describe(modules: Mapping[str, tuple[int, float]], rslora: bool) -> Ranks:
-    """The config of {path: (rank, scale)}: the commonest rank and alpha, and patterns for modules that have another."""
+def unsaid(modules: Mapping[str, tuple[int, float]], own: Mapping[str, float]) -> dict[str, float]:
+    """The `own` scales that the config of {path: (rank, scale)} does not give to the last bit."""
+    return {
+        path: own[path]
+        for path, (rank, scale) in sorted(modules.items())
+        if lora_scale(exact_alpha(scale, rank), rank) != own[path]
+    }
+
+
+def describe(modules: Mapping[str, tuple[int, float]], rslora: bool = False) -> Ranks:
+    """The config of {path: (rank, scale)}: the largest rank, the alpha that gives the common scale at that rank, and
+
+    patterns for modules that have another. Where all have one scale, a reader who ignores the patterns computes it.
+    """
     ranks = {path: rank for path, (rank, _) in modules.items()}
     alphas = {path: exact_alpha(scale, rank, rslora) for path, (rank, scale) in modules.items()}
-    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    r = max(ranks.values())
+    alpha = exact_alpha(common_scale(scale for _, scale in modules.values()), r, rslora)
     return Ranks(r, alpha, _pattern(ranks, r), _pattern(alphas, alpha))
-
-
-def _commonest(values: Iterable[Number]) -> Number:
-    """The most frequent value, the smallest of several: a config does not depend on the order of modules."""
-    counts = Counter(values)
-    return min(counts, key=lambda value: (-counts[value], value))
 
 
 def _pattern(values: Mapping[str, Number], default: Number) -> dict[str, Number]:

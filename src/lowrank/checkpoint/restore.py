@@ -1,10 +1,14 @@
 """From the factors of a file to those of training: parts and start factors as they were before saving folded them."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from lowrank.checkpoint.companion import Companion
+from lowrank.checkpoint.one_scale import folded
 from lowrank.core.factors import LoraFactors
+from lowrank.core.finite import all_finite
 from lowrank.core.init import Site, find_init
 from lowrank.core.rows import RowBlock
 
@@ -17,6 +21,7 @@ def unfold(factors: LoraFactors, path: str, companion: Companion) -> LoraFactors
     Another tool may have changed the weights and left our `lowrank.json` beside them, so nothing is believed that the
     tensors do not show.
     """
+    factors = _with_own_scale(factors, companion.scales.get(path, factors.scale))
     fused = companion.fused.get(path)
     pairs: list[Pair] = [(factors.a.detach(), factors.b.detach())]
     if path in companion.start:
@@ -39,6 +44,17 @@ def unfold(factors: LoraFactors, path: str, companion: Companion) -> LoraFactors
         parts=fused.parts if fused else (),
         out_features=factors.out_features,
     )
+
+
+def _with_own_scale(factors: LoraFactors, own: float) -> LoraFactors:
+    """The same ΔW at the scale the module had before it was saved; `factors` where that cannot be."""
+    if own == factors.scale or not math.isfinite(own) or own == 0 or factors.scale == 0:
+        return factors
+    b = folded(factors.b.detach(), factors.scale, own)
+    if not all_finite(b):
+        return factors
+    magnitude = None if factors.magnitude is None else factors.magnitude.detach()
+    return LoraFactors(factors.a.detach(), b, own, factors.dropout, magnitude=magnitude)
 
 
 def _halves(a: Tensor, b: Tensor) -> list[Pair]:

@@ -1,7 +1,7 @@
 """Saving an adapter of a model in PEFT's format."""
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from lowrank.checkpoint import companion, config_file
 from lowrank.checkpoint.atomic import write_folder
 from lowrank.checkpoint.companion import Companion, Fused
+from lowrank.checkpoint.describe import unsaid
 from lowrank.checkpoint.fingerprint import fingerprint
 from lowrank.checkpoint.keys import MAGNITUDE, full_key, low_rank_key
 from lowrank.checkpoint.layout import file_rank, pair_roles, to_file
+from lowrank.checkpoint.one_scale import Scales, folded, written_scales
 from lowrank.checkpoint.read import SAFETENSORS
 from lowrank.checkpoint.write_config import config_bytes
 from lowrank.errors import CheckpointError
@@ -29,16 +31,25 @@ USUAL = frozenset({"README.md", ".gitattributes", ".git", "adapter_model.bin"})
 
 
 def save_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default", *, beside: Collection[str] = ()
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    beside: Collection[str] = (),
+    scales: Scales = "one",
 ) -> None:
-    """Write one adapter of `model` to `folder`, for lowrank, PEFT and vLLM to load.
+    """Write one adapter of `model` to `folder`, in PEFT's format.
 
     Every module's factors are written as the one pair (A, B) with ΔW = s·B·A over the whole weight: parts of a fused
     projection padded with zeros, start factors (PiSSA, OLoRA) stacked as [A; A_start], [B, −B_start]. So PEFT loads the
-    adapter onto the unchanged base. `adapter_config.json` gives each module its rank R and alpha = s·R (s·√R with
-    rsLoRA); `adapter_model.safetensors` keeps the factors' dtype; `lowrank.json` holds a fingerprint of the base and
-    what it takes to have the same factors again. Same model, same bytes. All three files change in one step, or not at
-    all (`checkpoint.atomic` says exactly what is guaranteed).
+    adapter onto the unchanged base. `adapter_config.json` says s as lora_alpha/r of the largest rank r (with rsLoRA
+    too), and by patterns each module's own rank R and alpha = s·R; `adapter_model.safetensors` keeps the factors'
+    dtype; `lowrank.json` holds a fingerprint of the base and what it takes to have the same factors again. Same model,
+    same bytes. All three files change in one step, or not at all (`checkpoint.atomic` says exactly what is guaranteed).
+
+    scales: "one", so that who reads r and lora_alpha and no patterns (vLLM before 0.32) computes every ΔW too: where
+    modules differ in s, B takes the quotient (`checkpoint.one_scale` says how exactly), and loading divides it out
+    again, bit for bit where the quotients are powers of two. "own": every B as it is, and s in the patterns alone.
 
     beside: names of other files and folders that may lie in `folder` (a training run's); they are left alone.
 
@@ -50,15 +61,16 @@ def save_adapter(
     config = require_adapter(model, adapter_name)
     check_folder(folder, {*USUAL, *beside})
     layers = {path: layer for path, layer in lora_layers(model) if adapter_name in layer.adapter_names}
-    tensors = dict(_low_rank_tensors(layers, adapter_name))
+    written = written_scales({path: layer.factors(adapter_name).scale for path, layer in layers.items()}, scales)
+    tensors = dict(_low_rank_tensors(layers, adapter_name, written))
     tensors |= _full_tensors(model, adapter_name, config, set(layers))
     _check(tensors)
     write_folder(
         folder,
         {
             SAFETENSORS: _serialise(tensors),
-            companion.NAME: _companion(model, layers, adapter_name, config).to_bytes(),
-            config_file.NAME: _config(model, layers, adapter_name, config),
+            companion.NAME: _companion(model, layers, adapter_name, config, written).to_bytes(),
+            config_file.NAME: _config(model, layers, adapter_name, config, written),
         },
     )
 
@@ -86,11 +98,15 @@ def _groups(layer: LoraLayer) -> int:
     return cast(int, getattr(layer, "groups", 1))
 
 
-def _low_rank_tensors(layers: dict[str, LoraLayer], adapter: str) -> Iterator[tuple[str, Tensor]]:
+def _low_rank_tensors(
+    layers: dict[str, LoraLayer], adapter: str, written: Mapping[str, float]
+) -> Iterator[tuple[str, Tensor]]:
     for path, layer in layers.items():
         factors = layer.factors(adapter)
         a, b = (tensor.detach() for tensor in factors.effective())
-        pair = to_file(layer.kind, a, b, tuple(layer.weight.shape), _groups(layer))
+        pair = to_file(
+            layer.kind, a, folded(b, factors.scale, written[path]), tuple(layer.weight.shape), _groups(layer)
+        )
         for role, tensor in zip(pair_roles(layer.kind), pair, strict=True):
             yield low_rank_key(path, role), tensor
         if factors.magnitude is not None:
@@ -137,21 +153,31 @@ def _serialise(tensors: dict[str, Tensor]) -> bytes:
     return cast(bytes, save(ready, metadata={"format": "pt"}))
 
 
-def _config(model: nn.Module, layers: dict[str, LoraLayer], adapter: str, config: LoraConfig) -> bytes:
-    described = {}
-    for path, layer in layers.items():
-        factors = layer.factors(adapter)
-        described[path] = (file_rank(factors.effective_rank, _groups(layer)), factors.scale)
+def _described(
+    layers: dict[str, LoraLayer], adapter: str, written: Mapping[str, float]
+) -> dict[str, tuple[int, float]]:
+    """{path: (rank, scale)} as the file has them."""
+    return {
+        path: (file_rank(layer.factors(adapter).effective_rank, _groups(layer)), written[path])
+        for path, layer in layers.items()
+    }
+
+
+def _config(
+    model: nn.Module, layers: dict[str, LoraLayer], adapter: str, config: LoraConfig, written: Mapping[str, float]
+) -> bytes:
     return config_bytes(
         model,
         config,
-        described,
+        _described(layers, adapter, written),
         list(named_targets(model)),
         transposed=any(layer.kind == "conv1d-linear" for layer in layers.values()),
     )
 
 
-def _companion(model: nn.Module, layers: dict[str, LoraLayer], adapter: str, config: LoraConfig) -> Companion:
+def _companion(
+    model: nn.Module, layers: dict[str, LoraLayer], adapter: str, config: LoraConfig, written: Mapping[str, float]
+) -> Companion:
     all_factors = {path: layer.factors(adapter) for path, layer in layers.items()}
     return Companion(
         base=fingerprint(model, layers),
@@ -161,6 +187,9 @@ def _companion(model: nn.Module, layers: dict[str, LoraLayer], adapter: str, con
             if factors.parts
         },
         start=frozenset(path for path, factors in all_factors.items() if factors.start_a is not None),
+        scales=unsaid(
+            _described(layers, adapter, written), {path: factors.scale for path, factors in all_factors.items()}
+        ),
     )
 
 

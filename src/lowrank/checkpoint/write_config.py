@@ -1,4 +1,4 @@
-"""Writing `adapter_config.json` so that PEFT adapts the same modules at the same scale, and vLLM accepts it.
+"""Writing `adapter_config.json` so that PEFT adapts the same modules at the same scale, and vLLM serves them at it.
 
 Everything is derived from the factors themselves; the config an adapter was made with only tells its dropout, its full
 copies and its variants. Same model, same bytes: keys and lists are sorted and nothing tells time or version.
@@ -37,8 +37,11 @@ def config_bytes(
     *,
     transposed: bool,
 ) -> bytes:
-    """The file's content. modules: {path: (rank in the file, scale)}; transposed: some target is a Conv1D."""
-    ranks = describe(modules, config.use_rslora)
+    """The file's content. modules: {path: (rank in the file, scale)}; transposed: some target is a Conv1D.
+
+    s = lora_alpha/r for all, rsLoRA or not: llama.cpp's converter does not know the other formula.
+    """
+    ranks = describe(modules)
     task = task_type(model, config.modules_to_save, all_paths)
     base = base_name(model)
     content = {
@@ -61,7 +64,7 @@ def config_bytes(
         "target_modules": target_names(modules, all_paths),
         "task_type": task,
         "use_dora": config.use_dora,
-        "use_rslora": config.use_rslora,
+        "use_rslora": False,
     }
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters.convert.options import ConvertOptions, Read
-from lowrank.adapters.convert.uniform import at_scale, common_scale, refuse
+from lowrank.adapters.convert.uniform import at_scale, refuse
 from lowrank.checkpoint.adapter_folder import AdapterContent, Target, exact_names
 from lowrank.checkpoint.atomic import write_folder
 from lowrank.checkpoint.config_file import NAME
+from lowrank.checkpoint.one_scale import common_scale
 from lowrank.checkpoint.read import read_safetensors
 from lowrank.errors import CheckpointError
 from lowrank.modelfiles.base import read_json
@@ -70,7 +71,8 @@ def _target(source: Path, path: str, roles: Mapping[str, Tensor], scale: float) 
 def write_mlx(content: AdapterContent, out: Path, options: ConvertOptions) -> tuple[str, ...]:
     """Write the folder `out`. Ranks are filled up with zeros to the largest, scales that differ go into B."""
     refuse(content, "an mlx-lm adapter", dora=False, full=True, conv=True)
-    rank, scale = max(target.a.shape[0] for target in content.targets.values()), common_scale(content.targets)
+    rank = max(target.a.shape[0] for target in content.targets.values())
+    scale = common_scale(target.scale for target in content.targets.values())
     tensors: dict[str, Tensor] = {}
     for path, target in content.targets.items():
         equal = at_scale(target, scale)

@@ -1,33 +1,22 @@
 """Formats that know one scale for a whole adapter: what differs goes into B."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lowrank.checkpoint.adapter_folder import AdapterContent, Target
+from lowrank.checkpoint.one_scale import folded
 from lowrank.errors import CheckpointError
 
 
 def at_scale(target: Target, scale: float) -> Target:
     """The same ΔW with another scale ≠ 0: B takes the quotient."""
-    if target.scale == scale:
-        return target
-    return replace(target, b=target.b * (target.scale / scale), scale=scale)
-
-
-def common_scale(targets: Mapping[str, Target]) -> float:
-    """The scale that most modules have; 1 where that is 0, which nothing could be divided by."""
-    return _commonest(target.scale for target in targets.values())
+    return target if target.scale == scale else replace(target, b=folded(target.b, target.scale, scale), scale=scale)
 
 
 def common_alpha(targets: Mapping[str, Target]) -> float:
     """The lora_alpha, s·r, that most modules have; 1 where that is 0."""
-    return _commonest(target.scale * target.a.shape[0] for target in targets.values())
-
-
-def _commonest(numbers: Iterable[float]) -> float:
-    """The most frequent number other than 0, the smallest of several."""
-    counts = Counter(number for number in numbers if number)
+    counts = Counter(target.scale * target.a.shape[0] for target in targets.values() if target.scale)
     return min(counts, key=lambda number: (-counts[number], number), default=1.0)
 
 
