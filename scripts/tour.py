@@ -56,7 +56,6 @@ STOPS = {
     "order": Stop(arguments=["--random-order", "--random-order-bucket=global"]),
     "one process": Stop(arguments=["-n", "0"]),
     "C locale": Stop({"LC_ALL": "C", "LANG": "C"}),
-    "ascii": Stop({"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
     "home": Stop({"HOME": "read-only"}, before=POWERLESS),
     "path": Stop(folder=_copied),
 }
