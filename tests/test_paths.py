@@ -111,7 +111,7 @@ def test_doctor_describes_a_model_from_its_config_alone(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert {"modules": ["q_proj", "k_proj", "v_proj"], "times": 2} in told["model"]["sharing"]
     assert sum(layer["count"] for layer in told["model"]["layers"]) == 14
-    assert told["machine"]["torch"] == torch.__version__
+    assert told["machine"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a wheel may not tell its build
     assert main(["doctor", "--model", str(tmp_path), "--targets", "q_porj"]) == 2
     assert "nearest: q_proj" in capsys.readouterr().err
 
