@@ -21,11 +21,14 @@ from lowrank.checkpoint.layout import file_rank, pair_roles, to_file
 from lowrank.checkpoint.one_scale import common_scale, folded
 from lowrank.checkpoint.read import SAFETENSORS, AdapterFiles
 from lowrank.checkpoint.save import USUAL, check_folder
+from lowrank.core.finite import all_finite
 from lowrank.errors import CheckpointError
 
 # What says of an adapter where it belongs; the rest of its config follows from its tensors.
 ORIGIN = ("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "revision", "task_type")
 WHICH = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+RUN_FILE = "run.json"  # beside a trained adapter: how rows became tokens (`data.recipe`), under "recipe"
 
 AdapterPath = str | os.PathLike[str]
 Names = Mapping[str, Any]  # the fields of WHICH that are not null
@@ -181,7 +184,7 @@ def write_adapter(folder: Path, content: AdapterContent, dtype: torch.dtype | No
     """
     scale = common_scale(target.scale for target in content.targets.values())
     tensors = dict(_tensors(content, dtype, scale))
-    strange = sorted(key for key, tensor in tensors.items() if not tensor.isfinite().all())
+    strange = sorted(key for key, tensor in tensors.items() if not all_finite(tensor))
     if strange:
         raise CheckpointError(f"{folder}: {strange[0]} would hold values that are not finite, so nothing was written")
     write_folder(

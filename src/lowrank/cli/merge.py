@@ -55,7 +55,7 @@ def merge(
     untouched
         How weight files without a change get into the result, where the disk can; hard links are never to be edited
     threads
-        Threads to merge with; as many as cores where not given
+        Threads to merge with, 16 at most; as many as cores where not given
     allow_pickle
         Read an old adapter's .bin file, with weights_only
     as_json

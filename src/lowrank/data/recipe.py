@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowrank.checkpoint.adapter_folder import RUN_FILE
 from lowrank.data.dataset import Kind
 from lowrank.errors import CheckpointError
 
-FILE = "run.json"
+FILE = RUN_FILE
 FIELDS = {"kind": str, "template": str, "max_length": int, "labels": list, "columns": dict}
 
 

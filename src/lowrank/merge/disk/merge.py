@@ -11,18 +11,19 @@ from typing import Literal
 
 import torch
 
+from lowrank.checkpoint.adapter_folder import RUN_FILE
 from lowrank.errors import CheckpointError, LowrankWarning, MergeError
 from lowrank.merge.disk.adapters import Adapter, WeightedAdapter, read_adapters
 from lowrank.merge.disk.card import card, sha256_of
 from lowrank.merge.disk.plan import MergePlan, plan_merge
 from lowrank.merge.disk.progress import bar
 from lowrank.merge.disk.report import MergeReport, survival_warnings
-from lowrank.merge.disk.sidefiles import corrected_config, side_files, write_synced
+from lowrank.merge.disk.sidefiles import corrected_config, kept_recipe, side_files, write_synced
 from lowrank.merge.disk.verify import Findings, verify_files
 from lowrank.merge.disk.write import link_or_clone, sync_data, write_files
 from lowrank.modelfiles.base import BaseFiles, read_base
 from lowrank.modelfiles.layout import FLOATS
-from lowrank.modelfiles.pool import core_count, one_core
+from lowrank.modelfiles.pool import MOST_THREADS, core_count, one_core
 from lowrank.modelfiles.staging import check_place, check_space, staging
 
 Verify = Literal["sample", "full"]
@@ -78,6 +79,7 @@ def merge_checkpoint(
     verify: "sample" recomputes some rows of every merged tensor in float64, "full" every row, and compares every byte.
     untouched: how weight files that stay as they are get into the result: "copy", or where the file system can,
         "reflink" (shared until one side is written) or "hardlink" (one file under two names: never edit it in place).
+    threads: how many work at once, one for each core by default, 16 at most.
     allow_pickle: read an old adapter's `adapter_model.bin`, with weights_only.
 
     The folder gets its name when everything in it is verified and on the disk; killed before, it leaves no result.
@@ -103,7 +105,7 @@ def _options(dtype: str | torch.dtype | None, verify: str, untouched: str, threa
         raise MergeError(f'untouched must be "copy", "reflink" or "hardlink", not {untouched!r}')
     if threads is not None and threads < 1:
         raise MergeError(f"threads must be at least 1, not {threads}")
-    return _Options(_dtype(dtype), verify == "full", untouched, threads or core_count())  # type: ignore[arg-type]
+    return _Options(_dtype(dtype), verify == "full", untouched, min(threads or core_count(), MOST_THREADS))  # type: ignore[arg-type]
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -156,7 +158,7 @@ class _Clock:
 
 def _write(job: _Job, folder: Path, advance: Callable[[int], None]) -> tuple[tuple[str, ...], list[str]]:
     """Everything but the card; (files shared with the base, notes about sharing that was not possible)."""
-    _write_side_files(job, folder)
+    notes = _write_side_files(job, folder)
     how = job.options.untouched
     linked, copied = [], []
     for file in job.plan.files:
@@ -169,19 +171,24 @@ def _write(job: _Job, folder: Path, advance: Callable[[int], None]) -> tuple[tup
             copied.append(file)
     write_files(folder, copied, job.options.threads, advance)
     missed = [file.name for file in copied if file.unchanged and how != "copy"]
-    notes = [f"{', '.join(missed)}: copied, this file system has no {how} here"] if missed else []
+    notes += [f"{', '.join(missed)}: copied, this file system has no {how} here"] if missed else []
     return tuple(linked), notes
 
 
-def _write_side_files(job: _Job, folder: Path) -> None:
+def _write_side_files(job: _Job, folder: Path) -> list[str]:
+    """All that lies beside the weights; notes for the report."""
     for name, path in side_files(job.base):
         write_synced(folder / name, path.read_bytes())
+    recipe, note = kept_recipe(adapter.folder for adapter in job.adapters)
+    if recipe is not None:
+        write_synced(folder / RUN_FILE, recipe)
     if job.base.config is not None:
         config = corrected_config(job.base.config, job.options.dtype_name, job.plan.untie)
         if config is not None:
             write_synced(folder / "config.json", config)
     if job.base.index_name is not None:
         write_synced(folder / job.base.index_name, _index(job))
+    return [note] if note else []
 
 
 def _index(job: _Job) -> bytes:

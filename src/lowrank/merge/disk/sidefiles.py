@@ -2,15 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
-from lowrank.modelfiles.base import INDEX_ENDING, OTHER_WEIGHTS, BaseFiles, inside
+from lowrank.checkpoint.adapter_folder import RUN_FILE
+from lowrank.modelfiles.base import INDEX_ENDING, OTHER_WEIGHTS, BaseFiles, inside, read_json
 from lowrank.modelfiles.tied import untied
 
-LEFT_OUT = frozenset({"README.md", "training_args.bin", "adapter_config.json", ".gitattributes"})
+RUN_FILES = (RUN_FILE, "train.yaml", "log.jsonl")  # of the training that made the base, which is not the result's
+LEFT_OUT = frozenset({"README.md", "training_args.bin", "adapter_config.json", ".gitattributes", *RUN_FILES})
 DTYPE_FIELDS = ("dtype", "torch_dtype")
 
 
@@ -44,6 +46,21 @@ def own_texts(base: BaseFiles, folder: Path) -> list[str]:
         if (folder / name).is_file()
         and not ((base.folder / name).is_file() and cmp(folder / name, base.folder / name, shallow=False))
     ]
+
+
+def kept_recipe(folders: Iterable[Path]) -> tuple[bytes | None, str | None]:
+    """(run.json of the result, a note): the recipe by which adapters' rows became tokens, where all have the same.
+
+    So that `eval` and `generate` ask the merged model as they asked the base with the adapter.
+    """
+    files = [folder / RUN_FILE for folder in folders]
+    recipes = [read_json(file).get("recipe") if file.is_file() else None for file in files]
+    if all(recipe == recipes[0] for recipe in recipes):
+        return (None if recipes[0] is None else (json.dumps({"recipe": recipes[0]}, indent=2) + "\n").encode()), None
+    return None, (
+        "the adapters were trained with different prompts, so the result has no run.json: say --template to eval and "
+        "generate"
+    )
 
 
 def corrected_config(config: dict[str, Any], dtype: str | None, untie: bool) -> bytes | None:
