@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowrank.adapters.each_module import Progress, for_each, module_seed, one_core_each, silent
 from lowrank.adapters.energy import ModuleEnergy, headline, overall
+from lowrank.adapters.weighted import WeightedAdapter, weighted_pairs
 from lowrank.checkpoint.adapter_folder import (
     AdapterContent,
     AdapterPath,
@@ -52,7 +53,7 @@ class _Part:
 
 @one_core_each()
 def combine_adapters(
-    adapters: Sequence[tuple[AdapterPath, float]],
+    adapters: WeightedAdapter | Sequence[WeightedAdapter],
     out: AdapterPath,
     *,
     method: str = "linear",
@@ -62,7 +63,7 @@ def combine_adapters(
     allow_pickle: bool = False,
     progress: Progress = silent,
 ) -> CombineReport:
-    """Write to `out` one adapter whose ΔW is made of those of `adapters`, (folder, weight) each.
+    """Write to `out` one adapter whose ΔW is made of those of `adapters`: folders, or (folder, weight) pairs.
 
     method: one of `core.combination.METHODS`; each says there what it computes. `linear` is exactly Σ w·ΔW. Ranks,
     scales, rsLoRA and targets may differ: a module that only some adapters have is made of theirs. rank: of the result
@@ -106,13 +107,9 @@ def _options(method: str, rank: int | None, density: float | None, seed: int) ->
     return Options(rank, density, seed)
 
 
-def _read(adapters: Sequence[tuple[AdapterPath, float]], allow_pickle: bool) -> list[_Part]:
-    if not adapters:
-        raise ConfigError("combine: no adapter is given")
+def _read(adapters: WeightedAdapter | Sequence[WeightedAdapter], allow_pickle: bool) -> list[_Part]:
     parts = []
-    for folder, weight in adapters:
-        if not math.isfinite(weight) or weight == 0:
-            raise ConfigError(f"combine: the weight of {os.fspath(folder)} must be finite and not 0, not {weight!r}")
+    for folder, weight in weighted_pairs(adapters, "combine"):
         files = read_adapter(folder, allow_pickle)
         if files.config.lora.use_dora:
             raise MergeError(

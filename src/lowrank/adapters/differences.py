@@ -27,6 +27,10 @@ class Difference:
     base: Source
     tuned: Source
 
+    def __str__(self) -> str:
+        """The tensor's name."""
+        return self.name
+
     @property
     def shape(self) -> tuple[int, int]:
         """(n, m) as stored; vectors are columns."""

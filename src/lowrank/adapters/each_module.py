@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from lowrank.core.finite import named
 from lowrank.modelfiles.pool import core_count, run_tasks
 
 Item = TypeVar("Item")
@@ -20,13 +21,17 @@ def silent(_done: int, _count: int) -> None:
 
 
 def for_each(items: Sequence[Item], job: Callable[[Item], Result], progress: Progress = silent) -> list[Result]:
-    """[job(item) for item in items], in that order, with one thread a core; the first exception ends all."""
+    """[job(item) for item in items], in that order, with one thread a core; the first exception ends all.
+
+    Raises MergeError, with the item's name in it, where its numbers are not fit for what the job computes.
+    """
     results: dict[int, Result] = {}
     lock = threading.Lock()
 
     def work(task: tuple[int, Item]) -> None:
         number, item = task
-        result = job(item)
+        with named(str(item)):
+            result = job(item)
         with lock:
             results[number] = result
             progress(len(results), len(items))

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from lowrank.checkpoint.write_config import HEADS, TASKS
 from lowrank.core.exact import decompose
 from lowrank.core.randomised import Dense, compress
 from lowrank.core.truncation import Cut, LowRank, check_energy, check_rank
-from lowrank.errors import CheckpointError, ConfigError, MergeError
+from lowrank.errors import CheckpointError, ConfigError, MergeError, short
 from lowrank.hub import HubId, origin
 from lowrank.injection.patterns import matches
 from lowrank.modelfiles.base import BaseFiles, read_base
@@ -27,6 +28,7 @@ from lowrank.modelfiles.lookup import is_table
 from lowrank.modelfiles.orientation import CONV1D_LAYERS, CONV1D_MODELS
 from lowrank.modelfiles.tied import architectures
 
+PREFIX = re.compile(r"([A-Za-z0-9_-]+\.)*")
 DENSE_ELEMENTS = 2**26  # 256 MiB in float32: larger differences are formed anew, block by block, at every pass
 
 
@@ -60,8 +62,9 @@ class ExtractReport:
         for lost in self.unexpressed:
             reasons.setdefault(lost.why, []).append(lost)
         for why, these in reasons.items():
-            norm = math.sqrt(sum((lost.norm or 0.0) ** 2 for lost in these))
-            lines.append(f"not expressed: {len(these)} tensors with ‖Δ‖ = {norm:.4g}, {these[0].name} first: {why}")
+            norms = [lost.norm for lost in these if lost.norm is not None]
+            size = f" with ‖Δ‖ = {math.hypot(*norms):.4g}" if norms else ""
+            lines.append(f"not expressed: {len(these)} tensors{size}, {these[0].name} first: {why}")
         return "\n".join(lines)
 
 
@@ -95,6 +98,8 @@ def extract_adapter(
     """
     check_rank(rank)
     check_energy(energy)
+    if not PREFIX.fullmatch(prefix):
+        raise ConfigError(f"prefix must be names with a dot after each, like 'transformer.', not {short(repr(prefix))}")
     if rank is None and energy is None:
         raise ConfigError("extract: give a rank, or the share of the energy to keep")
     before, after = _model(base), _model(tuned)

@@ -1,7 +1,7 @@
 """An adapter at another rank, from its files alone."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from lowrank.adapters.each_module import Progress, for_each, module_seed, one_co
 from lowrank.adapters.energy import ModuleEnergy, headline, overall
 from lowrank.checkpoint.adapter_folder import AdapterPath, Target, check_out, content_of, write_adapter
 from lowrank.checkpoint.read import read_adapter
+from lowrank.core.finite import LARGEST
 from lowrank.core.recompress import recompress
 from lowrank.core.truncation import Cut, check_energy, check_rank
 from lowrank.errors import ConfigError
@@ -68,6 +69,8 @@ def resize_adapter(
     content = content_of(files)
     paths = list(content.targets)
     check_patterns("ranks", ranks or {}, paths)
+    if energy is None:
+        _check_room(content.targets, [*([rank] if rank else []), *(ranks or {}).values()])
 
     def resize(path: str) -> tuple[Target, ModuleEnergy]:
         target = content.targets[path]
@@ -81,6 +84,13 @@ def resize_adapter(
     return ResizeReport(modules, overall(modules), _notes(targets.values()))
 
 
+def _check_room(targets: Mapping[str, Target], ranks: Sequence[int]) -> None:
+    """Raise ConfigError for a rank that no ΔW here could have: rows for it would only fill the disk."""
+    most = max(max(min(target.shape), target.a.shape[0]) for target in targets.values())
+    if max(ranks, default=0) > most:
+        raise ConfigError(f"rank {max(ranks)} is more than any change of this adapter can have, which is {most}")
+
+
 def _resize(path: str, target: Target, cut: Cut, seed: int) -> tuple[Target, ModuleEnergy]:
     before = target.a.shape[0]
     compressed = recompress(target.a, target.b, cut)
@@ -90,6 +100,8 @@ def _resize(path: str, target: Target, cut: Cut, seed: int) -> tuple[Target, Mod
     else:
         a, b, kept = compressed.a, compressed.b, compressed.kept
     norm = math.sqrt(compressed.total) * abs(target.scale)
+    if norm > LARGEST:
+        raise FloatingPointError(f"its ΔW at scale {target.scale:g} is too large to compute with")
     return replace(target, a=a, b=b), ModuleEnergy(path, (before,), a.shape[0], kept, norm)
 
 

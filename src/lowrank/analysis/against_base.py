@@ -8,6 +8,7 @@ from torch import Tensor
 from lowrank.analysis.changes import Change
 from lowrank.core.amplification import Amplification, amplification
 from lowrank.core.dora import row_gain, row_norms
+from lowrank.core.finite import require_finite
 from lowrank.core.intruders import LEADING, Intruders, find_intruders
 from lowrank.core.krylov import BLOCK, Sum, Triplets, leading, random_block
 from lowrank.core.merging import row_blocks
@@ -37,6 +38,7 @@ class BaseMeasure:
 def measure_against_base(change: Change, base: Tensor) -> BaseMeasure:
     """base: W0 (d, k), as stored. For DoRA, W0 + ΔW is the whole diag(m/‖W0 + s·B·A‖)·(W0 + s·B·A)."""
     weight = base.to(torch.promote_types(torch.float32, base.dtype))
+    require_finite(weight, "the base's weight")
     svd = delta_svd(change.a, change.b, change.scale)
     known = _leading(weight, keep=max(2 * LEADING, svd.rank))
     gain = None if change.magnitude is None else _gain(change, weight)

@@ -19,7 +19,8 @@ class Place:
 
 def natural(path: str) -> list[tuple[int, str]]:
     """A sort key by which layer 2 comes before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
+    parts = re.split(r"([0-9]+)", path)
+    return [(-1, part) if (number := _number(part)) is None else (number, "") for part in parts]
 
 
 def places(paths: Iterable[str]) -> dict[str, Place]:
@@ -32,9 +33,14 @@ def places(paths: Iterable[str]) -> dict[str, Place]:
 def _split(path: str) -> tuple[int | None, tuple[str, ...]]:
     parts = path.split(".")
     for i, part in enumerate(parts):
-        if part.isdigit():
-            return int(part), (*parts[:i], "#", *parts[i + 1 :])
+        if (number := _number(part)) is not None:
+            return number, (*parts[:i], "#", *parts[i + 1 :])
     return None, tuple(parts)
+
+
+def _number(part: str) -> int | None:
+    """The number that a part of a path is, None for a word; what has more than 18 digits counts nothing."""
+    return int(part) if re.fullmatch(r"[0-9]{1,18}", part) else None
 
 
 def _short_names(columns: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

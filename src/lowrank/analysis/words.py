@@ -1,10 +1,13 @@
 """Numbers and names as people write them."""
 
+import math
 from collections.abc import Sequence
 
 
 def number(value: float) -> str:
     """Three significant digits, without an exponent where that can be read."""
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return (

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowrank.core.finite import require_finite
+
 BLOCK = 16  # columns multiplied at once
 DENSE = 160  # min(d, k) up to which a full decomposition is quicker than any iteration
 LONGEST = 24  # steps
@@ -103,6 +105,7 @@ def random_block(columns: int, rows: int, seed: int, like: Tensor) -> Tensor:
 def _exact(matrix: Matrix, n: int, like: Tensor) -> Triplets:
     eye = torch.eye(matrix.shape[1], dtype=like.dtype, device=like.device)
     dense, _ = matrix.there_and_back(eye)
+    require_finite(dense, "W")
     u, sigma, vh = torch.linalg.svd(dense.double(), full_matrices=False)
     return Triplets(u[:, :n].to(like), sigma[:n].to(like), vh[:n].t().to(like), torch.zeros(n).to(like))
 
@@ -122,6 +125,7 @@ class _Space:
         new = torch.linalg.qr(self._outside(self._next)).Q
         new = torch.linalg.qr(self._outside(new)).Q  # once more, since rounding left some of v in it
         image, self._next = self.matrix.there_and_back(new)
+        require_finite(self._next, "W")
         self.v = torch.cat([self.v, new], dim=1)
         self.y = torch.cat([self.y, image], dim=1)
 

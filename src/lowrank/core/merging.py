@@ -62,6 +62,8 @@ def prepare(factors: LoraFactors, weight: Tensor, *, transposed: bool, weighting
     a, b = (t.detach().to(device=weight.device, dtype=wide) for t in factors.effective())
     left, right = _as_stored(a, b, transposed)
     scale = factors.scale * weighting
+    if abs(scale) > torch.finfo(wide).max:
+        raise FloatingPointError(f"its scale {scale:g} does not fit into {wide}")
     if factors.magnitude is None:
         return Change(left.contiguous(), right.contiguous(), scale)
     if weighting != 1.0:

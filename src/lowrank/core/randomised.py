@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowrank.core.finite import require_finite
 from lowrank.core.truncation import Cut, LowRank, balanced
 
 OVERSAMPLE = 16
@@ -94,6 +95,7 @@ def compress(source: Rows, cut: Cut, *, tolerance: float = 1e-3, seed: int = 0) 
     held, shortfall = [0.0], 0.0
     for _ in range(MOST_PASSES):
         following = _pass(source, block, projection)
+        require_finite(following, "the matrix")
         energies = projection.energies()
         held.append(_held(energies, cut, projection.total))
         shortfall = _shortfall(projection, energies, cut, held, limit)
@@ -112,6 +114,7 @@ def _start(source: Rows, width: int, seed: int, projection: _Projection) -> Tens
         mixed.addmm_(block.t(), omega)
         norms = torch.linalg.vector_norm(block, dim=1)  # by rows, so that float32 is wide enough for each
         projection.total += float(norms.double().square().sum())
+    require_finite(mixed, "the matrix")
     start: Tensor = torch.linalg.qr(mixed).Q
     return start
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lowrank.core.finite import require_finite
 from lowrank.core.truncation import Cut, LowRank, balanced
 
 
@@ -16,7 +17,9 @@ def recompress(a: Tensor, b: Tensor, cut: Cut) -> LowRank:
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     left, left_tau, r_b = _householder(b.detach().double())
     right, right_tau, r_a = _householder(a.detach().double().t())
-    u, sigma, vt = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
+    core = r_b @ r_a.t()
+    require_finite(core, "ΔW")
+    u, sigma, vt = torch.linalg.svd(core, full_matrices=False)
     total = float(sigma.square().sum())
     size = cut.size(sigma, total, torch.finfo(dtype).eps)
     sigma = sigma[:size]

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lowrank.core.finite import require_finite
+
 UNSEEN = 32  # t: what Ĝ misses is estimated with a relative standard deviation of at most √(2/32) = 25 %
 
 
@@ -95,7 +97,9 @@ class Sketch:
         """The first R singular values of what was added, and ‖G‖²_F."""
         rank = self.directions.rank
         if self.whole is not None:
-            sigma = torch.linalg.svdvals(self.whole.double()).cpu()
+            whole = self.whole.double()
+            require_finite(whole, "the sum")
+            sigma = torch.linalg.svdvals(whole).cpu()
             return Spectrum(sigma[:rank], float(sigma.square().sum()), True)
         assert self.range is not None and self.other is not None
         both, other = self.range.double(), self.other.double()
@@ -103,6 +107,7 @@ class Sketch:
         m = self.directions.range_width
         q = torch.linalg.qr(both[:, :m]).Q
         core = torch.linalg.lstsq(self.directions.left(d).double() @ q, other).solution  # (m, k): Ĝ = q·core
+        require_finite(core, "the sum")
         u, sigma, _ = torch.linalg.svd(core, full_matrices=False)
         unseen = self.directions.right(k)[:, m:].double()
         seen, truth = core @ unseen, both[:, m:]  # q·seen = Ĝ·T, truth = G·T

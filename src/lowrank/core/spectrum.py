@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank.core.finite import require_finite
+
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -35,7 +37,9 @@ def singular_values(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """
     r_b = torch.linalg.qr(_wide(b), mode="r").R
     r_a = torch.linalg.qr(_wide(a).t(), mode="r").R
-    sigma: Tensor = torch.linalg.svdvals(r_b @ r_a.t()) * abs(scale)
+    core = r_b @ r_a.t()
+    require_finite(core * scale, "ΔW")
+    sigma: Tensor = torch.linalg.svdvals(core) * abs(scale)
     return torch.where(sigma > _rounding(r_b, r_a, scale), sigma, 0.0)
 
 
@@ -48,7 +52,9 @@ def delta_svd(a: Tensor, b: Tensor, scale: float) -> DeltaSVD:
     """The thin singular value decomposition of s·B·A, in float64: a (r, k), b (d, r)."""
     q_b, r_b = torch.linalg.qr(_wide(b))
     q_a, r_a = torch.linalg.qr(_wide(a).t())
-    left, sigma, right = torch.linalg.svd(r_b @ r_a.t() * scale, full_matrices=False)
+    core = r_b @ r_a.t() * scale
+    require_finite(core, "ΔW")
+    left, sigma, right = torch.linalg.svd(core, full_matrices=False)
     n = int((sigma > _rounding(r_b, r_a, scale)).sum())
     return DeltaSVD(q_b @ left[:, :n], sigma[:n], q_a @ right[:n].t())
 
@@ -59,6 +65,7 @@ def right_directions(a: Tensor) -> Tensor:
     They span what ΔW's do, in another order; Hu et al. 2022 compare these.
     """
     q, r = torch.linalg.qr(_wide(a).t())
+    require_finite(r, "A")
     left, sigma, _ = torch.linalg.svd(r, full_matrices=False)
     n = int((sigma > EPS * max(a.shape) * sigma.amax()).sum())
     directions: Tensor = q @ left[:, :n]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowrank.core.dora import row_norms
 from lowrank.core.factors import LoraFactors
+from lowrank.core.finite import named
 from lowrank.core.init import Init, Site, embedding
 from lowrank.core.rows import RowBlock
 from lowrank.injection.config import LoraConfig
@@ -22,7 +23,8 @@ def create_factors(entry: PlanEntry, module: nn.Module, config: LoraConfig, init
     if issubclass(entry.kind, LoraEmbedding) and config.init_lora_weights in NOT_FOR_LOOKUPS:
         init = embedding
     matrix = entry.kind.matrix(cast(Tensor, module.weight).detach())
-    starts = [init(site) for site in _sites(entry, matrix)]
+    with named(entry.path):
+        starts = [init(site) for site in _sites(entry, matrix)]
     a, b = starts[0].a, starts[0].b
     if len(starts) > 1:
         a, b = torch.cat([start.a for start in starts]), torch.cat([start.b for start in starts])

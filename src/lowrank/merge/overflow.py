@@ -17,7 +17,10 @@ def merge_fault(layer: LoraLayer, adapters: tuple[str, ...]) -> str | None:
     largest = _largest(layer.base_weight)
     if not torch.isfinite(largest):
         return "the base's weight holds values that are not finite"
-    bound = largest + sum(_bound(layer.change(name), largest) for name in adapters)
+    try:
+        bound = largest + sum(_bound(layer.change(name), largest) for name in adapters)
+    except FloatingPointError as error:
+        return str(error)
     limit = torch.finfo(layer.base_weight.dtype).max
     if bound < 0.99 * limit or torch.isfinite(_largest(layer.merged_weight(adapters))):
         return None

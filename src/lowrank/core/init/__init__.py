@@ -12,7 +12,7 @@ from lowrank.core.init.olora import olora
 from lowrank.core.init.orthogonal import orthogonal
 from lowrank.core.init.pissa import fast_pissa, pissa
 from lowrank.core.init.random import random
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, short
 
 Init = Callable[[Site], Start]
 
@@ -25,6 +25,7 @@ INITS: dict[str, Init] = {
     "random": random,
 }
 READS_WEIGHT = ("olora", "pissa")
+MOST_ITERATIONS = 1000  # of power iterations; a few are enough (16 in the paper)
 
 
 def find_init(name: str | bool) -> Init:
@@ -33,10 +34,11 @@ def find_init(name: str | bool) -> Init:
         return kaiming if name else random
     if name in INITS:
         return INITS[name]
-    if match := re.fullmatch(r"pissa_niter_(\d+)", name):
+    match = re.fullmatch(r"pissa_niter_([0-9]+)", name)
+    if match and len(match[1]) <= len(str(MOST_ITERATIONS)) and int(match[1]) <= MOST_ITERATIONS:
         return partial(fast_pissa, iterations=int(match[1]))
-    choices = ", ".join([*INITS, "pissa_niter_N"])
-    raise ConfigError(f"init_lora_weights={name!r} is not known: choose one of {choices}")
+    choices = ", ".join([*INITS, f"pissa_niter_N with N up to {MOST_ITERATIONS}"])
+    raise ConfigError(f"init_lora_weights={short(repr(name))} is not known: choose one of {choices}")
 
 
 __all__ = ["INITS", "READS_WEIGHT", "Init", "Site", "Start", "embedding", "find_init"]

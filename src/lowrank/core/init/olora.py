@@ -2,12 +2,15 @@
 
 import torch
 
+from lowrank.core.finite import require_finite
 from lowrank.core.init.base import Site, Start
 
 
 def olora(site: Site) -> Start:
     """W0 = Q·R; B = Q[:, :r], A = R[:r], subtracted again (Büyükakyüz 2024, arXiv 2406.01775)."""
-    q, r = torch.linalg.qr(site.weight())
+    weight = site.weight()
+    require_finite(weight, "W0")
+    q, r = torch.linalg.qr(weight)
     return Start(
         r[: site.rank].to(site.dtype).contiguous(),
         q[:, : site.rank].to(site.dtype).contiguous(),

@@ -1,24 +1,24 @@
 """The adapters to merge: folders with weights, read without a model."""
 
-import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lowrank.adapters.weighted import WeightedAdapter, weighted_pairs
+from lowrank.checkpoint.adapter_folder import AdapterPath
 from lowrank.checkpoint.keys import MAGNITUDE
 from lowrank.checkpoint.read import AdapterFiles, read_adapter
 from lowrank.checkpoint.restore import with_moved_base
 from lowrank.core.factors import LoraFactors
+from lowrank.core.finite import named
 from lowrank.core.merging import Change, prepare
 from lowrank.errors import MergeError
 from lowrank.hub import origin
 
-AdapterPath = str | os.PathLike[str]
-WeightedAdapter = AdapterPath | tuple[AdapterPath, float]
+__all__ = ["Adapter", "Contribution", "WeightedAdapter", "read_adapters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,44 +67,32 @@ class Contribution:
         factors = factors.to(dtype=torch.promote_types(factors.a.dtype, weight.dtype))
         if self._moved is None:
             return factors
-        return with_moved_base(factors, self._moved, weight.t() if self.transposed else weight)
+        with named(self.path):
+            return with_moved_base(factors, self._moved, weight.t() if self.transposed else weight)
 
     def change(self, shape: tuple[int, ...], weight: Tensor) -> Change:
         """ΔW ready to be added to rows of the tensor as stored; arguments as for `factors`."""
-        return prepare(self.factors(shape, weight), weight, transposed=self.transposed, weighting=self.adapter.weight)
+        factors = self.factors(shape, weight)
+        with named(self.path):
+            return prepare(factors, weight, transposed=self.transposed, weighting=self.adapter.weight)
 
 
 def read_adapters(adapters: WeightedAdapter | Sequence[WeightedAdapter], allow_pickle: bool = False) -> list[Adapter]:
     """Every adapter, checked as far as that goes without a base; a bare path has the weight 1.
 
-    Raises MergeError for no adapters, a folder given twice, and a weight that cannot be meant; CheckpointError for
-    files that cannot be read.
+    Raises ConfigError for no adapters and a weight that cannot be meant, MergeError for a folder given twice, and
+    CheckpointError for files that cannot be read.
     """
-    read = [_read(path, weight, allow_pickle) for path, weight in _pairs(adapters)]
-    if not read:
-        raise MergeError("merge: no adapter is given")
+    read = [_read(path, weight, allow_pickle) for path, weight in weighted_pairs(adapters, "merge")]
     folders = [adapter.folder.resolve() for adapter in read]
     if twice := {str(folder) for folder in folders if folders.count(folder) > 1}:
         raise MergeError(f"merge: the adapter {', '.join(sorted(twice))} is given twice; give it once, with the sum")
     return read
 
 
-def _pairs(adapters: WeightedAdapter | Sequence[WeightedAdapter]) -> Iterable[tuple[AdapterPath, float]]:
-    if isinstance(adapters, str | os.PathLike) or _is_pair(adapters):
-        adapters = [adapters]  # type: ignore[list-item]
-    for adapter in adapters:
-        yield adapter if isinstance(adapter, tuple) else (adapter, 1.0)  # type: ignore[misc]
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | float)
-
-
 def _read(path: AdapterPath, weight: float, allow_pickle: bool) -> Adapter:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight == 0:
-        raise MergeError(f"merge: the weight of {os.fspath(path)} must be a finite number other than 0, not {weight!r}")
     files = read_adapter(path, allow_pickle)
-    adapter = Adapter(files.folder, files, float(weight))
+    adapter = Adapter(files.folder, files, weight)
     if adapter.weight != 1 and adapter.files.config.lora.use_dora:
         raise MergeError(
             f"{path} is a DoRA adapter, whose change is not linear in its factors: it can be merged with weight 1 only"
