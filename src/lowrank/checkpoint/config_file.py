@@ -66,7 +66,7 @@ UNREPRESENTABLE = {
     "use_qalora": "its A reads pooled inputs: merge with PEFT",
     "use_bdlora": "its factors are block-diagonal in a layout of their own: merge with PEFT",
     "megatron_config": "its layers are Megatron's: use PEFT with Megatron",
-    "enable_lora": "it is a MergedLinear adapter of PEFT 0.2: convert it with that version",
+    "enable_lora": "it is a MergedLinear adapter of PEFT 0.2: `lowrank convert` writes one that can be read",
 }
 
 # Initialisations that changed the base itself in a way the files do not tell.

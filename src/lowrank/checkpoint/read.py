@@ -19,6 +19,7 @@ from lowrank.hub import local_folder
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+KOHYA = (".lora_down.weight", ".lora_up.weight")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -112,8 +113,17 @@ def sort_tensors(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, 
         else:
             low_rank[parsed.path][parsed.role] = tensor
     if not low_rank:
-        raise CheckpointError(f"{where} holds no LoRA factors (no tensor is called lora_A or lora_embedding_A)")
+        raise CheckpointError(_without_factors(tensors, where))
     return low_rank, full
+
+
+def _without_factors(tensors: Mapping[str, Tensor], where: Path) -> str:
+    if any(key.endswith(KOHYA) for key in tensors):
+        return (
+            f"{where} is a kohya file (sd-scripts, for diffusion models): its names run a module's path together "
+            "(lora_unet_..., .lora_down), so modules cannot be told from it; load it with diffusers' load_lora_weights"
+        )
+    return f"{where} holds no LoRA factors (no tensor is called lora_A or lora_embedding_A)"
 
 
 def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -196,7 +206,7 @@ def _rank_faults(files: AdapterFiles) -> list[str]:
         if a is None or b is None or not a.numel() or not b.numel():
             continue
         grouped = files.kind(path) == "conv" and b.ndim > 1 and rank % b.shape[1] == 0
-        if a.ndim < 2 or b.ndim < 2 or a.shape[0] != rank or not (b.shape[1] == rank or grouped):
+        if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != rank or not (b.shape[1] == rank or grouped):
             faults.append(
                 f"{path} has A {list(a.shape)} and B {list(b.shape)}, and adapter_config.json says rank {rank}"
             )

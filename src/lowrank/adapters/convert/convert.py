@@ -1,5 +1,6 @@
 """From one format to another: every reader gives the same value, every writer takes it."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,11 +9,14 @@ from pathlib import Path
 import torch
 
 from lowrank.adapters.convert.gguf import read_gguf_adapter, write_gguf
-from lowrank.adapters.convert.loralib import read_loralib, write_loralib
+from lowrank.adapters.convert.loralib import ENDINGS, read_loralib, write_loralib
+from lowrank.adapters.convert.merged_linear import has_merged_linear, read_merged_linear
 from lowrank.adapters.convert.mlx import WEIGHTS, read_mlx, write_mlx
 from lowrank.adapters.convert.model_pickles import has_pickles, unpickle_model
 from lowrank.adapters.convert.options import ConvertOptions, Read
+from lowrank.adapters.convert.partner import check_partner
 from lowrank.adapters.convert.repack import to_pickle, to_safetensors
+from lowrank.adapters.convert.sound import check_sound
 from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, check_out, content_of, write_adapter
 from lowrank.checkpoint.config_file import NAME
 from lowrank.checkpoint.read import PICKLE, SAFETENSORS, read_adapter
@@ -38,6 +42,7 @@ READERS: dict[str, Reader] = {
     "loralib": read_loralib,
     "mlx": read_mlx,
     "gguf": read_gguf_adapter,
+    "peft-0.2": read_merged_linear,
 }
 WRITERS: dict[str, Writer] = {
     "peft": _write_peft,
@@ -52,6 +57,7 @@ DIRECT: dict[tuple[str, str], Direct] = {  # where nothing has to be understood,
 }
 FORMATS = (*WRITERS, "peft-bin", "safetensors")
 FOLDERS = ("peft", "peft-bin", "mlx")
+FILES = {"loralib": ENDINGS, "gguf": (".gguf",)}  # how their names must end, by which they are told again
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +90,11 @@ def convert_adapter(
 
     peft: a folder with `adapter_model.safetensors`; peft-bin: the same with the `.bin` of old versions; loralib: one
     file, `.bin` or `.safetensors`; mlx: a folder for mlx-lm; gguf: a file for llama.cpp; safetensors: a whole *model*
-    folder with pickled weights, read in a process of its own.
+    folder with pickled weights, read in a process of its own. A folder of PEFT 0.2 with `enable_lora` is read too.
 
-    model: the base's folder, for GGUF; alpha, enable_lora: what a loralib file does not say; dtype: of the factors
-    written; allow_pickle: `.bin` files may be read, by torch.load(weights_only=True) and never otherwise.
+    model: the base's folder, for GGUF; where it is given, every module must have the shape it has there; alpha,
+    enable_lora: what a loralib file does not say; dtype: of the factors written; allow_pickle: `.bin` files may be
+    read, by torch.load(weights_only=True) and never otherwise.
 
     ΔW stays the same in every module; what a format cannot hold is refused. Raises ConfigError for arguments that
     cannot be meant and CheckpointError for files that cannot be read, written, or expressed.
@@ -97,13 +104,28 @@ def convert_adapter(
     base = None if model is None else local_folder(model, JSON)
     place, options = local_folder(source), ConvertOptions(base, alpha, enable_lora, dtype, allow_pickle)
     found, target = detect(place), _check_target(place, Path(out), to)
+    _check_options(place, found, options)
     if direct := DIRECT.get((found, to)):
+        if base is not None and found in READERS:
+            check_partner(READERS[found](place, options).content, base)
         return ConvertReport(found, to, 0, direct(place, target, options))
     if found not in READERS or to not in WRITERS:
         raise ConfigError(f"{os.fspath(source)} is {_described(found)}, which cannot become {to}")
     read = READERS[found](place, options)
+    check_sound(place, read.content)
+    if base is not None:
+        check_partner(read.content, base)
     notes = WRITERS[to](read.content, target, options)
     return ConvertReport(found, to, len(read.content.targets), (*read.notes, *notes))
+
+
+def _check_options(source: Path, found: str, options: ConvertOptions) -> None:
+    """Raise ConfigError for a number that cannot be meant, and for one that this source does not need."""
+    alpha = options.alpha
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ConfigError(f"alpha must be a finite number above 0, not {alpha!r}")
+    if found != "loralib" and (alpha is not None or options.enable_lora is not None):
+        raise ConfigError(f"{source} is {_described(found)}, which says its scale: leave alpha and enable_lora out")
 
 
 def _described(found: str) -> str:
@@ -117,11 +139,13 @@ def detect(source: Path) -> str:
     if source.is_file():
         if source.suffix == ".gguf":
             return "gguf"
-        if source.suffix in (".bin", ".pt", ".pth", ".safetensors"):
+        if source.suffix in ENDINGS:
             return "loralib"
-        raise CheckpointError(f"{source} is none of .gguf, .bin, .pt, .safetensors, so its format is not known")
+        raise CheckpointError(f"{source} is none of .gguf, {', '.join(ENDINGS)}, so its format is not known")
     if (source / NAME).is_file() and (source / WEIGHTS).is_file():
         return "mlx"
+    if has_merged_linear(source):
+        return "peft-0.2"
     if (source / NAME).is_file() or (source / SAFETENSORS).is_file() or (source / PICKLE).is_file():
         return "peft"
     if has_pickles(source):
@@ -134,10 +158,17 @@ def _check_target(source: Path, out: Path, to: str) -> Path:
         raise CheckpointError(f"{out} is the input: give another place for the result")
     if to in ("peft", "peft-bin"):
         return check_out(out, [source])
-    if to in ("loralib", "gguf") and out.is_dir():
+    if to in FILES and out.is_dir():
         raise CheckpointError(f"{out} is a folder, and {to} is one file: give its name")
+    if endings := FILES.get(to):
+        _check_ending(out, to, endings)
     if to in FOLDERS and out.is_file():
         raise CheckpointError(f"{out} is a file, and {to} is a folder: give another name")
     if to == "safetensors" and out.exists() and (out.is_file() or any(out.iterdir())):
         raise CheckpointError(f"{out} is not an empty folder: give a new one for the model")
     return out
+
+
+def _check_ending(out: Path, to: str, endings: Sequence[str]) -> None:
+    if out.suffix not in endings:
+        raise ConfigError(f"{out}: the name of a {to} file must end in {' or '.join(endings)}, by which it is known")

@@ -5,6 +5,7 @@ s = alpha/r; for every weight W two tensors `W.lora_a` (r, k) and `W.lora_b` (d,
 embedding. Rows of W that llama.cpp keeps in another order than transformers are in that order in lora_b too.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from lowrank.adapters.convert.gguf_file import gguf_bytes, read_gguf
 from lowrank.adapters.convert.gguf_names import Family, check_rows, family_of, heads_of, to_halves, to_pairs
 from lowrank.adapters.convert.options import ConvertOptions, Read
+from lowrank.adapters.convert.sound import ready
 from lowrank.adapters.convert.uniform import at_scale, common_alpha, refuse
 from lowrank.checkpoint.adapter_folder import AdapterContent, Target, exact_names
 from lowrank.checkpoint.atomic import write_file
@@ -42,7 +44,7 @@ def write_gguf(content: AdapterContent, out: Path, options: ConvertOptions) -> t
     for path, target in content.targets.items():
         name = str(family.gguf_name(path))
         a, b = _to_gguf(name, path, at_scale(target, alpha / target.a.shape[0]), family, config)
-        tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = a.to(dtype), b.to(dtype)
+        tensors |= ready({f"{name}.lora_a": a, f"{name}.lora_b": b}, dtype, out)
     values: dict[str, str | int | float] = {
         "general.architecture": family.name,
         "general.type": "adapter",
@@ -111,7 +113,8 @@ def _check_values(source: Path, values: Mapping[str, Any], family: Family) -> No
         raise CheckpointError(
             f"{source} is for the architecture {values.get('general.architecture')}, and the model is {family.name}"
         )
-    if not isinstance(values.get("adapter.lora.alpha"), float):
+    alpha = values.get("adapter.lora.alpha")
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
         raise CheckpointError(f"{source} does not say its adapter.lora.alpha")
 
 
@@ -129,7 +132,7 @@ def _from_gguf(
         raise CheckpointError(f"{source}: {name} has not both lora_a and lora_b as matrices")
     a, b = a.float(), b.float()
     a = a.t().contiguous() if name == TABLE else a
-    if a.shape[0] != b.shape[1]:
+    if a.shape[0] != b.shape[1] or a.numel() == 0 or b.numel() == 0:
         raise CheckpointError(f"{source}: {name} has A {list(a.shape)} and B {list(b.shape)}, which are no pair")
     heads = heads_of(config, path) if family.permuted else None
     if heads is not None:

@@ -2,10 +2,11 @@
 
 https://github.com/microsoft/LoRA. A plain layer has A (r, k) and B (d, r). A MergedLinear, a fused projection of which
 n of m equal parts are adapted, has the A of its parts stacked, (n·r, k), and their B, (n·d/m, r); `enable_lora` says
-which. In all of them s = lora_alpha/r, and neither number is in the file.
+which; PEFT 0.2's had their B as a 1×1 convolution, (n·d/m, r, 1). In all of them s = lora_alpha/r, and neither number
+is in the file.
 """
 
-import math
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from lowrank.adapters.convert.full import sort_full
 from lowrank.adapters.convert.options import ConvertOptions, Read
+from lowrank.adapters.convert.sound import ready, widened
 from lowrank.adapters.convert.uniform import at_scale, common_alpha, refuse
 from lowrank.checkpoint.adapter_folder import AdapterContent, Target, exact_names
-from lowrank.checkpoint.atomic import replacing
+from lowrank.checkpoint.atomic import write_file
 from lowrank.checkpoint.keys import A, B, Key
 from lowrank.checkpoint.read import read_pickle, read_safetensors, sort_tensors
 from lowrank.errors import CheckpointError, ConfigError
@@ -25,11 +27,14 @@ from lowrank.modelfiles.lookup import is_table
 
 def read_loralib(source: Path, options: ConvertOptions) -> Read:
     """The adapter in the file `source`; options.alpha is needed, options.enable_lora for MergedLinear layers."""
-    if options.alpha is None or not math.isfinite(options.alpha):
-        raise ConfigError(f"{source} does not say its lora_alpha: give the alpha that it was trained with")
+    return content_from(source, options)
+
+
+def content_from(source: Path, options: ConvertOptions) -> Read:
+    """The adapter in a file of loralib's layers, whoever wrote it."""
     low_rank, full = sort_tensors(_tensors(source, options.allow_pickle), source)
-    if not low_rank:
-        raise CheckpointError(f"{source} holds no lora_A and lora_B, so it is no adapter of loralib's")
+    if options.alpha is None:
+        raise ConfigError(f"{source} does not say its lora_alpha: give the alpha that it was trained with")
     targets = {path: _target(source, path, pair, options) for path, pair in low_rank.items()}
     owned = sort_full(full, targets)
     content = AdapterContent(targets, exact_names(targets), {}, owned.tensors, owned.modules, owned.bias)
@@ -50,10 +55,11 @@ def _tensors(source: Path, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def _target(source: Path, path: str, pair: Mapping[str, Tensor], options: ConvertOptions) -> Target:
+    pair = {role: tensor[..., 0] if tensor.shape[2:] == (1,) else tensor for role, tensor in pair.items()}
     if set(pair) != {A, B} or any(tensor.ndim != 2 or tensor.numel() == 0 for tensor in pair.values()):
         shapes = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in sorted(pair.items()))
         raise CheckpointError(f"{source}: {path} has {shapes}, wanted matrices lora_A and lora_B")
-    a, b = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (pair[A], pair[B]))
+    a, b = (widened(pair[role], f"{source}: {path}.{role}") for role in (A, B))
     scale = float(options.alpha or 0) / b.shape[1]
     if a.shape[0] != b.shape[1]:
         b = _spread(source, path, a, b, options.enable_lora)
@@ -79,6 +85,9 @@ def _spread(source: Path, path: str, a: Tensor, b: Tensor, enabled: Sequence[boo
     return spread
 
 
+ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
+
+
 def write_loralib(content: AdapterContent, out: Path, options: ConvertOptions) -> tuple[str, ...]:
     """Write the file `out`, a pickle unless it ends in `.safetensors`; what loralib's layers need to know is told.
 
@@ -89,11 +98,9 @@ def write_loralib(content: AdapterContent, out: Path, options: ConvertOptions) -
     tensors: dict[str, Tensor] = {}
     for path, target in content.targets.items():
         equal = at_scale(target, alpha / target.a.shape[0])
-        tensors[f"{path}.lora_A"] = equal.a.to(options.dtype or equal.a.dtype)
-        tensors[f"{path}.lora_B"] = equal.b.to(options.dtype or equal.b.dtype)
-    for key, tensor in content.full.items():
-        tensors[_full_name(key)] = tensor
-    _save(out, {name: tensor.contiguous() for name, tensor in sorted(tensors.items())})
+        tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"] = equal.a, equal.b
+    full = {_full_name(key): tensor for key, tensor in content.full.items()}
+    _save(out, dict(sorted((ready(tensors, options.dtype, out) | ready(full, None, out)).items())))
     ranks = ", ".join(str(rank) for rank in sorted({target.a.shape[0] for target in content.targets.values()}))
     return (f"build loralib's layers with r={ranks} and lora_alpha={alpha!r}: the file does not say it",)
 
@@ -103,11 +110,12 @@ def _full_name(key: Key) -> str:
 
 
 def _save(out: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    buffer = io.BytesIO()
+    if out.suffix == ".safetensors":
+        buffer.write(save(tensors, metadata={"format": "pt"}))
+    else:
+        torch.save(tensors, buffer)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as temporary:
-        if out.suffix == ".safetensors":
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        else:
-            torch.save(tensors, temporary)
+    write_file(out, buffer.getvalue())

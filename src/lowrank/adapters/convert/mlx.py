@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank.adapters.convert.options import ConvertOptions, Read
+from lowrank.adapters.convert.sound import ready, widened
 from lowrank.adapters.convert.uniform import at_scale, refuse
 from lowrank.checkpoint.adapter_folder import AdapterContent, Target, exact_names
 from lowrank.checkpoint.atomic import write_folder
@@ -53,7 +54,7 @@ def _targets(source: Path, scale: float, tensors: Mapping[str, Tensor]) -> dict[
         match = FACTOR.fullmatch(name)
         if match is None:
             raise CheckpointError(f"{source / WEIGHTS}: {name} is no lora_a, lora_b or m of a module")
-        found.setdefault(match["path"], {})[match["role"]] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        found.setdefault(match["path"], {})[match["role"]] = widened(tensor, f"{source / WEIGHTS}: {name}")
     return {path: _target(source, path, roles, scale) for path, roles in found.items()}
 
 
@@ -80,8 +81,7 @@ def write_mlx(content: AdapterContent, out: Path, options: ConvertOptions) -> tu
         tensors[f"{path}.lora_b"] = _filled(equal.b.t(), rank)
         if equal.magnitude is not None:
             tensors[f"{path}.m"] = equal.magnitude
-    ready = {name: tensor.to(options.dtype or tensor.dtype).contiguous() for name, tensor in sorted(tensors.items())}
-    write_folder(out, {WEIGHTS: _serialise(ready), NAME: _config(content, rank, scale)})
+    write_folder(out, {WEIGHTS: _serialise(ready(tensors, options.dtype, out)), NAME: _config(content, rank, scale)})
     return ()
 
 

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 
 from lowrank.adapters.convert.options import ConvertOptions
+from lowrank.adapters.convert.sound import ready
 from lowrank.checkpoint import config_file
 from lowrank.checkpoint.atomic import write_folder
 from lowrank.checkpoint.read import PICKLE, SAFETENSORS, read_adapter, read_pickle, read_safetensors
@@ -26,8 +27,8 @@ def _repack(source: Path, out: Path, options: ConvertOptions, name: str) -> tupl
     files = read_adapter(source, options.allow_pickle)
     pickled = not (source / SAFETENSORS).is_file()
     tensors = read_pickle(source / PICKLE) if pickled else read_safetensors(source / SAFETENSORS)
-    ready = {key: tensor.to(options.dtype or tensor.dtype).contiguous() for key, tensor in sorted(tensors.items())}
-    content = {name: _safetensors(ready) if name == SAFETENSORS else _pickle(ready)}
+    cast = ready(tensors, options.dtype, out)
+    content = {name: _safetensors(cast) if name == SAFETENSORS else _pickle(cast)}
     for other in (config_file.NAME, "lowrank.json", "README.md"):
         if (source / other).is_file():
             content[other] = (source / other).read_bytes()

@@ -28,6 +28,9 @@ def rewrite(source: str, out: str) -> list[str]:
 
     tensors = distinct(read_pickle(Path(source)))
     save_file(tensors, out, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(out, 0o666 & ~mask)  # safetensors would have nobody else read it
     descriptor = os.open(out, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
