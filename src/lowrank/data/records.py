@@ -67,7 +67,7 @@ def json_fault(error: ValueError | RecursionError) -> str:
 
 
 def depth(value: Any) -> int:
-    """How deep lists and objects lie in each other, 0 for a bare value; without recursion, which thousands would break."""
+    """How deep lists and objects lie in each other, 0 for a bare value; no recursion, which thousands would break."""
     level, deep = [value], -1
     while level:
         deep += 1
