@@ -202,7 +202,7 @@ def test_wrong_calls_are_one_sentence_and_leave_nothing(tmp_path):
         "needs a density": {"method": "ties"},
         "takes no density": {"density": 0.5},
         "share above 0": {"method": "ties", "density": 1.5},
-        "must be finite and not 0": {"adapters": [(one, math.nan)]},
+        "must be a finite number other than 0": {"adapters": [(one, math.nan)]},
         "one of the inputs": {"out": one},
         "there is no folder": {"adapters": [(tmp_path / "nowhere", 1.0)]},
     }

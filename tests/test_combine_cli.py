@@ -105,7 +105,7 @@ WRONG = {
     "is an adapter, not a model": ["extract", "--model", "IN", "--tuned", "IN", "--out", "OUT", "--rank", "2"],
     "rank must be a whole number": ["resize", "--adapter", "IN", "--out", "OUT", "--rank", "0"],
     "give true or false": ["convert", "--source", "IN", "--out", "OUT", "--enable-lora", "1,0"],
-    "give the model's folder": ["convert", "--source", "IN", "--out", "OUT", "--to", "gguf"],
+    "give the model's folder": ["convert", "--source", "IN", "--out", "OUT.gguf", "--to", "gguf"],
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowrank.errors import CheckpointError, LowrankError, MergeError
+from lowrank.errors import CheckpointError, ConfigError, LowrankError, MergeError
 from lowrank.merge.disk import merge_checkpoint
 from lowrank.modelfiles import staging
 from lowrank.modelfiles.layout import build_layout
@@ -238,9 +238,9 @@ def test_two_dora_copies_and_weights(base: Path, adapter: Path, tmp_path: Path) 
     other = write_adapter(tmp_path / "dora", dora, use_dora=True)
     refused(MergeError, "weight 1 only", base, [(other, 0.5)], tmp_path / "out")
     for weight in (0, float("nan"), float("inf"), "1"):
-        refused(MergeError, "must be a finite number other than 0", base, [(adapter, weight)], tmp_path / "out")
+        refused(ConfigError, "must be a finite number other than 0", base, [(adapter, weight)], tmp_path / "out")
     refused(MergeError, "given twice", base, [adapter, (adapter, 0.5)], tmp_path / "out")
-    refused(MergeError, "no adapter", base, [], tmp_path / "out")
+    refused(ConfigError, "no adapter", base, [], tmp_path / "out")
 
 
 def test_full_copies_have_no_sum(base: Path, tmp_path: Path) -> None:

@@ -84,7 +84,8 @@ def merge_checkpoint(
 
     The folder gets its name when everything in it is verified and on the disk; killed before, it leaves no result.
     Warns (LowrankWarning) where rounding swallows the change. Raises CheckpointError for files that are damaged or do
-    not fit, MergeError for a merge that cannot be exact or a place that cannot be written.
+    not fit, ConfigError for a weight that cannot be meant, MergeError for a merge that cannot be exact or a place that
+    cannot be written.
     """
     options = _options(dtype, verify, untouched, threads)
     clock = _Clock()
