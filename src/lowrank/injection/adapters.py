@@ -8,6 +8,7 @@ from torch import nn
 from lowrank.errors import LowrankError
 from lowrank.injection.checkpointing import remove_hooks
 from lowrank.injection.config import LoraConfig
+from lowrank.injection.saving import remove_saving
 from lowrank.injection.state import ATTRIBUTE, find_state, require_adapter, require_state
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer, restore
@@ -114,6 +115,7 @@ def forget(model: nn.Module) -> None:
     """In place: drop the state and hooks of a model that has no adapters left, and let its base train as before."""
     state = require_state(model)
     remove_hooks(model)
+    remove_saving(model)
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(path in state.trained_before)
     del model.__dict__[ATTRIBUTE]

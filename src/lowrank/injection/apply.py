@@ -17,6 +17,7 @@ from lowrank.injection.creation import create_factors
 from lowrank.injection.paths import plain_reason
 from lowrank.injection.plan import InjectionPlan
 from lowrank.injection.planning import bias_names, plan
+from lowrank.injection.saving import add_saving
 from lowrank.injection.state import ATTRIBUTE, AdapterState, find_state
 from lowrank.injection.targets import named_targets
 from lowrank.injection.traversal import base_modules
@@ -91,6 +92,7 @@ def attach(
         model.__dict__[ATTRIBUTE] = state
         model.requires_grad_(False)
         add_hooks(model)
+        add_saving(model)
     for path, values in factors.items():
         layer = extend(modules[path], _kind(modules[path]))
         layer.add_factors(adapter_name, values.train(layer.training))

@@ -8,6 +8,7 @@ from lowrank.errors import LowrankError
 from lowrank.injection.config import LoraConfig
 
 ATTRIBUTE = "_lowrank_state"
+WRAPPERS = ("DistributedDataParallel", "DataParallel")
 
 
 @dataclass(slots=True)
@@ -20,6 +21,15 @@ class AdapterState:
     trained_before: frozenset[str] = frozenset()
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of torch.compile, DDP and DataParallel; any other model as it is."""
+    while True:
+        inside = model._modules.get("_orig_mod" if "_orig_mod" in model._modules else "module")
+        if inside is None or not (inside is model._modules.get("_orig_mod") or type(model).__name__ in WRAPPERS):
+            return model
+        model = inside
+
+
 def find_state(model: nn.Module) -> AdapterState | None:
     """The model's adapter state, None for a plain model."""
     state = model.__dict__.get(ATTRIBUTE)
@@ -29,6 +39,10 @@ def find_state(model: nn.Module) -> AdapterState | None:
 def require_state(model: nn.Module) -> AdapterState:
     """The model's adapter state, or an error that says how a model gets one."""
     state = find_state(model)
+    if state is None and find_state(unwrapped(model)) is not None:
+        raise LowrankError(
+            f"this {type(model).__name__} is wrapped around the model that has the adapters: give the model itself"
+        )
     if state is None:
         raise LowrankError(
             f"this {type(model).__name__} has no adapter: call lowrank.inject or lowrank.load_adapter on it first"

@@ -1,0 +1,37 @@
+"""Tensors with all their values, where FSDP2 keeps a shard of them in every process."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lowrank.core.factors import LoraFactors
+
+Values = Callable[[Tensor], Tensor]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or for a DTensor its shards gathered: a collective call, which every process has to make."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def whole_factors(factors: LoraFactors, values: Values) -> LoraFactors:
+    """The same factors of whole tensors; `factors` themselves where they are."""
+    got = {name: values(parameter).detach() for name, parameter in factors.named_parameters()}
+    if all(tensor.data_ptr() == factors.get_parameter(name).data_ptr() for name, tensor in got.items()):
+        return factors
+    start = (got["start_a"], got["start_b"]) if "start_a" in got else None
+    return LoraFactors(
+        got["a"],
+        got["b"],
+        factors.scale,
+        factors.dropout,
+        magnitude=got.get("magnitude"),
+        start=start,
+        parts=factors.parts,
+        out_features=factors.out_features,
+    )
