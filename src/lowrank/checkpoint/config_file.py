@@ -110,7 +110,7 @@ def read_config(folder: Path) -> AdapterConfig:
     raw = _load(path)
     _check_type(path, raw)
     fields = _lora_fields(raw)
-    if faults := _kind_faults(fields):
+    if faults := _null_faults(raw) + _kind_faults(fields):
         raise CheckpointError(f"{path}: {'; '.join(faults)}")
     try:
         lora = LoraConfig(**fields)
@@ -163,6 +163,15 @@ def _check_type(path: Path, raw: dict[str, Any]) -> None:
         )
     if faults:
         raise CheckpointError(f"{path}: this adapter cannot be represented: {'; '.join(faults)}")
+
+
+def _null_faults(raw: dict[str, Any]) -> list[str]:
+    """Numbers of which the scale is made and that are null: only a field that is left out means PEFT's default."""
+    return [
+        f"{name} is null, which tells no scale and which PEFT fails on: write the number the adapter was trained with"
+        for name in ("r", "lora_alpha")
+        if name in raw and raw[name] is None
+    ]
 
 
 def _kind_faults(fields: dict[str, Any]) -> list[str]:

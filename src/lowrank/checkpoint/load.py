@@ -17,12 +17,14 @@ from lowrank.checkpoint.read import AdapterFiles, open_adapter, tensor_faults
 from lowrank.checkpoint.renaming import Renaming, find_renaming, lies_in
 from lowrank.checkpoint.report import LoadReport
 from lowrank.checkpoint.restore import unfold, with_moved_base
+from lowrank.checkpoint.unanswered import unanswered
 from lowrank.core.factors import LoraFactors
 from lowrank.errors import CheckpointError, LowrankWarning
-from lowrank.injection.adapters import active_adapters, adapter_configs, delete_adapter, set_active, trained_adapters
 from lowrank.injection.apply import attach, check_new_name
 from lowrank.injection.config import LoraConfig
+from lowrank.injection.state import unwrapped
 from lowrank.injection.targets import named_targets
+from lowrank.injection.undo import or_as_it_was
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import override_tensors
 
@@ -44,11 +46,14 @@ def load_adapter(
     exchanged where that makes all of them fit, and the report says so. The adapter becomes the only active one; it
     requires gradients only if `trainable`. Factors are kept in float32 (or wider), whatever the file holds.
 
-    Warns (LowrankWarning) where the base is not the one the adapter was made for, and where ΔW is zero everywhere.
+    Warns (LowrankWarning) where the base is not the one the adapter was made for, where the config speaks of biases or
+    targets that the file does not hold, and where ΔW is zero everywhere.
 
-    Raises CheckpointError, with the model as it was, for what `read_adapter` refuses and, all listed in one error, for
-    tensors that are missing, unexpected or of another shape than the model wants.
+    Raises CheckpointError for what `read_adapter` refuses and, all listed in one error, for tensors that are missing,
+    unexpected or of another shape than the model wants, and for a base without values (on the meta device, offloaded).
+    Whatever is raised, the model is as it was.
     """
+    model = unwrapped(model)
     check_new_name(model, adapter_name)
     return load_files(model, open_adapter(folder, allow_pickle), adapter_name, trainable)
 
@@ -61,21 +66,35 @@ def load_files(model: nn.Module, files: AdapterFiles, adapter_name: str, trainab
     factors = {rename(path): _factors(files, path, modules[rename(path)]) for path in files.low_rank}
     full = _full(files, modules, rename)
     config = loaded_config(files, factors, full, modules, rename)
-    _attach(model, adapter_name, config, factors, full, trainable)
-    report = _report(model, adapter_name, files, rename, full)
-    _warn(report)
+    unsaid = tuple(unanswered(files, modules, rename))
+    with or_as_it_was(model, adapter_name, config):
+        _attach(model, adapter_name, config, factors, full, trainable)
+        report = _report(model, adapter_name, files, rename, full, unsaid)
+    _warn(report, unsaid)
     return report
 
 
 def _check(files: AdapterFiles, model: nn.Module, modules: Mapping[str, nn.Module], rename: Renaming) -> None:
     """Raise one CheckpointError with everything that stands against loading."""
-    faults = tensor_faults(files) + fit_faults(files, modules, rename)
+    faults = tensor_faults(files) + fit_faults(files, modules, rename) + _without_values(files, modules, rename)
     if faults:
         differences = _differences(files, model)
         hint = f" ({'; '.join(differences)})" if differences else ""
         raise CheckpointError(
             f"{files.folder}: this adapter does not fit this {type(model).__name__}{hint}: {'; '.join(faults)}"
         )
+
+
+def _without_values(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Renaming) -> list[str]:
+    """The fault of a base whose tensors are not in memory."""
+    paths = dict.fromkeys(rename(path) for path in [*files.low_rank, *(key.path for key in files.full)])
+    empty = [path for path in paths if path in modules and any(t.is_meta for t in modules[path].parameters(False))]
+    if not empty:
+        return []
+    return [
+        f"the weights of {', '.join(empty[:3])}{', ...' if empty[3:] else ''} are on the meta device and have no "
+        "values: load them first, and where accelerate is to offload them, load the adapter before that"
+    ]
 
 
 def _factors(files: AdapterFiles, path: str, module: nn.Module) -> LoraFactors:
@@ -108,22 +127,13 @@ def _is_table(key: Key, config: LoraConfig) -> bool:
 def _attach(
     model: nn.Module, name: str, config: LoraConfig, factors: dict[str, LoraFactors], full: Full, trainable: bool
 ) -> None:
-    """In place: attach and fill in; on any failure the model is what it was."""
-    active = active_adapters(model)
-    trained = trained_adapters(model)
-    try:
-        overrides = {path: tuple(tensors) for path, tensors in full.items()}
-        attach(model, name, config, factors, overrides, trainable=trainable)
-        for path, tensors in full.items():
-            owned = override_tensors(model.get_submodule(path), name)
-            for tensor_name, tensor in tensors.items():
-                owned[tensor_name].copy_(tensor)
-    except BaseException:
-        if name in adapter_configs(model):
-            delete_adapter(model, name)
-            if active:
-                set_active(model, active, trained)
-        raise
+    """In place: attach and fill in."""
+    overrides = {path: tuple(tensors) for path, tensors in full.items()}
+    attach(model, name, config, factors, overrides, trainable=trainable)
+    for path, tensors in full.items():
+        owned = override_tensors(model.get_submodule(path), name)
+        for tensor_name, tensor in tensors.items():
+            owned[tensor_name].copy_(tensor)
 
 
 def _differences(files: AdapterFiles, model: nn.Module) -> tuple[str, ...]:
@@ -132,9 +142,11 @@ def _differences(files: AdapterFiles, model: nn.Module) -> tuple[str, ...]:
     return tuple(files.companion.base.differences(fingerprint(model)))
 
 
-def _report(model: nn.Module, name: str, files: AdapterFiles, rename: Renaming, full: Full) -> LoadReport:
+def _report(
+    model: nn.Module, name: str, files: AdapterFiles, rename: Renaming, full: Full, unsaid: tuple[str, ...]
+) -> LoadReport:
     changed = {path for path in files.low_rank if rename(path) != path}
-    notes = []
+    notes = list(unsaid)
     if files.config.moved_base is not None:
         notes.append(
             f"trained from {files.config.moved_base} on a changed base; here the base stays and the start is subtracted"
@@ -151,10 +163,10 @@ def _report(model: nn.Module, name: str, files: AdapterFiles, rename: Renaming, 
     )
 
 
-def _warn(report: LoadReport) -> None:
-    for difference in report.base_differences:
-        warnings.warn(f"adapter {report.adapter_name!r}: {difference}", LowrankWarning, stacklevel=3)
+def _warn(report: LoadReport, unsaid: tuple[str, ...]) -> None:
+    for difference in (*report.base_differences, *unsaid):
+        warnings.warn(f"adapter {report.adapter_name!r}: {difference}", LowrankWarning, stacklevel=4)
     if report.changes_nothing:
         warnings.warn(
-            f"adapter {report.adapter_name!r} changes nothing: every ΔW is zero", LowrankWarning, stacklevel=3
+            f"adapter {report.adapter_name!r} changes nothing: every ΔW is zero", LowrankWarning, stacklevel=4
         )

@@ -24,6 +24,7 @@ from lowrank.errors import CheckpointError
 from lowrank.injection.apply import check_new_name
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.fused import part_rows
+from lowrank.injection.state import unwrapped
 from lowrank.injection.targets import named_targets
 from lowrank.layers.base import dimensions
 from lowrank.layers.kinds import kind_of
@@ -48,6 +49,7 @@ def load_loralib(
 
     Raises CheckpointError with the model as it was; TargetError where a fused projection's rows cannot be known.
     """
+    model = unwrapped(model)
     check_new_name(model, adapter_name)
     if isinstance(alpha, bool) or not math.isfinite(alpha):
         raise CheckpointError(f"alpha must be the finite number the adapter was trained with, not {alpha!r}")

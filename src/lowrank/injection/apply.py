@@ -21,6 +21,7 @@ from lowrank.injection.saving import add_saving
 from lowrank.injection.state import ATTRIBUTE, AdapterState, find_state
 from lowrank.injection.targets import named_targets
 from lowrank.injection.traversal import base_modules
+from lowrank.injection.undo import or_as_it_was
 from lowrank.layers.base import LoraLayer, extend
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import add_override, own_tensors
@@ -42,7 +43,8 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     init = find_init(config.init_lora_weights)
     modules = named_targets(model)
     factors = {entry.path: create_factors(entry, modules[entry.path], config, init) for entry in todo.entries}
-    attach(model, adapter_name, config, factors, _full_tensors(modules, todo), trainable=True)
+    with or_as_it_was(model, adapter_name, config):
+        attach(model, adapter_name, config, factors, _full_tensors(modules, todo), trainable=True)
     for text in todo.warnings:
         warnings.warn(text, LowrankWarning, stacklevel=2)
     return replace(todo, plain_paths=tuple(_plain_paths(modules, todo)))

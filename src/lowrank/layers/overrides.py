@@ -62,19 +62,18 @@ def add_override(module: nn.Module, adapter: str, names: Iterable[str]) -> None:
 
     Integer buffers are copied too; floating parameters of the copy require gradients once the adapter is trained.
     """
-    overrides = overrides_of(module)
-    if overrides is None:
+    overrides, names = overrides_of(module), tuple(names)
+    before = BASE if overrides is None else overrides.in_place
+    select_override(module, BASE)
+    originals = {name: _table(module, name)[name] for name in names}
+    copies = {name: tensor.detach().clone() for name, tensor in originals.items() if tensor is not None}
+    if overrides is None:  # only now: where there is no memory for the copies, nothing has changed
         overrides = Overrides()
         module.add_module(CHILD, overrides)
         overrides.owners[BASE] = ()
-    before = overrides.in_place
-    select_override(module, BASE)
-    names = tuple(names)
     for name in names:
-        original = _table(module, name)[name]
-        assert original is not None
-        copy = original.detach().clone()
-        overrides.put(adapter, name, nn.Parameter(copy, False) if isinstance(original, nn.Parameter) else copy)
+        is_parameter = isinstance(originals[name], nn.Parameter)
+        overrides.put(adapter, name, nn.Parameter(copies[name], False) if is_parameter else copies[name])
     overrides.owners[adapter] = names
     select_override(module, before)
 
