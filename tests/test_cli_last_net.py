@@ -95,7 +95,7 @@ calls = [
     ["combine", "--adapter", adapter, "--adapter", adapter, "--out", folder + "/combined"],
     ["resize", "--adapter", adapter, "--rank", "1", "--out", folder + "/resized"],
     ["convert", "--source", adapter, "--to", "loralib", "--out", folder + "/lora.safetensors"],
-    ["eval", "--model", "‖ΔW‖\\udcff"],
+    ["eval", "--data", "x.jsonl", "--model", "\\u2016\\u0394W\\udcff"],
 ]
 for call in calls:
     print(main(call), file=sys.stderr)
