@@ -75,7 +75,7 @@ def config_of(sizes: dict[str, int]) -> dict[str, Any]:
 
 def make_base(folder: Path, sizes: dict[str, int], sparse: bool) -> None:
     """A base of random weights, or one of zeros whose file takes no room."""
-    from lowrank.modelfiles.layout import build_layout
+    from lowrank.files.safetensors import build_layout
 
     folder.mkdir()
     layout = build_layout(tensors_of(sizes), {"format": "pt"})

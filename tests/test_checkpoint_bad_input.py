@@ -120,13 +120,13 @@ def test_no_weights(adapter):
 def test_truncated_weights(adapter, keep):
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    refused(adapter, "adapter_model.safetensors is damaged or no safetensors file")
+    refused(adapter, "adapter_model.safetensors: .*copy")
 
 
 @pytest.mark.parametrize("garbage", [b"\x00" * 64, b"\xff" * 64, b"<html>404</html>", b"version https://git-lfs\n" * 9])
 def test_garbage_weights(adapter, garbage):
     (adapter / "adapter_model.safetensors").write_bytes(garbage)
-    refused(adapter, "adapter_model.safetensors is damaged or no safetensors file")
+    refused(adapter, "adapter_model.safetensors: ")
 
 
 def test_a_pickle_is_not_opened_unless_allowed_and_then_without_code(adapter, tmp_path):
@@ -297,7 +297,7 @@ def test_a_failure_while_filling_in_puts_everything_back(adapter, monkeypatch):
 def test_a_damaged_companion(adapter):
     for text in ("{", "[]", '{"format": 1}', '{"format": 1, "base": 3, "fused": {}, "start": []}'):
         (adapter / "lowrank.json").write_text(text)
-        refused(adapter, "lowrank.json cannot be read .*delete it")
+        refused(adapter, "lowrank.json .*delete it")
     (adapter / "lowrank.json").write_text('{"format": 99}')
     refused(adapter, "it has format 99, this version reads up to 1")
     (adapter / "lowrank.json").unlink()

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lowrank.errors import CheckpointError
-from lowrank.modelfiles.layout import BITS, DTYPES, build_layout, read_layout
+from lowrank.files.safetensors import BITS, DTYPES, build_layout, read_layout
 
 names = st.text("abc.ß日0_ -", min_size=1, max_size=12).filter(str.isprintable)
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
@@ -130,7 +130,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "not utf-8": (struct.pack("<Q", 4) + b'{"\xff"', "not valid JSON"),
     "nested beyond reason": (struct.pack("<Q", 200_006) + b'{"a":' + b"[" * 200_001, "not valid JSON"),
     "a number beyond reason": (struct.pack("<Q", 9006) + b'{"a":' + b"1" * 9000 + b"}", "not valid JSON"),
-    "NaN": (struct.pack("<Q", 9) + b'{"a":NaN}', "not valid JSON"),
+    "NaN": (struct.pack("<Q", 9) + b'{"a":NaN}', "not made of dtype"),
     "GGUF": (b"GGUF\x03\x00\x00\x00" + bytes(64), "truncated"),
     "a zip": (b"PK\x03\x04" + bytes(64), "truncated"),
 }

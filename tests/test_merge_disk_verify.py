@@ -10,9 +10,9 @@ import torch
 
 import lowrank.merge.disk.merge as merge
 from lowrank.errors import LowrankWarning, MergeError
+from lowrank.files.safetensors import read_layout
 from lowrank.merge.disk import MergeReport, merge_checkpoint
 from lowrank.modelfiles import bytes
-from lowrank.modelfiles.layout import read_layout
 from merge_disk_models import linear_factors, tensors_of, write_adapter, write_base
 
 Q = "layers.0.q_proj"

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lowrank.core.merging import row_blocks
 from lowrank.errors import MergeError
+from lowrank.files.safetensors import FLOATS
 from lowrank.modelfiles.base import BaseFiles, Source
 from lowrank.modelfiles.blocks import mapped
-from lowrank.modelfiles.layout import FLOATS
 from lowrank.modelfiles.names import resolve
 from lowrank.modelfiles.tied import has_head, head_of, may_be_tied
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lowrank.checkpoint import AdapterFiles
 from lowrank.errors import CheckpointError
+from lowrank.files.safetensors import FLOATS
 from lowrank.merge.disk.adapters import Adapter
 from lowrank.merge.disk.match import match
 from lowrank.modelfiles.base import BaseFiles, Source, read_base
 from lowrank.modelfiles.blocks import mapped
-from lowrank.modelfiles.layout import FLOATS
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,15 @@ scales: the s of modules that the config gives another one, so that their B took
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowrank.checkpoint.fingerprint import Fingerprint
 from lowrank.core.rows import RowBlock
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, short
+from lowrank.files.json_file import read_object
+from lowrank.files.names import is_name
 
+Kind = TypeVar("Kind")
 NAME = "lowrank.json"
 FORMAT = 1
 
@@ -64,32 +67,62 @@ def read_companion(folder: Path) -> Companion:
     Raises CheckpointError for a damaged file or one of a later format.
     """
     path = folder / NAME
-    if not path.is_file():
+    if not path.exists():
         return Companion()
+    remedy = "upgrade lowrank if a later version wrote it, or delete it to load the adapter as any other PEFT adapter"
+    content = read_object(path, remedy)
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-            raise ValueError("it does not say its format")
-        if content["format"] > FORMAT:
-            raise ValueError(f"it has format {content['format']}, this version reads up to {FORMAT}")
         return _parse(content)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): upgrade lowrank if a later version wrote it, "
-            "or delete it to load the adapter as any other PEFT adapter"
-        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): {remedy}") from error
 
 
 def _parse(content: dict[str, Any]) -> Companion:
-    base = content["base"]
-    fused = {
-        str(path): Fused(tuple(map(str, entry["names"])), tuple(RowBlock(*map(int, row)) for row in entry["rows"]))
-        for path, entry in content["fused"].items()
-    }
-    shapes = {str(path): [int(n) for n in shape] for path, shape in base["shapes"].items()} if base else {}
+    number = _checked(content.get("format"), int, "format")
+    if number > FORMAT:
+        raise ValueError(f"it has format {number}, this version reads up to {FORMAT}")
+    base, fused = content.get("base"), _table(content.get("fused"), "fused")
     return Companion(
-        base and Fingerprint(str(base["architecture"]), base["config_sha256"], shapes),
-        fused,
-        frozenset(map(str, content["start"])),
-        {str(path): float(scale) for path, scale in content.get("scales", {}).items()},
+        None if base is None else _fingerprint(_table(base, "base")),
+        {path: _fused(_table(entry, "fused")) for path, entry in fused.items()},
+        frozenset(_items(content.get("start"), str, "start")),
+        {path: _number(scale) for path, scale in _table(content.get("scales", {}), "scales").items()},
     )
+
+
+def _fingerprint(base: dict[str, Any]) -> Fingerprint:
+    shapes = {path: _items(shape, int, "shapes") for path, shape in _table(base.get("shapes"), "shapes").items()}
+    digest = base.get("config_sha256")
+    digest = None if digest is None else _checked(digest, str, "config_sha256")
+    return Fingerprint(_checked(base.get("architecture"), str, "architecture"), digest, shapes)
+
+
+def _fused(entry: dict[str, Any]) -> Fused:
+    rows = [_items(row, int, "rows") for row in _items(entry.get("rows"), list, "rows")]
+    if any(len(row) != 4 for row in rows):
+        raise ValueError("its rows are not start, width, stride and count")
+    return Fused(tuple(_items(entry.get("names"), str, "names")), tuple(RowBlock(*row) for row in rows))
+
+
+def _checked(value: object, kind: type[Kind], where: str) -> Kind:
+    """The value, which must be of this very kind: true is no number."""
+    if type(value) is not kind:
+        raise ValueError(f"its {where} holds {short(repr(value), 80)}")
+    return value
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"its scales hold {short(repr(value), 80)}")
+    return float(value)
+
+
+def _table(value: object, where: str) -> dict[str, Any]:
+    table: dict[str, Any] = _checked(value, dict, where)
+    if strange := [name for name in table if not (is_name(name) or name == "")]:
+        raise ValueError(f"its {where} names {short(repr(strange[0]), 80)}")
+    return table
+
+
+def _items(value: object, kind: type[Kind], where: str) -> list[Kind]:
+    return [_checked(item, kind, where) for item in _checked(value, list, where)]

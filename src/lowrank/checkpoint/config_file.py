@@ -3,7 +3,6 @@
 Fields we do not know are reported, not fatal. Fields that make the adapter mean what we cannot represent are.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from lowrank.core.init import find_init
 from lowrank.core.scaling import lora_scale
 from lowrank.errors import CheckpointError, ConfigError
+from lowrank.files.json_file import read_object
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import compile_regex, pattern_value
 
@@ -126,16 +126,11 @@ def read_config(folder: Path) -> AdapterConfig:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_bytes())
+        return read_object(path, "copy or save the adapter again")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(_why_missing(path)) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): copy or save the adapter again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds no JSON object: it must be the config of an adapter")
-    return raw
 
 
 def _why_missing(path: Path) -> str:

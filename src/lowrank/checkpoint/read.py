@@ -14,7 +14,10 @@ from lowrank.checkpoint.keys import EMBEDDING_A, MAGNITUDE, A, Key, low_rank_key
 from lowrank.checkpoint.layout import from_file, pair_roles
 from lowrank.core.factors import LoraFactors
 from lowrank.core.finite import all_finite
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, short
+from lowrank.files.names import is_name
+from lowrank.files.regular import opened
+from lowrank.files.safetensors import read_tensors
 from lowrank.hub import local_folder
 
 SAFETENSORS = "adapter_model.safetensors"
@@ -29,7 +32,7 @@ class AdapterFiles:
 
     low_rank: {module path: {role: tensor}}, roles and shapes as in the file (`checkpoint.keys`, `checkpoint.layout`);
     full: {key: tensor} of everything kept in full; companion: what lowrank itself saved beside PEFT's files.
-    Tensors of a safetensors file are mapped, not read: what is not used is never loaded.
+    Tensors are read into memory, not mapped: a file that another program cuts short then does no harm.
     """
 
     folder: Path
@@ -140,31 +143,35 @@ def _read_tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """{name: tensor} of a safetensors file, mapped into memory."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{path} is damaged or no safetensors file ({reason}): copy or save the adapter again"
-        ) from error
+    """{name: tensor} of a safetensors file, read into memory."""
+    return read_tensors(path)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """{name: tensor} of a file written by torch.save, by torch.load(weights_only=True)."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with opened(path):  # a pipe would be waited for
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no file {path}") from None
+    except CheckpointError:
+        raise
     except Exception as error:  # pickle's errors have no common class
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is damaged, or more than a table of tensors ({reason})") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path} holds something else than a table of tensors")
+    if strange := [name for name, tensor in content.items() if not (is_name(name) and _is_plain(tensor))]:
+        raise CheckpointError(
+            f"{path} holds {short(repr(strange[0]), 80)}, which is no name with a plain tensor of its own values"
+        )
     return content
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """True for a dense tensor that has memory for each of its values: an expanded one is a page for a few bytes."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return dense and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def tensor_faults(files: AdapterFiles) -> list[str]:

@@ -10,7 +10,7 @@ from lowrank.checkpoint.one_scale import folded
 from lowrank.core.factors import LoraFactors
 from lowrank.core.finite import all_finite
 from lowrank.core.init import Site, find_init
-from lowrank.core.rows import RowBlock
+from lowrank.core.rows import RowBlock, are_disjoint
 
 Pair = tuple[Tensor, Tensor]
 
@@ -68,11 +68,10 @@ def _halves(a: Tensor, b: Tensor) -> list[Pair]:
 
 def _compact(a: Tensor, b: Tensor, parts: tuple[RowBlock, ...]) -> Pair | None:
     """(n·r, k), (d, n·r) → (n·r, k), (Σ d_i, r) where B is zero outside the parts' own rows and columns, else None."""
-    rank, rest = divmod(a.shape[0], len(parts))
-    rows = [part.indices() for part in parts]
-    if rest or max(int(row.max()) for row in rows) >= b.shape[0]:
+    if not 0 < len(parts) <= a.shape[0] or a.shape[0] % len(parts) or not are_disjoint(parts, b.shape[0]):
         return None
-    blocks = [b[row.to(b.device), i * rank : (i + 1) * rank] for i, row in enumerate(rows)]
+    rank = a.shape[0] // len(parts)
+    blocks = [b[part.indices().to(b.device), i * rank : (i + 1) * rank] for i, part in enumerate(parts)]
     small = torch.cat(blocks)
     whole = LoraFactors(a, small, 1.0, parts=parts, out_features=b.shape[0]).full_b(small)
     return (a, small) if torch.equal(whole, b) else None

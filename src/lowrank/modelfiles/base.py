@@ -1,6 +1,5 @@
 """A base model as files: its weight files, their tensors, its config, and what lies beside them."""
 
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.errors import CheckpointError, some
+from lowrank.files.json_file import read_object
+from lowrank.files.safetensors import Entry, Layout, read_layout
 from lowrank.hub import local_folder, origin
-from lowrank.modelfiles.layout import Entry, Layout, read_layout
 
 SINGLE = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 OTHER_WEIGHTS = (".safetensors", *PICKLES, ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot")
-MAX_JSON = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -86,16 +85,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the base; CheckpointError where it is none."""
     path = inside(path.parent, path.name)
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too many for a JSON file of a model")
-        content = json.loads(path.read_bytes())
+        return read_object(path, "copy the model again")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): copy the model again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return content
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -9,9 +9,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lowrank.files.regular import TruncatedError, read_into
+from lowrank.files.safetensors import DTYPES
 from lowrank.modelfiles.base import Source
-from lowrank.modelfiles.bytes import TruncatedError, read_into
-from lowrank.modelfiles.layout import DTYPES
 
 CACHE_LINE = 64  # bytes; arithmetic is slower where a tensor does not begin with one
 

@@ -1,32 +1,15 @@
-"""Bytes of files: read and written whole, and moved by the kernel where it can."""
+"""Bytes of files: written whole, and moved by the kernel where it can."""
 
 import errno
 import fcntl
 import os
 from pathlib import Path
 
-from lowrank.errors import CheckpointError
+from lowrank.files.regular import read_into
 
 NOT_BY_KERNEL = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 CHUNK = 2**20
 FICLONE = 0x40049409  # Linux's ioctl for sharing all blocks of a file: linux/fs.h
-
-
-class TruncatedError(CheckpointError):
-    """A source file that became shorter while it was read."""
-
-    def __init__(self, path: Path | str) -> None:
-        super().__init__(f"{path} became shorter while it was read: another program is writing it")
-
-
-def read_into(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
-    """Fill `view` from the file's bytes at `offset`."""
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            raise TruncatedError(path)
-        done += count
 
 
 def write_from(descriptor: int, view: memoryview, offset: int) -> None:

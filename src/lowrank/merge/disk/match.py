@@ -10,12 +10,12 @@ from lowrank.checkpoint.keys import Key
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.core.finite import all_finite
 from lowrank.errors import CheckpointError, some
+from lowrank.files.safetensors import DTYPE_NAMES
 from lowrank.injection.patterns import matches, matches_name, suggestion
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.sidefiles import own_texts
 from lowrank.merge.disk.stored_rows import equals_stored
 from lowrank.modelfiles.base import BaseFiles
-from lowrank.modelfiles.layout import DTYPE_NAMES
 from lowrank.modelfiles.names import resolve
 from lowrank.modelfiles.orientation import kinds_that_fit, shape_fault, stores_transposed
 from lowrank.modelfiles.tied import head_of, may_be_tied

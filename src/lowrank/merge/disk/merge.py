@@ -13,6 +13,7 @@ import torch
 
 from lowrank.checkpoint.adapter_folder import RUN_FILE
 from lowrank.errors import CheckpointError, LowrankWarning, MergeError
+from lowrank.files.safetensors import FLOATS
 from lowrank.merge.disk.adapters import Adapter, WeightedAdapter, read_adapters
 from lowrank.merge.disk.card import card, sha256_of
 from lowrank.merge.disk.plan import MergePlan, plan_merge
@@ -22,7 +23,6 @@ from lowrank.merge.disk.sidefiles import corrected_config, kept_recipe, side_fil
 from lowrank.merge.disk.verify import Findings, verify_files
 from lowrank.merge.disk.write import link_or_clone, sync_data, write_files
 from lowrank.modelfiles.base import BaseFiles, read_base
-from lowrank.modelfiles.layout import FLOATS
 from lowrank.modelfiles.pool import MOST_THREADS, core_count, one_core
 from lowrank.modelfiles.staging import check_place, check_space, staging
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lowrank.errors import MergeError
+from lowrank.files.safetensors import DTYPE_NAMES, DTYPES, FLOATS, build_layout
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.match import Match, match
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.tie import settle_ties
 from lowrank.modelfiles.base import BaseFiles, Shard, Source
-from lowrank.modelfiles.layout import DTYPE_NAMES, DTYPES, FLOATS, build_layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank.files.safetensors import FLOATS, Layout, nbytes_of
 from lowrank.merge.disk.adapters import Contribution
 from lowrank.modelfiles.base import Shard, Source
-from lowrank.modelfiles.layout import FLOATS, Layout, nbytes_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from lowrank.core.merging import row_blocks
+from lowrank.files.safetensors import DTYPES
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.modelfiles.base import BaseFiles, Source
 from lowrank.modelfiles.blocks import Workspace, opened, read_entry_rows
-from lowrank.modelfiles.layout import DTYPES
 
 
 def read_rows(recipe: Recipe, descriptor: int, rows: slice, workspace: Workspace, role: str = "stored") -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lowrank.core.merging import Change
 from lowrank.errors import MergeError
+from lowrank.files.safetensors import FLOATS
 from lowrank.merge.disk.adapters import Contribution
 from lowrank.modelfiles.base import BaseFiles
-from lowrank.modelfiles.layout import FLOATS
 from lowrank.modelfiles.tied import EXPLICIT, has_head, head_of, may_be_tied, shares_several
 
 Changed = Mapping[str, tuple[Contribution, ...]]

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from lowrank.core.merging import row_blocks
 from lowrank.errors import MergeError
+from lowrank.files.regular import read_into
+from lowrank.files.safetensors import DTYPES, Entry, read_layout
 from lowrank.merge.disk.exact import ExactRows
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.stored_rows import read_rows
 from lowrank.modelfiles.blocks import Workspace, opened
-from lowrank.modelfiles.bytes import CHUNK, read_into
-from lowrank.modelfiles.layout import DTYPES, Entry, read_layout
+from lowrank.modelfiles.bytes import CHUNK
 from lowrank.modelfiles.pool import run_tasks
 
 SAMPLED_ROWS = 8

@@ -13,11 +13,11 @@ from torch import Tensor
 from lowrank.core.finite import all_finite
 from lowrank.core.merging import Change, merge_block, row_blocks
 from lowrank.errors import MergeError
+from lowrank.files.safetensors import DTYPES
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.stored_rows import read_rows
 from lowrank.modelfiles.blocks import Workspace, mapped, opened
 from lowrank.modelfiles.bytes import clone, move, write_from
-from lowrank.modelfiles.layout import DTYPES
 from lowrank.modelfiles.pool import run_tasks
 
 BLOCKS_AT_ONCE = 16  # a task's row blocks: enough to be worth a hand-over, few enough to share out a large tensor

@@ -6,16 +6,20 @@ copied by offset without another check. https://huggingface.co/docs/safetensors 
 
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, short
+from lowrank.files.json_file import parse_json
+from lowrank.files.names import is_name
+from lowrank.files.regular import opened, read_into
 
 MAX_HEADER = 100_000_000  # bytes: the format's own limit
 METADATA = "__metadata__"
@@ -39,6 +43,17 @@ DTYPES: dict[str, torch.dtype] = FLOATS | {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+}
+READABLE: dict[str, torch.dtype] = DTYPES | {  # what torch has a dtype for
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -78,19 +93,49 @@ def read_layout(path: Path) -> Layout:
 
     Raises CheckpointError, naming the file and the tensor, for anything but a whole and well-formed file.
     """
+    with _readable(path), opened(path) as (descriptor, size):
+        return _layout(path, descriptor, size)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """{name: tensor} of a whole file, each in memory of its own, in the order of their bytes.
+
+    Nothing is allocated that the file's size does not bear out. Raises CheckpointError as `read_layout` does.
+    """
+    with _readable(path), opened(path) as (descriptor, size):
+        layout = _layout(path, descriptor, size)
+        return {entry.name: _read(path, descriptor, entry) for entry in layout.entries}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > size - 8:
-                _refuse(path, f"it ends inside its header ({size} bytes): the file is truncated, copy it again")
-            if length > MAX_HEADER:
-                _refuse(path, f"its header claims {length} bytes, above the format's limit of {MAX_HEADER}")
-            text = file.read(length)
+        yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return _checked(path, prefix + text, _parse(path, text), size)
+
+
+def _layout(path: Path, descriptor: int, size: int) -> Layout:
+    prefix = bytearray(8)
+    if size >= len(prefix):
+        read_into(descriptor, memoryview(prefix), 0, path)
+    length = int.from_bytes(prefix, "little")
+    if size < len(prefix) or length > size - len(prefix):
+        _refuse(path, f"it ends inside its header ({size} bytes): the file is truncated, copy it again")
+    if length > MAX_HEADER:
+        _refuse(path, f"its header claims {length} bytes, above the format's limit of {MAX_HEADER}")
+    text = bytearray(length)
+    read_into(descriptor, memoryview(text), len(prefix), path)
+    return _checked(path, bytes(prefix + text), _parse(path, text), size)
+
+
+def _read(path: Path, descriptor: int, entry: Entry) -> Tensor:
+    if entry.dtype not in READABLE:
+        _refuse(path, f"{entry.name!r} has the dtype {entry.dtype}, which torch has not")
+    memory = bytearray(entry.nbytes)
+    read_into(descriptor, memoryview(memory), entry.offset, path)
+    dtype = READABLE[entry.dtype]
+    return (torch.frombuffer(memory, dtype=dtype) if memory else torch.empty(0, dtype=dtype)).view(entry.shape)
 
 
 def build_layout(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None) -> Layout:
@@ -114,7 +159,7 @@ def _refuse(path: Path, why: str) -> NoReturn:
     raise CheckpointError(f"{path}: {why}")
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def _parse(path: Path, text: bytearray) -> dict[str, Any]:
     if not text.startswith(b"{"):
         _refuse(path, "its header does not begin with '{', so it is no safetensors file")
 
@@ -122,15 +167,12 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            _refuse(path, f"its header names {twice!r} twice")
+            _refuse(path, f"its header names {short(repr(twice), 80)} twice")
         return found
 
-    def constant(word: str) -> NoReturn:
-        raise ValueError(f"{word} is no JSON")
-
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text.decode("utf-8"), unique)
+    except ValueError as error:
         raise CheckpointError(f"{path}: its header is not valid JSON ({error}): copy the file again") from error
     assert isinstance(content, dict)
     return content
@@ -162,15 +204,16 @@ def _checked(path: Path, header: bytes, content: dict[str, Any], size: int) -> L
 
 def _span(path: Path, name: str, raw: object, size: int) -> tuple[Entry, int, int]:
     """The tensor's entry and its (begin, end) after the header, each believed only once checked."""
-    if not name.isprintable() or not name:
-        _refuse(path, f"{name!r} is no name for a tensor")
+    if not is_name(name):
+        _refuse(path, f"{short(repr(name), 80)} is no name for a tensor")
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"the entry of {name!r} is not made of dtype, shape and data_offsets")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        _refuse(path, f"{name!r} has the dtype {_short(dtype)}, which this version does not know")
+        _refuse(path, f"{name!r} has the dtype {short(repr(dtype), 80)}, which this version does not know")
     if not _naturals(shape, size) or not _naturals(offsets, size) or len(offsets) != 2:
-        _refuse(path, f"{name!r} has shape {_short(shape)} at offsets {_short(offsets)}, which do not lie in the file")
+        place = f"shape {short(repr(shape), 80)} at offsets {short(repr(offsets), 80)}"
+        _refuse(path, f"{name!r} has {place}, which do not lie in the file")
     begin, end = offsets
     bits = math.prod(shape) * BITS[dtype]
     if begin > end or bits % 8 or end - begin != bits // 8:
@@ -188,8 +231,3 @@ def _naturals(value: object, most: int) -> bool:
 def _is_text(value: object) -> bool:
     """True for a text that has a UTF-8 form, which JSON's escapes can miss."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
