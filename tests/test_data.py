@@ -74,8 +74,8 @@ FAULTS = [
     ("d.csv", "", {}, ["d.csv", "no rows"]),
     ("d.csv", "text\n", {}, ["d.csv", "no rows"]),
     ("d.jsonl", "\n\n", {}, ["d.jsonl", "no rows"]),
-    ("d.txt", "hello", {}, ["'.txt'", ".jsonl, .csv, .tsv"]),
-    ("d", "hello", {}, ["file without extension", ".jsonl, .csv, .tsv"]),
+    ("d.doc", "hello", {}, ["'.doc'", ".jsonl, .json, .csv, .tsv"]),
+    ("d", "hello", {}, ["a file without an ending", ".jsonl, .json, .csv, .tsv"]),
     ("d.jsonl", '{"text": "a"}\n{"text": \n', {}, ["d.jsonl:2", "not JSON"]),
     ("d.jsonl", '["a"]\n', {}, ["d.jsonl:1", "JSON object", "list"]),
     ("d.jsonl", '{"text": "a"}\n', {"header": False}, ["no header line"]),
@@ -152,7 +152,7 @@ def test_columns_that_become_no_tokens_are_counted(tmp_path):
 
 
 def test_a_folder_is_called_a_folder(tmp_path):
-    with pytest.raises(DataError, match="this is a folder"):
+    with pytest.raises(DataError, match=r"this folder has no train\.\* to read, it holds no data file"):
         read_dataset(tmp_path, DataSettings())
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lowrank.data.batches import collate, endless_batches, epoch_order
-from lowrank.data.dataset import Dataset, Row
+from lowrank.data.dataset import Dataset
 from lowrank.data.recipe import Recipe
+from lowrank.data.rows import Row
 from lowrank.data.tokens import IGNORED, encode, prompt_ids
 from lowrank.errors import DataError
 from train_models import WORDS, tokenizer

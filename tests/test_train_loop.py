@@ -12,8 +12,9 @@ from torch import nn
 
 from lowrank import LoraConfig, inject
 from lowrank.data.batches import collate
-from lowrank.data.dataset import Dataset, Row
+from lowrank.data.dataset import Dataset
 from lowrank.data.recipe import Recipe
+from lowrank.data.rows import Row
 from lowrank.data.tokens import Example, encode
 from lowrank.errors import LowrankError
 from lowrank.train.evaluation import Measure, matthews, score

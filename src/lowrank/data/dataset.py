@@ -1,58 +1,38 @@
-"""From records to rows of one kind: which fields mean what, checked on every row."""
+"""From files to rows of one kind: which shape every record has, read and checked."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
 
-from lowrank.data.records import DataFile, Record, read_file
+from lowrank.data.faults import BadRows, settle
+from lowrank.data.readers import read_records
+from lowrank.data.readers.record import Record
+from lowrank.data.rows import Conversation, Kind, Row, RowError
 from lowrank.data.settings import DataSettings
+from lowrank.data.shapes import Fields, Shape
+from lowrank.data.sniff import columns_of, flag_of, sniff
+from lowrank.data.sources import TRAIN, files_of
 from lowrank.errors import DataError
-
-Kind = Literal["text", "completion", "classification"]
-SHOWN = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The fields a row of one kind must have, and those it may have."""
-
-    needed: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """As a message says it: prompt + completion."""
-        return " + ".join(self.needed)
-
-
-SHAPES: dict[Kind, Shape] = {
-    "completion": Shape(("prompt", "completion")),
-    "classification": Shape(("text", "label"), ("text_pair",)),
-    "text": Shape(("text",)),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One checked row: the line it starts at, and its fields by meaning (prompt, completion, text, label...)."""
-
-    line: int
-    fields: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Rows of one kind, and the file they come from.
+    """Rows of one kind, and where they come from: a file, or what `--data` named.
 
-    unused: (column, rows in which it says something) of the columns that are not made into tokens.
+    unused: (column, rows in which it says something) of the columns that are not made into tokens; bad_rows: what is
+    done with a row that turns out to be none.
     """
 
     path: Path
     kind: Kind
     rows: Sequence[Row]
     unused: tuple[tuple[str, int], ...] = ()
+    bad_rows: BadRows = "error"
+
+    def place(self, row: Row) -> str:
+        """file:line, as editors and compilers say it."""
+        return f"{row.path or self.path}:{row.line}"
 
     def choose(self, indices: Sequence[int]) -> "Dataset":
         """The rows at these places."""
@@ -66,120 +46,80 @@ class Dataset:
         return self.choose([i * total // count for i in range(count)])
 
 
-def read_dataset(path: str | Path, settings: DataSettings) -> Dataset:
-    """Every row of a file, checked.
+def read_dataset(source: str | Path, settings: DataSettings, parts: Sequence[str] = (TRAIN,)) -> Dataset:
+    """Every row of the files, checked. parts: which part of a folder is meant, the first that there is.
 
-    Raises DataError for columns that do not exist, rows of different kinds, and rows without the fields of their kind.
+    Raises DataError for columns that do not exist, rows of different kinds, and rows without the fields of their shape.
     """
-    file = read_file(path, settings.header)
-    columns = _columns(file, settings)
-    kind = settings.kind or _sniff(file, columns, settings)
-    shape = SHAPES[kind]
-    named = {role: columns[role] for role in (*shape.needed, *shape.optional)}
     faults: list[str] = []
-    rows = [_row(file, record, named, shape, faults) for record in file.records]
-    _raise(faults, f"every row of kind {kind} needs {shape.label}{_flags(shape)}")
+    files = files_of(source, parts)
+    records, present = _records(files, settings, faults)
+    if not records:
+        settle(faults, "error", "mend the file")
+        raise DataError(f"{source}: the file holds no rows")
+    columns = columns_of(source, present, settings)
+    shapes = sniff(records, columns, settings.kind)
+    rows: list[Row] = []
+    used: set[str] = set()
+    for record, shape in zip(records, shapes, strict=True):
+        try:
+            rows.append(_row(record, shape, columns.of))
+        except RowError as fault:
+            faults.append(f"{record.place}: {fault}")
+        used.update(columns.of[role] for role in shape.roles)
+    settle(faults, settings.bad_rows, f"{_remedy(shapes)}, or leave such rows out with --bad-rows skip")
+    if not rows:
+        raise DataError(f"{source}: none of its {len(records):,} rows can be read")
+    kind = shapes[0].kind
     if kind == "classification":
-        _check_labels(file, columns["label"])
-    return Dataset(file.path, kind, rows, _unused(file, set(named.values())))
+        _check_labels(records, columns.of["label"])
+    return Dataset(files[0] if len(files) == 1 else Path(source), kind, rows, _unused(records, used), settings.bad_rows)
 
 
-def _unused(file: DataFile, used: set[str]) -> tuple[tuple[str, int], ...]:
+def _records(files: Iterable[Path], settings: DataSettings, faults: list[str]) -> tuple[list[Record], tuple[str, ...]]:
+    """(the records of all files, the columns that they have for sure)."""
+    records: list[Record] = []
+    columns: dict[str, None] = {}
+    for file in files:
+        found, names = read_records(file, settings.header, faults)
+        records += found
+        columns |= dict.fromkeys(names if names is not None else (name for record in found for name in record.fields))
+    return records, tuple(columns)
+
+
+def _row(record: Record, shape: Shape, columns: dict[str, str]) -> Row:
+    content = shape.read(Fields(record.fields, columns))
+    if isinstance(content, Conversation):
+        return Row(record.line, chat=content, path=record.path)
+    return Row(record.line, content, path=record.path)
+
+
+def _remedy(shapes: Sequence[Shape]) -> str:
+    labels = " or ".join(dict.fromkeys(shape.label for shape in shapes))
+    if not labels:
+        return "mend or remove the row"
+    roles = dict.fromkeys(role for shape in shapes for role in shape.needed)
+    flags = " and ".join(map(flag_of, roles))
+    return (
+        f"every row of kind {shapes[0].kind} needs {labels} (columns of other names: {flags}): mend or remove the row"
+    )
+
+
+def _unused(records: Sequence[Record], used: set[str]) -> tuple[tuple[str, int], ...]:
     """The columns beside those used, but for empty ones."""
     filled = Counter(
-        name for record in file.records for name, value in record.fields.items() if value not in (None, "", [], {})
+        name for record in records for name, value in record.fields.items() if value not in (None, "", [], {})
     )
     return tuple((name, count) for name, count in filled.items() if name not in used)
 
 
-def _columns(file: DataFile, settings: DataSettings) -> dict[str, str]:
-    """{role: column}; a column the user named must be in the file."""
-    roles = ("prompt", "completion", "text", "text_pair", "label")
-    asked = {role: getattr(settings, f"{role}_column") for role in roles}
-    present = file.columns or tuple(dict.fromkeys(name for record in file.records for name in record.fields))
-    for role, column in asked.items():
-        if column is not None and column not in present:
-            raise DataError(
-                f"{file.path}: there is no column {column!r} for --{role.replace('_', '-')}-column; "
-                f"it has {', '.join(map(repr, present))}"
-            )
-    return {role: column or role for role, column in asked.items()}
-
-
-def _sniff(file: DataFile, columns: dict[str, str], settings: DataSettings) -> Kind:
-    """The one kind that all rows have: looked for in every row, since the first may be the exception."""
-    first_of: dict[Kind, Record] = {}
-    for record in file.records:
-        for kind in _kinds(record, columns, settings):
-            first_of.setdefault(kind, record)
-    if not first_of:
-        record = file.records[0]
-        raise DataError(
-            f"{file.place(record)}: none of prompt + completion, text + label, or text among its fields "
-            f"({', '.join(map(repr, record.fields))}); say which column is which with --prompt-column and "
-            "--completion-column, or --text-column and --label-column"
-        )
-    if len(first_of) > 1:
-        places = ", ".join(f"{file.place(record)} is {SHAPES[kind].label}" for kind, record in first_of.items())
-        raise DataError(f"rows of different kinds: {places}; keep one kind in a file, or choose with --kind")
-    return next(iter(first_of))
-
-
-def _kinds(record: Record, columns: dict[str, str], settings: DataSettings) -> Iterator[Kind]:
-    """The kinds this row could be. A text with a label is no mere text, and columns the user named must be used."""
-
-    def has(role: str) -> bool:
-        return record.fields.get(columns[role]) is not None
-
-    named = {role for role in columns if getattr(settings, f"{role}_column") is not None}
-    for kind, shape in SHAPES.items():
-        usable = named <= {*shape.needed, *shape.optional} and all(map(has, shape.needed))
-        if usable and not (kind == "text" and has("label")):
-            yield kind
-
-
-def _row(file: DataFile, record: Record, named: dict[str, str], shape: Shape, faults: list[str]) -> Row:
-    fields: dict[str, str] = {}
-    for role, column in named.items():
-        value = record.fields.get(column)
-        if value is None and role in shape.optional:
-            continue
-        if fault := _fault(role, value):
-            faults.append(f"{file.place(record)}: field {column!r} {fault}")
-        else:
-            fields[role] = str(value).strip() if role == "label" else str(value)
-    return Row(record.line, fields)
-
-
-def _fault(role: str, value: Any) -> str | None:
-    if value is None:
-        return "is missing"
-    if role == "label":
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole and not isinstance(value, str):
-            return f"must be a name or a whole number, not {value!r}"
-    elif not isinstance(value, str):
-        return f"must be text, not {type(value).__name__} ({value!r:.40})"
-    return None if str(value).strip() else "is empty"
-
-
-def _flags(shape: Shape) -> str:
-    flags = " and ".join(f"--{role.replace('_', '-')}-column" for role in shape.needed)
-    return f" (columns of other names: {flags}): mend or remove the row"
-
-
-def _raise(faults: list[str], remedy: str) -> None:
-    if faults:
-        more = f" and {len(faults) - SHOWN} more like these" if len(faults) > SHOWN else ""
-        raise DataError("; ".join(faults[:SHOWN]) + more + f"; {remedy}")
-
-
-def _check_labels(file: DataFile, column: str) -> None:
+def _check_labels(records: Sequence[Record], column: str) -> None:
     first_of: dict[type, Record] = {}
-    for record in file.records:
-        first_of.setdefault(type(record.fields[column]), record)
+    for record in records:
+        if column in record.fields:
+            first_of.setdefault(type(record.fields[column]), record)
     if len(first_of) > 1:
-        places = ", ".join(f"{record.fields[column]!r} at {file.place(record)}" for record in first_of.values())
+        places = ", ".join(f"{record.fields[column]!r} at {record.place}" for record in first_of.values())
         raise DataError(f"labels are numbers in some rows and names in others: {places}; use one of the two")
 
 

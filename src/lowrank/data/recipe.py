@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint.adapter_folder import RUN_FILE
-from lowrank.data.dataset import Kind
+from lowrank.data.rows import Kind
 from lowrank.errors import CheckpointError
 
 FILE = RUN_FILE

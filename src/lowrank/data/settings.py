@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lowrank.data.names import split_names, unescape
 
@@ -18,7 +18,7 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Where the rows' fields are, and how they become tokens."""
 
-    kind: Literal["text", "completion", "classification"] | None = Field(
+    kind: Literal["text", "completion", "chat", "classification"] | None = Field(
         None, description="What a row is; seen from its fields where not given"
     )
     prompt_column: str | None = Field(None, description='Column of the prompt ("prompt" where not given)')
@@ -26,6 +26,10 @@ class DataSettings(Settings):
     text_column: str | None = Field(None, description='Column of the text ("text")')
     text_pair_column: str | None = Field(None, description='Column of the second text of a pair ("text_pair")')
     label_column: str | None = Field(None, description='Column of the label ("label")')
+    columns: dict[str, str] = Field(
+        {}, description="Columns of other names by what they are, as in --columns.messages dialogue"
+    )
+    bad_rows: Literal["error", "skip"] = Field("error", description="What a row that cannot be read is: or left out")
     header: bool = Field(True, description="The first line of a csv or tsv names its columns; else they are 1, 2, ...")
     template: Annotated[str, BeforeValidator(unescape)] = Field(
         "{prompt}\\n", description="The text a completion follows; \\n is a new line"
@@ -33,6 +37,18 @@ class DataSettings(Settings):
     max_length: int | None = Field(
         None, ge=2, description="Tokens a row is cut to; 512, or what the model holds, where not given"
     )
+
+    @field_validator("columns")
+    @classmethod
+    def _known_roles(cls, columns: dict[str, str]) -> dict[str, str]:
+        from lowrank.data.shapes import FLAGGED, ROLES
+
+        for role in columns:
+            if role not in ROLES:
+                raise ValueError(f"{role!r} is none of {', '.join(ROLES)}")
+            if role in FLAGGED:
+                raise ValueError(f"{role!r} has a flag of its own, --{role.replace('_', '-')}-column")
+        return columns
 
     @model_validator(mode="after")
     def _has_prompt(self) -> Self:

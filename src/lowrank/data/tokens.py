@@ -61,6 +61,8 @@ def encode(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
 
     Raises DataError where no row has anything left to train.
     """
+    if data.kind == "chat":
+        raise DataError(f"{data.path}: conversations can be read, but not trained yet")
     if data.kind == "classification":
         return _classification(data, tokenizer, recipe)
     whole = _completions(data, tokenizer, recipe) if data.kind == "completion" else _texts(data, tokenizer)
@@ -143,7 +145,7 @@ def _classification(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
     for row in data.rows:
         if row.fields["label"] not in numbers:
             raise DataError(
-                f"{data.path}:{row.line}: label {row.fields['label']!r} is none of the labels trained on "
+                f"{data.place(row)}: label {row.fields['label']!r} is none of the labels trained on "
                 f"({', '.join(map(repr, recipe.labels))})"
             )
     texts = [_unframed(row.fields["text"], tokenizer) for row in data.rows]

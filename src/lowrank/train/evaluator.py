@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint import load_adapter
-from lowrank.data.dataset import Kind, read_dataset
+from lowrank.data.dataset import read_dataset
 from lowrank.data.recipe import Recipe, read_recipe
+from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
 from lowrank.data.tokens import encode
 from lowrank.errors import ConfigError, DataError

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lowrank.data.batches import Batch
-from lowrank.data.dataset import Kind
+from lowrank.data.rows import Kind
 from lowrank.data.tokens import IGNORED
 
 
@@ -55,5 +55,6 @@ def class_loss(model: nn.Module, batch: Batch) -> Loss:
 LOSSES: dict[Kind, Callable[[nn.Module, Batch], Loss]] = {
     "text": next_token_loss,
     "completion": next_token_loss,
+    "chat": next_token_loss,
     "classification": class_loss,
 }

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowrank.data.batches import collate
-from lowrank.data.dataset import Kind
+from lowrank.data.rows import Kind
 from lowrank.data.tokens import Example
 from lowrank.errors import CheckpointError
 from lowrank.train.evaluation import Measure

@@ -11,9 +11,10 @@ import torch
 
 from lowrank import __version__
 from lowrank.checkpoint import save_adapter
-from lowrank.data.dataset import Dataset, Kind, label_names, read_dataset, split
+from lowrank.data.dataset import Dataset, label_names, read_dataset, split
 from lowrank.data.names import read_targets
 from lowrank.data.recipe import Recipe
+from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
 from lowrank.data.tokens import Encoded, encode
 from lowrank.errors import DataError, LowrankError

@@ -1,0 +1,47 @@
+"""A row, whatever its file looked like: fields by meaning, or a conversation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["text", "completion", "chat", "classification"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. fields: what a chat template sees of it; trained: what the row itself says of it, None for nothing."""
+
+    fields: Mapping[str, Any]
+    trained: bool | None = None
+
+    @property
+    def role(self) -> str:
+        """system, developer, user, assistant or tool."""
+        return str(self.fields["role"])
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """messages, and the tools they may call; given: how many of the messages are the prompt of a completion."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    given: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One checked row: the line it starts at, and its fields by meaning (prompt, completion, text, label...).
+
+    chat: the conversation, where the row is one. path: the file it stands in, where the data set has several.
+    """
+
+    line: int
+    fields: dict[str, str] = field(default_factory=dict)
+    chat: Conversation | None = None
+    path: Path | None = None
+
+
+class RowError(Exception):
+    """What is wrong with one row, without its place: "field 'prompt' is empty"."""
