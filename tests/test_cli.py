@@ -47,7 +47,10 @@ WRONG = [
     ("train --data skill.jsonl", "--model is needed"),
     ("train --model none --data skill.jsonl --out x", "model none: there is no such folder"),
     ("train --model llama --data none.jsonl --out x", "none.jsonl: No such file"),
-    ("train --model llama --data odd.jsonl --out x", "odd.jsonl:1: none of prompt + completion"),
+    (
+        "train --model llama --data odd.jsonl --out x",
+        "odd.jsonl:1: none of messages, conversations, prompt + completion",
+    ),
     ("train --model llama --data odd.jsonl --prompt-column MR --out x", "no column 'MR'"),
     ("train --model llama --data skill.jsonl --out .", "--out .: this folder already holds"),
     ("train --model llama --data skill.jsonl --out x --rank 0", "r must be a whole number of at least 1, not 0"),

@@ -8,8 +8,8 @@ import torch
 from common import DATA
 
 from lowrank.checkpoint import load_adapter
+from lowrank.data.readers import read_records
 from lowrank.data.recipe import Recipe, read_recipe
-from lowrank.data.records import read_file
 from lowrank.data.tokens import prompt_ids
 from lowrank.train.settings import MachineSettings
 from lowrank.train.task import Loaded, load
@@ -42,7 +42,7 @@ def bleu(model: str, adapter: Path | None) -> tuple[float, float, int]:
 def meanings() -> dict[str, list[str]]:
     """{meaning: its references} of the test set, in order."""
     found = defaultdict(list)
-    for record in read_file(DATA / "e2e/testset_w_refs.csv").records:
+    for record in read_records(DATA / "e2e/testset_w_refs.csv", True, [])[0]:
         found[record.fields["mr"]].append(record.fields["ref"])
     return dict(found)
 

@@ -39,7 +39,7 @@ def evaluate(
     model
         A model: its folder, its name on the Hub (org/name), or "nano", which ships with lowrank
     data
-        A jsonl, csv or tsv file
+        A file of rows, several with commas, or a folder with test.* or valid.*
     adapter
         An adapter: its folder, or its name on the Hub; the bare model where not given
     count

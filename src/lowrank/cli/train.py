@@ -44,7 +44,8 @@ def train(
     model
         A model: its folder, its name on the Hub (org/name, org/name@revision), or "nano", which ships with lowrank
     data
-        A jsonl, csv or tsv file, or one on the Hub (org/name:FILE): rows of prompt + completion, text, text + label
+        A file of rows (jsonl, json, csv, tsv, txt, parquet, arrow; .gz, .zst), several with commas, a folder with
+        train.* and valid.*, or one on the Hub (org/name:FILE): chats, prompt + completion, text, text + label
     out
         The folder to make: adapter, log and resolved settings
     config

@@ -9,6 +9,7 @@ from lowrank.data.dataset import read_dataset
 from lowrank.data.recipe import Recipe, read_recipe
 from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
+from lowrank.data.sources import TEST, TRAIN, VALID
 from lowrank.data.tokens import encode
 from lowrank.errors import ConfigError, DataError
 from lowrank.hub import local_folder
@@ -40,7 +41,7 @@ def evaluate(settings: EvalSettings) -> EvalResult:
     adapter = None if settings.adapter is None else local_folder(settings.adapter)
     trained = read_recipe(adapter or base)
     data_settings = _data_settings(settings, trained)
-    data = read_dataset(settings.data, data_settings).spread(settings.rows)
+    data = read_dataset(settings.data, data_settings, (TEST, VALID, TRAIN)).spread(settings.rows)
     if trained and data.kind != trained.kind:
         raise DataError(
             f"{data.path}: rows of kind {data.kind}, and {settings.adapter or base} was trained on {trained.kind}; "

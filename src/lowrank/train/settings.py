@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from lowrank.data.names import unescape
 from lowrank.data.settings import DataSettings, Names, Settings
+from lowrank.data.sources import VALID, has_part
 
 
 class TargetSettings(Settings):
@@ -82,7 +83,7 @@ class RunSettings(DataSettings, StepSettings, MachineSettings):
     """What every kind of training needs."""
 
     model: str = Field(description='A model: its folder, its name on the Hub (org/name), or "nano", the shipped one')
-    data: str = Field(description="A jsonl, csv or tsv file")
+    data: str = Field(description="A file of rows, several with commas, or a folder with train.*, valid.*, test.*")
 
 
 class TrainSettings(AdapterSettings, LoopSettings, RunSettings):
@@ -98,10 +99,10 @@ class TrainSettings(AdapterSettings, LoopSettings, RunSettings):
             faults.append("steps and epochs cannot both be given")
         if self.eval_data is not None and self.eval_split:
             faults.append("eval_data and eval_split cannot both be given")
-        evaluated = self.eval_data is not None or bool(self.eval_split)
+        evaluated = self.eval_data is not None or bool(self.eval_split) or has_part(self.data, VALID)
         asked = {"eval_rows", "eval_every"} & self.model_fields_set
         if not evaluated and (self.keep == "best" or any(getattr(self, name) is not None for name in asked)):
-            faults.append("keep, eval_rows and eval_every need eval_data or eval_split")
+            faults.append("keep, eval_rows and eval_every need eval_data or eval_split, or a folder with valid.*")
         idle = self.model_fields_set & set(AdapterSettings.model_fields)
         if self.full and idle:
             faults.append(f"full trains every weight, so {', '.join(sorted(idle))} cannot be meant")
@@ -127,7 +128,7 @@ class EvalSettings(DataSettings, MachineSettings):
     """Everything `lowrank.train.evaluate` needs. What an adapter was trained with holds where nothing else is given."""
 
     model: str = Field(description='A model: its folder, its name on the Hub, or "nano"')
-    data: str = Field(description="A jsonl, csv or tsv file")
+    data: str = Field(description="A file of rows, several with commas, or a folder with train.*, valid.*, test.*")
     adapter: str | None = Field(
         None, description="An adapter: a folder, or a name on the Hub; the bare model if not given"
     )

@@ -34,7 +34,8 @@ def summarise(
         ("out", settings.out),
     ]
     if evaluated:
-        where = settings.eval_data or f"{settings.eval_split:.0%} of the data, held out"
+        held = f"{settings.eval_split:.0%} of the data, held out" if settings.eval_split else "the folder's own part"
+        where = settings.eval_data or held
         lines.insert(4, ("evaluation", f"{where}: {len(evaluated.examples):,} rows{_cut(evaluated)}"))
     if rows.unused:
         lines.insert(3, ("not used", _unused(rows)))

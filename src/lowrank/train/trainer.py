@@ -16,6 +16,7 @@ from lowrank.data.names import read_targets
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
+from lowrank.data.sources import TEST, VALID, has_part
 from lowrank.data.tokens import Encoded, encode
 from lowrank.errors import DataError, LowrankError
 from lowrank.hub import pinned
@@ -123,16 +124,18 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def read_rows(settings: RunSettings) -> tuple[Dataset, Dataset | None]:
-    """(rows to train on, rows to evaluate on)."""
+    """(rows to train on, rows to evaluate on: of --eval-data, held out, or the part of a folder that is for it)."""
     rows = read_dataset(settings.data, settings)
     held_out = None
-    if settings.eval_data is not None:
-        held_out = read_dataset(settings.eval_data, settings)
+    own = settings.data if has_part(settings.data, VALID) else None
+    source = settings.eval_data or (None if settings.eval_split else own)
+    if source is not None:
+        held_out = read_dataset(source, settings, (VALID, TEST))
         if held_out.kind != rows.kind:
             raise DataError(
                 f"--eval-data {held_out.path} has rows of kind {held_out.kind}, and --data {rows.path} of {rows.kind}"
             )
-    elif settings.eval_split:
+    if settings.eval_split:
         rows, held_out = split(rows, settings.eval_split, settings.seed)
     return rows, held_out and held_out.spread(settings.eval_rows)
 
