@@ -112,12 +112,12 @@ def test_a_b_with_more_dimensions_than_its_a_is_refused(tmp_path, b):
 def test_every_file_is_as_readable_as_the_umask_says(tmp_path):
     before = os.umask(0o027)
     try:
-        made = write_adapter(tmp_path / "in", linear_factors("q_proj", 6, 4))
+        made = write_adapter(tmp_path / "in", linear_factors("lm_head", 6, 4))
         convert_adapter(made, tmp_path / "x.safetensors", to="loralib")
         convert_adapter(made, tmp_path / "x.bin", to="loralib")
         convert_adapter(made, tmp_path / "mlx", to="mlx")
         convert_adapter(made, tmp_path / "peft")
-        base = write_base(tmp_path / "base", {"q_proj.weight": (6, 4)}, {})
+        base = write_base(tmp_path / "base", {"lm_head.weight": (6, 4)}, {})
         lowrank.merge_checkpoint(base, made, tmp_path / "merged")
         old = tmp_path / "old"
         old.mkdir()

@@ -7,11 +7,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lowrank
 from checkpoint_models import disturb
 from lowrank import LoraConfig
 from lowrank.adapters.convert import convert_adapter
+from merge_disk_models import write_adapter
 
 IDS = [1, 5, 17, 33, 40, 9]
 CONFIG = {
@@ -174,3 +176,71 @@ def test_mlx_lm_answers_alike(adapted, dora):
     theirs.eval()
     logits = torch.tensor(theirs(mx.array([IDS]))[0, -1].tolist())
     assert torch.allclose(logits.log_softmax(-1), changed, atol=2e-3)
+
+
+SMALL = {"vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+SMALL_GPT = {"vocab_size": WORDS, "n_embd": WIDTH, "n_layer": 2, "n_head": HEADS, "n_positions": LENGTH}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "dense", "query_key_value"]
+LAYERS = [*ATTENTION, "c_attn", "c_proj", "c_fc", "fc1", "fc2", "fc_in", "fc_out", "dense_h_to_4h", "dense_4h_to_h"]
+OTHERS = {  # what mlx-lm calls other names than transformers, or may be thought to
+    "gpt2": ("GPT2", SMALL_GPT),
+    "gptj": ("GPTJ", SMALL_GPT | {"rotary_dim": 8, "tie_word_embeddings": False}),
+    "gpt_bigcode": ("GPTBigCode", SMALL_GPT | {"n_inner": INNER}),
+    "gpt_neox": ("GPTNeoX", SMALL | {"intermediate_size": 4 * WIDTH, "max_position_embeddings": LENGTH}),
+    "phi": ("Phi", SMALL | {"intermediate_size": INNER, "num_key_value_heads": KV_HEADS}),
+    "starcoder2": ("Starcoder2", SMALL | {"intermediate_size": INNER, "num_key_value_heads": KV_HEADS}),
+    "mixtral": ("Mixtral", SMALL | {"intermediate_size": INNER, "num_local_experts": 3, "num_key_value_heads": 2}),
+    "olmoe": ("Olmoe", SMALL | {"intermediate_size": INNER, "num_experts": 3, "num_experts_per_tok": 2}),
+}
+
+
+def mlx_answer(folder, adapter=None):
+    """mlx-lm's log-probabilities of the word after IDS, (WORDS,), for a checkpoint in transformers' files."""
+    import importlib
+
+    import mlx.core as mx
+    from mlx_lm.tuner.utils import load_adapters
+
+    older = {"n_ctx": LENGTH, "rotary_emb_base": 10_000, "rotary_pct": 0.25}  # fields that transformers 5 dropped
+    config = older | json.loads((folder / "config.json").read_text())
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    theirs = module.Model(module.ModelArgs.from_dict(config))
+    weights = mx.load(str(folder / "model.safetensors"))
+    if config["model_type"] == "gpt2":  # mlx-lm reads the Hub's files, which have no such prefix
+        weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
+    theirs.load_weights(list((theirs.sanitize(weights) if hasattr(theirs, "sanitize") else weights).items()))
+    theirs = theirs if adapter is None else load_adapters(theirs, str(adapter))
+    theirs.eval()
+    return torch.tensor(theirs(mx.array([IDS]))[0, -1].tolist()).log_softmax(-1)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_mlx_lm_finds_every_module_by_its_own_name(tmp_path, family):
+    """Its model with our adapter answers as its model of the merged files, whose names it translates itself."""
+    pytest.importorskip("mlx.core")
+    pytest.importorskip("mlx_lm")
+    import transformers
+
+    name, fields = OTHERS[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**fields, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+    head = "LMHeadModel" if family == "gpt2" else "ForCausalLM"
+    getattr(transformers, f"{name}{head}")(config).save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    factors = {}
+    for key, tensor in stored.items():
+        path = key.removesuffix(".weight")
+        if path.rpartition(".")[2] in LAYERS or ".experts." in path:
+            d, k = tensor.shape[::-1] if family == "gpt2" else tensor.shape
+            factors |= {f"{path}.lora_A.weight": torch.randn(3, k), f"{path}.lora_B.weight": torch.randn(d, 3) / 8}
+    assert len(factors) >= 16
+    write_adapter(tmp_path / "adapter", factors, r=3, lora_alpha=2)
+    lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    convert_adapter(tmp_path / "adapter", tmp_path / "mlx", to="mlx", model=tmp_path / "base")
+    wanted = mlx_answer(tmp_path / "merged")
+    assert float((wanted - mlx_answer(tmp_path / "base")).abs().max()) > 0.5
+    assert torch.allclose(mlx_answer(tmp_path / "base", tmp_path / "mlx"), wanted, atol=5e-3)
+    if ".experts." not in str(list(factors)):
+        convert_adapter(tmp_path / "mlx", tmp_path / "back", model=tmp_path / "base")
+        lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "back", tmp_path / "again")
+        assert torch.allclose(mlx_answer(tmp_path / "again"), wanted, atol=1e-3)

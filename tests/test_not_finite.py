@@ -122,7 +122,7 @@ def test_float8_is_looked_at_and_refused_where_factors_are_wanted(tmp_path):
     eight = torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)
     assert all_finite(eight)
     assert not all_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn))
-    made = adapter(tmp_path / "in")
+    made = write_adapter(tmp_path / "in", linear_factors("lm_head", 6, 4))
     convert_adapter(made, tmp_path / "mlx", to="mlx")
     file = tmp_path / "mlx" / "adapters.safetensors"
     save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}, file)
