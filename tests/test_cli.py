@@ -20,6 +20,8 @@ def home(tmp_path_factory):
     save_llama(home / "llama")
     write_jsonl(home / "skill.jsonl", completion_rows(30))
     write_jsonl(home / "odd.jsonl", [{"mr": "a", "ref": "b"}])
+    (home / "deep.yaml").write_text("[" * 5000)
+    (home / "peft.yaml").write_text("lora_alpha: 8\nrnk: 4\n")
     return home
 
 
@@ -37,9 +39,17 @@ def call(capsys, line):
     return status, captured.out, captured.err
 
 
+GIVEN = "train --model llama --data skill.jsonl --out x"
 WRONG = [
-    ("trian", 'Unknown command "trian". Did you mean "train"?'),
-    ("train --rnk 4", "Unknown option: --rnk. Did you mean --rank?"),
+    ("trian", "there is no command 'trian', did you mean `lowrank train`?"),
+    ("finetune --model nano", "did you mean `lowrank train`?"),
+    ("frobnicate", "there is no command 'frobnicate', only demo, train, eval"),
+    ("train --rnk 4", "`lowrank train` has no --rnk, did you mean --rank?"),
+    ("train --foo 4", "`lowrank train` has no --foo; `lowrank train --help` lists what there is"),
+    ("merge --dat x", "`lowrank merge` has no --dat; `lowrank merge --help`"),
+    ("merge --adapters a", "`lowrank merge` has no --adapters: here it is called --adapter"),
+    ("train --lora-r=8", "`lowrank train` has no --lora-r: here it is called --rank"),
+    ("merge", "--model is needed; see `lowrank merge --help`"),
     ("train --rank", "--rank requires an argument"),
     ("train data.jsonl", "data.jsonl: every value needs its flag in front"),
     ("train --lr fast", "--lr: input should be a valid number"),
@@ -56,6 +66,24 @@ WRONG = [
     ("train --model llama --data skill.jsonl --out x --rank 0", "r must be a whole number of at least 1, not 0"),
     ("train --model llama --data skill.jsonl --out x --targets q_prj", "'q_prj' matches no module"),
     ("train --config none.yaml", "config none.yaml: No such file"),
+    ("train --config /dev/null", "config /dev/null is no file"),
+    ("train --config deep.yaml", "config deep.yaml is nested too deep"),
+    ("train --config peft.yaml", "'lora_alpha' is no setting: here it is called 'alpha'; 'rnk' is no setting, did you"),
+    (f"{GIVEN} --init pissa_niter_99999999999", "pissa_niter_N with N up to"),
+    (f"{GIVEN} --epochs 1e300", "--epochs: input should be less than or equal to 1000000"),
+    (f"{GIVEN} --device mps", "--device mps: torch has no such device here, only cpu"),
+    (f"{GIVEN} --device meta", "--device meta: torch has no such device here, only cpu"),
+    (f"{GIVEN} --device cpu:7", "--device cpu:7: torch has no such device here, only cpu"),
+    (f"{GIVEN} --batch-size 2 --micro-batch 3", "so 3 cannot be more than batch_size, 2"),
+    (f"{GIVEN} --alpha -3", "--alpha: input should be greater than 0"),
+    ("rank --adapter x --out=", "--out is empty: give a path"),
+    ("doctor --model none", "model none: there is no such folder"),
+    ("doctor --rank 4", "--rank is about the layers of a model: give --model too"),
+    ("doctor --model nano --tokens 99999999999", "--tokens 99999999999: a batch has at least one token, and at most"),
+    ("generate --model llama --prompt cat --temperature 1e-45", "0 is greedy, 0.001 almost"),
+    ("generate --model llama --prompt caf\udce9", "--prompt: holds a byte that is not UTF-8"),
+    ("generate --model llama --prompt cat --template \udce9{prompt}", "--template: holds a byte that is not UTF-8"),
+    ("generate --model llama --prompt " + "cat+" * 100, "--prompt is"),
     ("eval --model llama", "--data is needed"),
     ("eval --model llama --data skill.jsonl --adapter none", "none"),
     ("generate --model llama", "--prompt is needed"),
@@ -67,13 +95,42 @@ WRONG = [
 @pytest.mark.parametrize(("line", "message"), WRONG)
 def test_a_wrong_call_is_one_sentence_and_status_2(here, capsys, line, message):
     before = sorted(os.listdir())
-    status, out, err = call(capsys, line)
+    status = cli.main([word.replace("+", " ") for word in line.split()])
+    out, err = capsys.readouterr()
     assert status == 2
     assert err.startswith(SENTENCE)
     assert message in err
     assert err.count("\n") == 1
     assert out == ""
+    assert len(err) < 400
     assert sorted(os.listdir()) == before
+
+
+NAMES_OF_OTHERS = {
+    "train": "learning-rate output-dir iters lora-r lora-alpha num-train-epochs per-device-train-batch-size "
+    "max-seq-length target-modules patience model-name-or-path dataset adapter-path val-batches steps-per-eval "
+    "grad-checkpoint lora_rank max_grad_norm num-layers torch-dtype cutoff-len steps-per-report lr-scheduler-type",
+    "eval": "adapter-path dataset model-id val-batches max-seq-length per-device-eval-batch-size",
+    "generate": "max-tokens base-model peft-model",
+    "merge": "save-path adapters base-model",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [(c, name) for c, names in NAMES_OF_OTHERS.items() for name in names.split()]
+)
+def test_what_other_programs_call_a_flag_is_told(capsys, command, name):
+    status, _, err = call(capsys, f"{command} --{name} 3")
+    assert status == 2
+    assert f"`lowrank {command}` has no --{name}: here it is called --" in err
+
+
+def test_the_table_of_other_names_holds_none_of_ours():
+    from lowrank.train.foreign_names import FOREIGN
+    from lowrank.train.settings import EvalSettings, GenerateSettings, TrainSettings
+
+    ours = {name for kind in (TrainSettings, EvalSettings, GenerateSettings) for name in kind.model_fields}
+    assert not ours & FOREIGN.keys()
 
 
 def test_train_eval_generate(here, capsys, tmp_path):

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 
-from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Parameter
 
 from lowrank.cli.last_net import caught
 from lowrank.cli.streams import say_anything
+from lowrank.cli.wrong_calls import check_values, wrong_call
 from lowrank.errors import LowrankError, LowrankWarning, printable, short
 
 COMMANDS = {
@@ -86,24 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: list[str]) -> None:
+    check_values(arguments)
+    app = make_app()
     try:
-        make_app()(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
-        raise LowrankError(_wrong_call(error)) from None
-
-
-def _wrong_call(error: CycloptsError) -> str:
-    """One sentence for a call that cannot be parsed."""
-    from pydantic import ValidationError
-
-    if isinstance(error.__cause__, ValidationError):
-        from lowrank.train.config_file import sentence
-        from lowrank.train.settings import TrainSettings
-
-        return sentence(error.__cause__, TrainSettings)
-    if isinstance(error, UnusedCliTokensError):
-        return f"{' '.join(error.unused_tokens or ())}: every value needs its flag in front; --help lists them"
-    return " ".join(str(error).split())
+        raise LowrankError(wrong_call(error, app, arguments, tuple(COMMANDS))) from None
 
 
 def _complain(text: str, status: int = WRONG_CALL) -> int:

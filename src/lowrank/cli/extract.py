@@ -72,7 +72,7 @@ def extract(
     with module_bar("extracting") as progress:
         report = extract_adapter(
             base_folder(model),
-            tuned,
+            base_folder(tuned),
             out,
             rank=rank,
             energy=energy,

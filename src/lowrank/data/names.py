@@ -26,4 +26,11 @@ def read_targets(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] |
 
 def unescape(value: object) -> object:
     """A shell passes \\n as two characters; nobody means those in a template."""
-    return value.replace("\\n", "\n").replace("\\t", "\t") if isinstance(value, str) else value
+    return whole(value.replace("\\n", "\n").replace("\\t", "\t")) if isinstance(value, str) else value
+
+
+def whole(value: object) -> object:
+    """Text without halves of characters, which no tokenizer takes: a shell passes a byte that is not UTF-8 as one."""
+    if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):
+        raise ValueError("holds a byte that is not UTF-8, or half a character")
+    return value

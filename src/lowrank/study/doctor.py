@@ -27,6 +27,7 @@ from lowrank.train.models import find_model
 
 PACKAGES = ("lowrank", "torch", "transformers", "safetensors", "peft", "accelerate", "triton")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_TOKENS = 1_000_000
 PROBE = 1024  # the side of the square product that is timed
 
 
@@ -116,10 +117,11 @@ def describe_model(name: str, targets: str | None, rank: int, tokens: int, dtype
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
-    if tokens < 1:
-        raise ConfigError(f"--tokens {tokens}: a batch has at least one token")
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise ConfigError(f"--tokens {tokens}: a batch has at least one token, and at most {MOST_TOKENS:,} are tried")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=read_targets(targets))
     model = _empty_model(find_model(name, JSON), DTYPES[dtype])
-    plan = inject(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=read_targets(targets)))
+    plan = inject(model, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds: Counter[tuple[str, tuple[int, int], str, str]] = Counter()
     for entry in execution_paths(model):

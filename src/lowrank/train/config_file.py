@@ -1,7 +1,6 @@
 """Flag beats YAML beats default; an unknown name is an error that says what was perhaps meant."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,8 +8,10 @@ from pydantic import ValidationError
 
 from lowrank.data.settings import Settings
 from lowrank.errors import ConfigError
+from lowrank.train.foreign_names import near, ours
 
 S = TypeVar("S", bound=Settings)
+MOST_BYTES = 1_000_000
 EXCLUSIVE = (("steps", "epochs"), ("eval_data", "eval_split"))  # a flag for one beats the other in a file
 
 
@@ -30,17 +31,24 @@ def read_yaml(file: str | Path, kind: type[Settings]) -> dict[str, object]:
     """The settings a YAML file holds; every name in it must be one of `kind`'s."""
     import yaml
 
+    path = Path(file)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"config {file} is no file")
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        if path.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"config {file} has {path.stat().st_size:,} bytes: that is no file of settings")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config {file}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"config {file} is nested too deep for a file of settings") from None
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, a date that is none
         raise ConfigError(f"config {file} is not YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"config {file} must be a list of `name: value` lines, not a {type(content).__name__}")
-    unknown = [str(name) for name in content if name not in kind.model_fields]
+    unknown = [str(name) for name in content if not isinstance(name, str) or name not in kind.model_fields]
     if unknown:
         raise ConfigError(f"config {file}: " + "; ".join(_unknown(name, kind) for name in unknown))
     return content
@@ -61,8 +69,10 @@ def sentence(error: ValidationError, kind: type[Settings]) -> str:
 
 
 def _unknown(name: str, kind: type[Settings]) -> str:
-    near = get_close_matches(name.replace("-", "_"), kind.model_fields, n=1, cutoff=0.6)
-    return f"{name!r} is no setting" + (f", did you mean {near[0]!r}?" if near else "")
+    if meant := ours(name, kind.model_fields):
+        return f"{name!r} is no setting: here it is called {meant!r}"
+    meant = near(name, kind.model_fields)
+    return f"{name!r} is no setting" + (f", did you mean {meant!r}?" if meant else "")
 
 
 def _fault(fault: Any, kind: type[Settings]) -> str:

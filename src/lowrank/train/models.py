@@ -44,12 +44,18 @@ def device_of(settings: MachineSettings) -> torch.device:
     """The device asked for, or the first GPU, or the CPU. Raises ConfigError for a device that is not there."""
     if settings.device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(settings.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {settings.device}: {str(error).splitlines()[0]}") from None
-    return device
+    here = _devices()
+    if settings.device not in here:
+        raise ConfigError(f"--device {settings.device}: torch has no such device here, only {', '.join(here)}")
+    return torch.device(settings.device)
+
+
+def _devices() -> list[str]:
+    """The names of all devices that torch can compute on here."""
+    found = ["cpu"]
+    for name, count in (("cuda", torch.cuda.device_count()), ("xpu", torch.xpu.device_count())):
+        found += [name, *(f"{name}:{i}" for i in range(count))] if count else []
+    return found + (["mps"] if torch.backends.mps.is_available() else [])
 
 
 def dtype_of(settings: MachineSettings, device: torch.device) -> torch.dtype:
@@ -64,7 +70,10 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     with _loading(folder, "no tokenizer could be loaded from this folder"):
-        return AutoTokenizer.from_pretrained(str(folder), **OFFLINE)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **OFFLINE)
+    # told once, it says nothing of rows longer than the model: we cut or refuse them, in our own words
+    getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
 
 
 def load_causal(folder: Path, dtype: torch.dtype) -> nn.Module:

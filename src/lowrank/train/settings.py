@@ -2,18 +2,23 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from lowrank.data.names import unescape
+from lowrank.data.names import unescape, whole
 from lowrank.data.settings import DataSettings, Names, Settings
 from lowrank.data.sources import VALID, has_part
+
+MOST_STEPS, MOST_EPOCHS = 10**9, 10**6  # more is a slip, and would be waited for in vain
+LEAST_TEMPERATURE = 1e-3
 
 
 class TargetSettings(Settings):
     """Which modules get a low-rank change, of which rank and scale: h = W0·x + s·B·A·x, s = alpha/rank."""
 
     rank: int = Field(8, description="Rank r of the change of every target")
-    alpha: float | None = Field(None, description="Scale is alpha / rank; twice the rank where not given")
+    alpha: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Scale is alpha / rank; twice the rank where not given"
+    )
     targets: str | tuple[str, ...] | None = Field(
         None,
         description='Modules to adapt: names with commas (q_proj,v_proj), "all-linear", or one regular expression; '
@@ -41,8 +46,10 @@ class AdapterSettings(TargetSettings):
 class StepSettings(Settings):
     """How long and how fast a training is, and on which rows it is measured."""
 
-    steps: int | None = Field(None, ge=1, description="Optimiser steps to take")
-    epochs: float | None = Field(None, gt=0, description="Or passes over the data; 1 where neither is given")
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS, description="Optimiser steps to take")
+    epochs: float | None = Field(
+        None, gt=0, le=MOST_EPOCHS, description="Or passes over the data; 1 where neither is given"
+    )
     batch_size: int = Field(8, ge=1, description="Rows in one optimiser step")
     micro_batch: int | None = Field(
         None, ge=1, description="Rows in one forward pass: less memory, same result; all of them where not given"
@@ -50,15 +57,24 @@ class StepSettings(Settings):
     lr: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Learning rate at its highest")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the rate falls after warm-up")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's weight decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
-    clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 for no limit")
+    clip: float = Field(1.0, ge=0, allow_inf_nan=False, description="Largest norm of the gradient; 0 for no limit")
     group_by_length: bool = Field(False, description="Put rows of like length together: less padding, another order")
     eval_data: str | None = Field(None, description="File to evaluate on while training")
     eval_split: float = Field(0.0, ge=0, lt=1, description="Or the share of --data to hold out, chosen by the seed")
     eval_rows: int | None = Field(None, ge=1, description="Evaluate on so many rows, spread evenly; all if not given")
     seed: int = Field(0, ge=0, lt=2**63, description="Start of everything random; same seed, same bytes")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            raise ValueError(
+                f"micro_batch is the part of a step's rows in one pass, so {self.micro_batch} cannot be more than "
+                f"batch_size, {self.batch_size}"
+            )
+        return self
 
 
 class LoopSettings(StepSettings):
@@ -140,7 +156,9 @@ class GenerateSettings(MachineSettings):
     """Everything `lowrank.train.generate` needs."""
 
     model: str = Field(description='A model: its folder, its name on the Hub, or "nano"')
-    prompt: str = Field(description="The prompt, put into the template of the adapter if it has one")
+    prompt: Annotated[str, BeforeValidator(whole)] = Field(
+        description="The prompt, put into the template of the adapter if it has one"
+    )
     adapter: str | None = Field(
         None, description="An adapter: a folder, or a name on the Hub; the bare model if not given"
     )
@@ -151,3 +169,10 @@ class GenerateSettings(MachineSettings):
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 takes the likeliest token; 1 samples")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that hold this probability")
     seed: int = Field(0, ge=0, lt=2**63, description="Start of the sampling")
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides_logits(cls, value: float) -> float:
+        if 0 < value < LEAST_TEMPERATURE:
+            raise ValueError(f"logits divided by so little are no numbers; 0 is greedy, {LEAST_TEMPERATURE} almost")
+        return value
