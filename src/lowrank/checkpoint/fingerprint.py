@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from lowrank.checkpoint.gather import own_class
+
 # What differs between two loads of one base: where it came from, how it runs, which head it got.
 VOLATILE = {
     "_name_or_path",
@@ -62,7 +64,7 @@ class Fingerprint:
 def fingerprint(model: nn.Module, paths: Iterable[str] = ()) -> Fingerprint:
     """The fingerprint of `model`, with the shapes of the weights at `paths`."""
     shapes = {path: list(cast(Tensor, model.get_submodule(path).weight).shape) for path in sorted(paths)}
-    return Fingerprint(type(model).__name__, config_digest(getattr(model, "config", None)), shapes)
+    return Fingerprint(own_class(model).__name__, config_digest(getattr(model, "config", None)), shapes)
 
 
 def config_digest(config: object) -> str | None:

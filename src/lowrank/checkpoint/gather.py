@@ -1,12 +1,18 @@
-"""Tensors with all their values, where FSDP2 keeps a shard of them in every process."""
+"""A model that FSDP2 shards, seen as it was: tensors with all their values, and its own class."""
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank.core.factors import LoraFactors
 
 Values = Callable[[Tensor], Tensor]
+
+
+def own_class(model: nn.Module) -> type[nn.Module]:
+    """The class of `model` before `fully_shard` put its own in front."""
+    first, *rest = type(model).__bases__
+    return rest[0] if first.__name__ == "FSDPModule" and rest else type(model)
 
 
 def is_sharded(tensor: Tensor) -> bool:

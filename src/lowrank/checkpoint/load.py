@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowrank.checkpoint.fingerprint import fingerprint
 from lowrank.checkpoint.fit import fit_faults
+from lowrank.checkpoint.gather import is_sharded, whole
 from lowrank.checkpoint.idle import base_tensor, changes_nothing
 from lowrank.checkpoint.keys import Key
 from lowrank.checkpoint.loaded_config import loaded_config
@@ -76,7 +77,8 @@ def load_files(model: nn.Module, files: AdapterFiles, adapter_name: str, trainab
 
 def _check(files: AdapterFiles, model: nn.Module, modules: Mapping[str, nn.Module], rename: Renaming) -> None:
     """Raise one CheckpointError with everything that stands against loading."""
-    faults = tensor_faults(files) + fit_faults(files, modules, rename) + _without_values(files, modules, rename)
+    faults = tensor_faults(files) + fit_faults(files, modules, rename)
+    faults += _without_values(files, modules, rename) + _sharded(files, modules, rename)
     if faults:
         differences = _differences(files, model)
         hint = f" ({'; '.join(differences)})" if differences else ""
@@ -97,6 +99,13 @@ def _without_values(files: AdapterFiles, modules: Mapping[str, nn.Module], renam
     ]
 
 
+def _sharded(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Renaming) -> list[str]:
+    """The fault of tensors in full for modules of which every process has a part."""
+    paths = dict.fromkeys(rename(key.path) for key in files.full)
+    parted = [path for path in paths if path in modules and any(map(is_sharded, modules[path].parameters(False)))]
+    return [f"tensors in full go into {parted[0]}, which is sharded: load it before fully_shard"] if parted else []
+
+
 def _factors(files: AdapterFiles, path: str, module: nn.Module) -> LoraFactors:
     kind = kind_of(module)
     assert kind is not None
@@ -112,7 +121,7 @@ def _full(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Renamin
     """{path: {name: tensor}} of the tensors kept in full, without plain copies of what the base has."""
     full: Full = {}
     for key, tensor in files.full.items():
-        own = base_tensor(modules[rename(key.path)], key.name)
+        own = whole(base_tensor(modules[rename(key.path)], key.name))
         if not (_is_table(key, files.config.lora) and torch.equal(tensor.to(own), own)):
             full.setdefault(rename(key.path), {})[key.name] = tensor
     return full

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.checkpoint.describe import describe, target_names
+from lowrank.checkpoint.gather import own_class
 from lowrank.hub import HubId, origin
 from lowrank.injection.config import LoraConfig
 
@@ -83,7 +84,7 @@ def base_name(model: nn.Module) -> HubId | None:
 def task_type(model: nn.Module, saved: tuple[str, ...] | list[str], all_paths: list[str]) -> str | None:
     """PEFT's word for the model's task, None where it has none or where it would demand a head that is not saved."""
     for pattern, task in TASKS:
-        if pattern.search(type(model).__name__):
+        if pattern.search(own_class(model).__name__):
             heads = [path for path in all_paths if path.endswith(HEADS.get(task, ()))]
             return task if all(any(head.endswith(name) for name in saved) for head in heads) else None
     return None
@@ -91,7 +92,7 @@ def task_type(model: nn.Module, saved: tuple[str, ...] | list[str], all_paths: l
 
 def _auto_mapping(model: nn.Module) -> dict[str, Any] | None:
     """What PEFT's AutoPeftModel needs to find the class of a transformers model that has no task word."""
-    cls = type(model)
+    cls = own_class(model)
     if not cls.__module__.startswith("transformers."):
         return None
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
