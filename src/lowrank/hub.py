@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lowrank.errors import CheckpointError, DataError
+from lowrank.stages import stage
 
 JSON = ("*.json",)
 TOKENIZER = ("*.model", "*.tiktoken", "vocab.txt", "merges.txt", "*.jinja")
@@ -118,6 +119,7 @@ def pinned(name: str, path: Path) -> str:
 
 def _fetched(wanted: HubId, fetch: Callable[[], str], kind: type[Exception], what: str) -> str:
     """What `fetch` returns, with the Hub's refusals as one sentence of the given kind."""
+    stage(f"fetching {wanted} from the Hub")
     try:
         return fetch()
     except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from cyclopts import App, CycloptsError, Parameter
 
 from lowrank.cli.last_net import caught
+from lowrank.cli.pulse import pulsing
 from lowrank.cli.streams import say_anything
 from lowrank.cli.wrong_calls import check_values, wrong_call
 from lowrank.errors import LowrankError, LowrankWarning, printable, short
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     say_anything()
     try:
-        with _warnings_as_lines():
+        with _warnings_as_lines(), pulsing():
             _answer(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except LowrankError as error:

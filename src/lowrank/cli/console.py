@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lowrank.cli.pulse import muted, spoke
 from lowrank.train.evaluation import Scores
 from lowrank.train.evaluator import EvalResult
 from lowrank.train.reporting import Progress as StepProgress
@@ -25,12 +26,14 @@ class RunDisplay(Reporter):
     def __init__(self) -> None:
         self.console = Console(highlight=False)
         self.bar: Progress | None = None
+        self.silence = ExitStack()
         self.steps = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self.silence.close()
         if self.bar is not None:
             self.bar.stop()
 
@@ -54,6 +57,7 @@ class RunDisplay(Reporter):
         )
         self.bar.add_task("steps", total=steps, figures="")
         self.bar.start()
+        self.silence.enter_context(muted())
 
     def stepped(self, step: int) -> None:
         """The bar moves on."""
@@ -86,6 +90,7 @@ class RunDisplay(Reporter):
     def _lines(self, lines: Sequence[str]) -> None:
         for line in lines:
             self.console.print(_plain(line), soft_wrap=True)
+        spoke()
 
 
 def _plain(text: str) -> Any:

@@ -45,11 +45,12 @@ def inspect(
     """
     from lowrank.analysis import inspect_adapter
     from lowrank.analysis.report import check_place, write_report
-    from lowrank.cli.inspect_display import measuring, show
+    from lowrank.cli.inspect_display import show
+    from lowrank.cli.module_bar import module_bar
 
     if html is not None:
         check_place(html)
-    with measuring() as progress:
+    with module_bar("measuring") as progress:
         inspection = inspect_adapter(adapter, _base_folder(model), against, allow_pickle, progress)
     if html is not None:
         write_report(inspection, html)

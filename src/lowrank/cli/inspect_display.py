@@ -3,30 +3,13 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from lowrank.adapters.each_module import silent
 from lowrank.analysis.as_json import as_json
 from lowrank.analysis.columns import columns
 from lowrank.analysis.inspection import Inspection
 from lowrank.analysis.summary import summary
 from lowrank.cli.table import plain_table
-
-
-@contextmanager
-def measuring() -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error while it takes long, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield silent
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def show(inspection: Inspection, html: Path | None, as_object: bool) -> None:

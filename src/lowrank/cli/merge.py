@@ -2,12 +2,14 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
 
 from lowrank.cli.base import base_folder
+from lowrank.cli.pulse import muted
 from lowrank.errors import LowrankError
 from lowrank.merge.disk import MergeReport, merge_checkpoint
 from lowrank.merge.disk.merge import Untouched, Verify
@@ -61,17 +63,19 @@ def merge(
     as_json
         Print the report as one JSON object
     """
-    report = merge_checkpoint(
-        base_folder(model),
-        [weighted(text) for text in adapter],
-        out,
-        dtype=dtype,
-        verify=verify,
-        untouched=untouched,
-        threads=threads,
-        allow_pickle=allow_pickle,
-        progress=sys.stderr.isatty(),
-    )
+    bar = sys.stderr.isatty()
+    with muted() if bar else nullcontext():
+        report = merge_checkpoint(
+            base_folder(model),
+            [weighted(text) for text in adapter],
+            out,
+            dtype=dtype,
+            verify=verify,
+            untouched=untouched,
+            threads=threads,
+            allow_pickle=allow_pickle,
+            progress=bar,
+        )
     if as_json:
         print(json.dumps({name: getattr(report, name) for name in SHOWN} | {"out": str(report.out)}))
     else:

@@ -14,6 +14,7 @@ from lowrank.data.shapes import Fields, Shape
 from lowrank.data.sniff import columns_of, flag_of, sniff
 from lowrank.data.sources import TRAIN, files_of
 from lowrank.errors import DataError
+from lowrank.stages import stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ def read_dataset(source: str | Path, settings: DataSettings, parts: Sequence[str
 
     Raises DataError for columns that do not exist, rows of different kinds, and rows without the fields of their shape.
     """
+    stage(f"reading {source}")
     faults: list[str] = []
     files = files_of(source, parts)
     records, present = _records(files, settings, faults)

@@ -16,6 +16,7 @@ from typing import Any
 from lowrank.data.dataset import Dataset
 from lowrank.data.recipe import Recipe
 from lowrank.errors import DataError
+from lowrank.stages import stage
 
 IGNORED = -100  # the label of a token that is not trained, in torch and transformers alike
 
@@ -61,6 +62,7 @@ def encode(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
 
     Raises DataError where no row has anything left to train.
     """
+    stage(f"tokenising {len(data.rows):,} rows")
     if data.kind == "chat":
         raise DataError(f"{data.path}: conversations can be read, but not trained yet")
     if data.kind == "classification":

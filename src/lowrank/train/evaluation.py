@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lowrank.data.batches import Batch, chunks
 from lowrank.data.tokens import Example
+from lowrank.stages import stage
 from lowrank.train.losses import Loss
 
 
@@ -48,7 +49,8 @@ def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch
     total, right, count = 0.0, 0, 0
     confusion: Tensor | None = None
     try:
-        for indices in chunks(by_length, batch_size):
+        for number, indices in enumerate(chunks(by_length, batch_size)):
+            stage("evaluating", number * batch_size, len(examples))
             loss = measure.loss(model, measure.collate([examples[i] for i in indices]))
             total += float(loss.total)
             right += int(loss.right)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lowrank.data.batches import chunks, endless_batches
 from lowrank.data.tokens import Example
 from lowrank.errors import Diverged
+from lowrank.stages import stage
 from lowrank.train.evaluation import Measure, Scores, score
 from lowrank.train.optimiser import Optimiser
 from lowrank.train.reporting import Progress, Reporter
@@ -86,6 +87,7 @@ class Loop:
         self._evaluate()
         self.model.train()
         for rows in self._batches():
+            stage("training", state.step, self.steps)
             rate = self._step(rows, interval)
             self.reporter.stepped(state.step)
             if state.step % settings.log_every == 0 or state.step == self.steps:

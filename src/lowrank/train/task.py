@@ -12,6 +12,7 @@ from lowrank.data.batches import collate
 from lowrank.data.rows import Kind
 from lowrank.data.tokens import Example
 from lowrank.errors import CheckpointError
+from lowrank.stages import stage
 from lowrank.train.evaluation import Measure
 from lowrank.train.losses import LOSSES
 from lowrank.train.models import (
@@ -51,6 +52,7 @@ def load(folder: Path, kind: Kind, labels: Sequence[str], settings: MachineSetti
     """The model and tokenizer of a folder, on the device and in the dtype asked for."""
     device = device_of(settings)
     dtype = dtype_of(settings, device)
+    stage(f"loading {folder}")
     tokenizer = load_tokenizer(folder)
     heads: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()

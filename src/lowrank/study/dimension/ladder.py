@@ -10,6 +10,7 @@ from lowrank.checkpoint.atomic import write_file
 from lowrank.data.dataset import Dataset
 from lowrank.data.tokens import encode
 from lowrank.errors import CheckpointError, ConfigError, DataError
+from lowrank.stages import under
 from lowrank.study.dimension.crossing import Crossing, crossing
 from lowrank.study.dimension.settings import DimensionSettings
 from lowrank.study.dimension.subspace import check_dimension, owners
@@ -70,7 +71,8 @@ def measure_dimension(
             point = _kept(file)
             if point is None:
                 told(f"{name}, seed {seed}", None)
-                point = task.point(name, seed, reporter)
+                with under(f"{name}, seed {seed}"):
+                    point = task.point(name, seed, reporter)
                 write_file(file, (json.dumps(asdict(point), indent=2, allow_nan=False) + "\n").encode())
             told(f"{name}, seed {seed}", point)
             weights = point.trained if name == FULL else weights
