@@ -8,6 +8,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+# Encoders by where their heads are, as transformers 5.23 declares it in `_tied_weights_keys`.
+CLS = (
+    "bert|deberta|ernie|nezha|megatron_bert|rembert|roformer|nystromformer|mra|yoso|tapas|layoutlm|visual_bert|roc_bert"
+)
+CLS += "|fnet|lxmert|nomic_bert|mobilebert|transformer"  # the last is SqueezeBERT's
+LM_HEAD = "roberta|xlm_roberta|camembert|data2vec_text|esm|gte|ibert|longformer|mpnet|roberta_prelayernorm"
+
 # (the embedding's path, the head's); the first that matches the whole path counts.
 HEADS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(embedding), head)
@@ -18,10 +25,22 @@ HEADS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(decoder\.)?embed_tokens", "lm_head"),
         (r"(.*\.)?transformer\.(?:wte|word_embeddings|tokens_embed)", r"\1lm_head"),
         (r"()(?:wte|word_embeddings|tokens_embed)", "lm_head"),
-        (r"(.*\.)?(?:gpt_neox\.)embed_in", r"\1embed_out"),
-        (r"(?:bert|deberta|ernie|nezha|megatron_bert)\.embeddings\.word_embeddings", "cls.predictions.decoder"),
-        (r"(?:roberta|xlm_roberta|camembert)\.embeddings\.word_embeddings", "lm_head.decoder"),
+        (r"(.*\.)?(?:gpt_neox\.|gpt_neox_japanese\.)embed_in", r"\1embed_out"),
+        (rf"(?:{CLS})\.embeddings\.word_embeddings", "cls.predictions.decoder"),
+        (rf"(?:{LM_HEAD})\.embeddings\.word_embeddings", "lm_head.decoder"),
         (r"distilbert\.embeddings\.word_embeddings", "vocab_projector"),
+        (r"albert\.embeddings\.word_embeddings", "predictions.decoder"),
+        (r"(?:electra|convbert)\.embeddings\.word_embeddings", "generator_lm_head"),
+        (r"funnel\.embeddings\.word_embeddings", "lm_head"),
+        (r"git\.embeddings\.word_embeddings", "output"),
+        (r"backbone\.embeddings", "lm_head"),
+        (r"(?:model\.)?text_model\.embed_tokens", "lm_head"),
+        (r"model\.embeddings\.tok_embeddings", "decoder"),
+        (r"biogpt\.embed_tokens", "output_projection"),
+        (r"rwkv\.embeddings", "head"),
+        (r"transformer\.w", "lm_head"),
+        (r"transformer\.embeddings", "pred_layer.proj"),
+        (r"transformer\.word_embedding", "lm_loss"),
     )
 )  # fmt: skip
 HEADED = re.compile(r".*(ForCausalLM|LMHeadModel|LMHead|ForMaskedLM|ForPreTraining|ForConditionalGeneration)$")

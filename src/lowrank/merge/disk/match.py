@@ -9,16 +9,18 @@ from torch import Tensor
 from lowrank.checkpoint.keys import Key
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.core.finite import all_finite
-from lowrank.errors import CheckpointError, some
+from lowrank.errors import CheckpointError, short, some
 from lowrank.files.safetensors import DTYPE_NAMES
 from lowrank.injection.patterns import matches, matches_name, suggestion
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.sidefiles import own_texts
 from lowrank.merge.disk.stored_rows import equals_stored
 from lowrank.modelfiles.base import BaseFiles
+from lowrank.modelfiles.dialects import translations
 from lowrank.modelfiles.names import resolve
 from lowrank.modelfiles.orientation import kinds_that_fit, shape_fault, stores_transposed
-from lowrank.modelfiles.tied import head_of, may_be_tied
+from lowrank.modelfiles.quantised import quantisation
+from lowrank.modelfiles.tied import has_head, head_of, may_be_tied
 
 LARGEST_SCALE = torch.finfo(torch.float32).max
 
@@ -61,11 +63,18 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
             f"{adapter.label} has a {' and a '.join(own)} that the base has not: the result has the base's, copy them "
             "over if the model is to be used with them"
         )
-    for path in resolution.unresolved:
-        if shared := _shared_embedding(base, path):
+    for path in paths:
+        if f"{places.get(path, path)}.weight" in base.tensors:
+            continue
+        if shared := _shared_embedding(base, places.get(path, path)):
             places[path], embedding = shared
             found.heads[f"{places[path]}.weight"] = embedding
     faults = _changes(base, adapter, places, found, modules) + _full(base, adapter, places, found)
+    if faults and (method := quantisation(base)):
+        raise CheckpointError(
+            f"{base.label} is quantised ({short(method, 60)}), and nothing can be merged into such weights exactly: "
+            "give the model that it was made from, in float16, bfloat16, float32 or float64"
+        )
     if faults:
         raise CheckpointError(
             f"{adapter.folder}: this adapter does not fit {base.label}: {some(faults, separator='; ')}"
@@ -104,7 +113,8 @@ def _shared_embedding(base: BaseFiles, path: str) -> tuple[str, str] | None:
     if not may_be_tied(base.config):
         return None
     heads = {name: head_of(name.removesuffix(".weight")) for name in base.tensors if name.endswith(".weight")}
-    found = [(head, name) for name, head in heads.items() if head and (head == path or head.endswith(f".{path}"))]
+    words = {path, *(translated for (translated,) in translations([path]))}
+    found = [(head, name) for name, head in heads.items() if head and any(matches_name(head, word) for word in words)]
     return found[0] if len(found) == 1 else None
 
 
@@ -116,7 +126,7 @@ def _changes(
     for path in files.low_rank:
         stored = _stored(base, found, places[path]) if path in places else None
         if stored is None:
-            faults.append(f"{path} is nowhere in the base{suggestion(path, modules)}")
+            faults.append(_nowhere(base, adapter, path, places.get(path, path), modules))
             continue
         name, tensor = stored
         shape = base.tensors[tensor][1].shape
@@ -132,6 +142,20 @@ def _changes(
         if fitting:
             found.changed[name] = Contribution(adapter, path, fitting[0])
     return faults
+
+
+def _nowhere(base: BaseFiles, adapter: Adapter, path: str, place: str, modules: Mapping[str, None]) -> str:
+    """One phrase for a module of the adapter whose weight the base does not store."""
+    words = (base.config or {}).get("vocab_size")
+    if may_be_tied(base.config) and has_head(base.config) and words == adapter.files.pair(path)[1].shape[0]:
+        return (
+            f"{path} is not stored in the base, where it may be one tensor with the embedding: load the model and use "
+            "merge_and_unload"
+        )
+    if place in modules:
+        own = [name for name in base.tensors if name.rpartition(".")[0] == place]
+        return f"{path} has no weight in the base, only {some(own)}"
+    return f"{path} is nowhere in the base{suggestion(path, modules)}"
 
 
 def _full(base: BaseFiles, adapter: Adapter, places: Mapping[str, str], found: Match) -> list[str]:
