@@ -156,8 +156,8 @@ def test_a_link_stays_a_link_and_rights_stay(tmp_path):
 def test_one_file_is_replaced_or_left(tmp_path):
     path = tmp_path / "state.json"
     atomic.write_file(path, b"old")
-    with pytest.raises(RuntimeError), atomic.replacing(path) as temporary:
-        temporary.write_bytes(b"half")
+    with pytest.raises(RuntimeError), atomic.replacing(path) as beside:
+        beside.write_bytes(b"half")
         raise RuntimeError
     assert contents(tmp_path) == {"state.json": b"old"}
     atomic.write_file(path, b"new")

@@ -62,7 +62,7 @@ WRONG = [
         "odd.jsonl:1: none of messages, conversations, prompt + completion",
     ),
     ("train --model llama --data odd.jsonl --prompt-column MR --out x", "no column 'MR'"),
-    ("train --model llama --data skill.jsonl --out .", "--out .: this folder already holds"),
+    ("train --model llama --data skill.jsonl --out .", ". holds the base model: give another place"),
     ("train --model llama --data skill.jsonl --out x --rank 0", "r must be a whole number of at least 1, not 0"),
     ("train --model llama --data skill.jsonl --out x --targets q_prj", "'q_prj' matches no module"),
     ("train --config none.yaml", "config none.yaml: No such file"),

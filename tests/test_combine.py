@@ -203,7 +203,7 @@ def test_wrong_calls_are_one_sentence_and_leave_nothing(tmp_path):
         "takes no density": {"density": 0.5},
         "share above 0": {"method": "ties", "density": 1.5},
         "must be a finite number other than 0": {"adapters": [(one, math.nan)]},
-        "one of the inputs": {"out": one},
+        "is the adapter .* itself": {"out": one},
         "there is no folder": {"adapters": [(tmp_path / "nowhere", 1.0)]},
     }
     for message, call in calls.items():

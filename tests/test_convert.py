@@ -332,7 +332,7 @@ def test_wrong_calls_are_one_sentence_and_leave_nothing(tmp_path, base):
         "format 'onnx' is not known": {"to": "onnx"},
         "there is no ": {"source": tmp_path / "nowhere"},
         "holds no adapter": {"source": tmp_path / "empty"},
-        "is the input": {"out": adapter},
+        "is the source itself": {"out": adapter},
         "give the model's folder": {"to": "gguf", "out": tmp_path / "y.gguf"},
         "has no config.json": {"to": "gguf", "out": tmp_path / "y.gguf", "model": tmp_path / "empty"},
         "choose float32, float16 or bfloat16": {
@@ -344,7 +344,7 @@ def test_wrong_calls_are_one_sentence_and_leave_nothing(tmp_path, base):
         "give the alpha": {"source": tmp_path / "x.bin", "allow_pickle": True},
         "is a pickle": {"source": tmp_path / "x.bin", "alpha": 1},
         "cannot become safetensors": {"to": "safetensors"},
-        "is a folder, and gguf is one file": {"to": "gguf", "out": tmp_path / "empty", "model": base},
+        "is a folder: give the name of a file": {"to": "gguf", "out": tmp_path / "empty", "model": base},
     }  # fmt: skip
     for message, call in calls.items():
         arguments = {"source": adapter, "out": tmp_path / "out"} | call

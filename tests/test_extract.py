@@ -218,7 +218,7 @@ def test_wrong_calls_are_one_sentence_and_leave_nothing(tmp_path):
         "short for its header": {"tuned": broken},
         "up_proj.weight holds values that are not finite": {"tuned": spoilt},
         "have no tensor in common": {"tuned": other},
-        "is one of the inputs": {"out": tmp_path / "base"},
+        "is the base model itself": {"out": tmp_path / "base"},
     }
     for message, call in calls.items():
         arguments = {"base": tmp_path / "base", "tuned": tmp_path / "tuned", "out": tmp_path / "out", "rank": 2} | call

@@ -186,7 +186,7 @@ def test_a_place_for_the_report_is_checked_first(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "is a folder" in complaint(capsys, made / "one", "--html", tmp_path)
-    assert "make it first" in complaint(capsys, made / "one", "--html", tmp_path / "none" / "report.html")
+    assert "inputs are never written to" in complaint(capsys, made / "one", "--html", made / "one" / "report.html")
     assert "--htm" in complaint(capsys, made / "one", "--htm", tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowrank.errors import CheckpointError, ConfigError, LowrankError, MergeError
+from lowrank.checkpoint import outputs
+from lowrank.errors import CheckpointError, ConfigError, LowrankError, MergeError, OutputError
 from lowrank.files.safetensors import build_layout
 from lowrank.merge.disk import merge_checkpoint
-from lowrank.modelfiles import staging
 from merge_disk_models import embedding_factors, linear_factors, pair, write_adapter, write_base
 
 Q = "layers.0.q_proj"
@@ -265,18 +265,17 @@ def test_options_that_cannot_be_meant(base: Path, adapter: Path, tmp_path: Path)
 
 
 def test_places_that_cannot_be_written(base: Path, adapter: Path, tmp_path: Path) -> None:
-    refused(MergeError, "is the base model itself", base, adapter, base)
-    refused(MergeError, "lies inside the base model", base, adapter, base / "merged")
-    refused(MergeError, "is the adapter adapter itself", base, adapter, adapter)
+    refused(OutputError, "is the base model itself", base, adapter, base)
+    refused(OutputError, "lies inside the base model", base, adapter, base / "merged")
+    refused(OutputError, "is the adapter .* itself", base, adapter, adapter)
     (tmp_path / "link").symlink_to(base)
-    refused(MergeError, "is the base model itself", base, adapter, tmp_path / "link")
+    refused(OutputError, "is the base model itself", base, adapter, tmp_path / "link")
     (tmp_path / "file").write_text("x")
-    refused(MergeError, "is a file", base, adapter, tmp_path / "file")
+    refused(OutputError, "is a file", base, adapter, tmp_path / "file")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x")
-    refused(MergeError, "not empty", base, adapter, tmp_path / "full")
-    refused(MergeError, "cannot write to", base, adapter, tmp_path / "file" / "merged")
-    refused(MergeError, "cannot write to|has 0.00 GB free", base, adapter, Path("/proc/merged"))
+    refused(OutputError, "not empty", base, adapter, tmp_path / "full")
+    refused(OutputError, "cannot write to", base, adapter, tmp_path / "file" / "merged")
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
@@ -287,7 +286,7 @@ def test_a_disk_that_takes_no_folder(
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    refused(MergeError, f"cannot write to .*{os.strerror(code)}", base, adapter, tmp_path / "out")
+    refused(OutputError, f"cannot write to .*{os.strerror(code)}", base, adapter, tmp_path / "out")
 
 
 def test_an_empty_folder_is_taken(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -298,8 +297,8 @@ def test_an_empty_folder_is_taken(base: Path, adapter: Path, tmp_path: Path) -> 
 
 def test_too_little_room(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=2**24)
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
-    refused(MergeError, "needs 0.00 GB and the disk .* has 0.02 GB free", base, adapter, tmp_path / "out")
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: usage)
+    refused(OutputError, "needs 0.00 GB and the disk .* has 0.02 GB free", base, adapter, tmp_path / "out")
 
 
 def test_a_disk_that_is_full_after_all(adapter: Path, tmp_path: Path) -> None:

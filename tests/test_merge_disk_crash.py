@@ -1,6 +1,5 @@
 """Killed at any moment, a merge leaves no result or a whole one, and the next start clears what was left."""
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -9,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lowrank.errors import MergeError
+from lowrank.checkpoint.outputs import claimed
+from lowrank.checkpoint.temporaries import temporary
+from lowrank.errors import OutputError
 from lowrank.merge.disk import merge_checkpoint
+from lowrank.modelfiles.staging import staging
 from merge_disk_models import linear_factors, write_adapter, write_base
 
 SHAPES = {f"layers.{i}.q_proj.weight": (96, 64) for i in range(4)} | {"norm.weight": (64,), "head.weight": (300, 64)}
@@ -135,7 +137,7 @@ def test_killed_by_the_clock(files: list[str]) -> None:
 
 def test_what_a_killed_merge_left_is_cleared(files: list[str]) -> None:
     base, adapter, out = files
-    left = Path(out).with_name(".out.merging")
+    left = Path(out).with_name(f".out.{dead()}-0123abcd.tmp")
     (left / "sub").mkdir(parents=True)
     (left / "sub" / "x").write_text("x")
     (left / "model.safetensors").write_text("half")
@@ -144,31 +146,42 @@ def test_what_a_killed_merge_left_is_cleared(files: list[str]) -> None:
     assert not (Path(out) / "sub").exists()
 
 
+def dead() -> int:
+    """The number of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
 def test_two_merges_to_one_place(files: list[str]) -> None:
     """The second is told to wait; it does not clear what the first is writing."""
     base, adapter, out = files
-    working = Path(out).with_name(".out.merging")
-    working.mkdir()
-    (working / "x").write_text("x")
-    lock = os.open(working, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(MergeError, match="another merge is writing"):
+    with claimed(out, {}) as place, staging(place) as working:
+        (working / "x").write_text("x")
+        with pytest.raises(OutputError, match=r"another process \(\d+\) is writing .*out now"):
             merge_checkpoint(base, adapter, out)
         assert (working / "x").exists() and not Path(out).exists()
-    finally:
-        os.close(lock)
+    assert os.listdir(out) == ["x"]
+    (Path(out) / "x").unlink()
     merge_checkpoint(base, adapter, out)
-    assert not working.exists()
+    assert os.listdir(Path(out).parent) == ["out"]
 
 
 def test_a_link_in_the_place_of_the_working_folder_is_not_followed(files: list[str], tmp_path: Path) -> None:
     base, adapter, out = files
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "x").write_text("x")
-    Path(out).with_name(".out.merging").symlink_to(tmp_path / "precious")
-    with pytest.raises(MergeError, match="cannot write to"):
+    for name in (f".out.{dead()}-0123abcd.tmp", temporary(Path(out)).name):
+        Path(out).with_name(name).symlink_to(tmp_path / "precious")
+    with pytest.raises(OutputError, match="cannot write to"):
         merge_checkpoint(base, adapter, out)
+    temporary(Path(out)).unlink()
+    merge_checkpoint(base, adapter, out)
+    assert (tmp_path / "precious" / "x").read_text() == "x"
+    assert os.listdir(Path(out).parent) == ["out"]
+    Path(out).with_name(".again.lock").symlink_to(tmp_path / "precious" / "x")
+    with pytest.raises(OutputError, match="cannot write to"):
+        merge_checkpoint(base, adapter, Path(out).with_name("again"))
     assert (tmp_path / "precious" / "x").read_text() == "x"
 
 

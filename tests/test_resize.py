@@ -130,7 +130,7 @@ def test_wrong_calls_are_one_sentence_and_leave_nothing(tmp_path):
         "rank must be": {"rank": 0},
         "rank must be a whole": {"rank": 2.5},
         "energy must be": {"energy": 0},
-        "one of the inputs": {"rank": 2, "out": tmp_path / "in"},
+        "is the adapter itself": {"rank": 2, "out": tmp_path / "in"},
         "there is no folder": {"rank": 2, "adapter": tmp_path / "nowhere"},
     }
     for message, call in calls.items():

@@ -4,6 +4,7 @@ LowrankError
 ├── ConfigError      a LoraConfig or command option that cannot be meant
 ├── TargetError      patterns that match nothing, or modules that cannot be adapted
 ├── CheckpointError  adapter or model files that are missing, damaged or of another shape
+│   └── OutputError  a place where no result can go: an input, in use, or refused by the disk
 ├── MergeError       a merge that would not be exact, or not finite
 ├── DataError        rows, columns or files of training data
 └── Diverged         a training whose loss or gradient stopped being finite
@@ -28,6 +29,10 @@ class TargetError(LowrankError):
 
 class CheckpointError(LowrankError):
     """An adapter or model file that is missing, damaged, or made for another model."""
+
+
+class OutputError(CheckpointError):
+    """A place where no result can go: it is an input or holds something, another process writes there, a full disk."""
 
 
 class MergeError(LowrankError):

@@ -242,7 +242,7 @@ def broken_promise(folder: Path) -> str | None:
         read_base(out)
     except LowrankError as error:
         fault = "an error of several lines: " + str(error) if "\n" in str(error) else None
-        if out.exists() or (folder / ".out.merging").exists():
+        if out.exists() or list(folder.glob(".out.*")):
             fault = f"something is left after: {error}"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
@@ -250,9 +250,9 @@ def broken_promise(folder: Path) -> str | None:
         fault = traceback.format_exc()
     else:
         fault = None
-        if (folder / ".out.merging").exists():
+        if list(folder.glob(".out.*")):
             fault = "the working folder is left after a success"
-    for left in (out, folder / ".out.merging"):
+    for left in (out, *folder.glob(".out.*")):
         shutil.rmtree(left, ignore_errors=True)
     if snapshot(folder) != before:
         fault = "a source was changed"

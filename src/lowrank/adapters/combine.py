@@ -16,13 +16,13 @@ from lowrank.checkpoint.adapter_folder import (
     AdapterContent,
     AdapterPath,
     Target,
-    check_out,
     content_of,
     union_of_names,
     write_adapter,
 )
 from lowrank.checkpoint.companion import Companion
 from lowrank.checkpoint.keys import Key
+from lowrank.checkpoint.outputs import claimed
 from lowrank.checkpoint.read import read_adapter
 from lowrank.core.combination import WITH_DENSITY, WITHOUT_RANK, Method, Options, Term, find_method
 from lowrank.core.truncation import check_rank
@@ -79,14 +79,14 @@ def combine_adapters(
     """
     chosen, options = find_method(method), _options(method, rank, density, seed)
     parts = _read(adapters, allow_pickle)
-    folder = check_out(out, [part.folder for part in parts])
-    full = _combine_full(parts)
-    paths = list(dict.fromkeys(path for part in parts for path in part.content.targets))
-    results = for_each(paths, lambda path: _combine_module(path, parts, chosen, options), progress)
-    targets = dict(zip(paths, (target for target, _ in results), strict=True))
-    modules = tuple(module for _, module in results)
-    content, notes = _content(parts, targets, full)
-    write_adapter(folder, content)
+    with claimed(out, {f"adapter {part.folder}": part.folder for part in parts}) as folder:
+        full = _combine_full(parts)
+        paths = list(dict.fromkeys(path for part in parts for path in part.content.targets))
+        results = for_each(paths, lambda path: _combine_module(path, parts, chosen, options), progress)
+        targets = dict(zip(paths, (target for target, _ in results), strict=True))
+        modules = tuple(module for _, module in results)
+        content, notes = _content(parts, targets, full)
+        write_adapter(folder, content)
     return CombineReport(method, modules, overall(modules), notes)
 
 

@@ -11,11 +11,12 @@ from lowrank.adapters.differences import Difference, Pairing, pair
 from lowrank.adapters.each_module import Progress, for_each, module_seed, one_core_each, silent
 from lowrank.adapters.energy import ModuleEnergy, headline, overall
 from lowrank.adapters.kept_whole import Whole, keep_whole
-from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, Target, check_out, write_adapter
+from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, Target, write_adapter
 from lowrank.checkpoint.companion import Companion
 from lowrank.checkpoint.config_file import NAME
 from lowrank.checkpoint.describe import target_names
 from lowrank.checkpoint.fingerprint import Fingerprint
+from lowrank.checkpoint.outputs import claimed
 from lowrank.checkpoint.write_config import HEADS, TASKS
 from lowrank.core.exact import decompose
 from lowrank.core.randomised import Dense, compress
@@ -103,17 +104,19 @@ def extract_adapter(
     if rank is None and energy is None:
         raise ConfigError("extract: give a rank, or the share of the energy to keep")
     before, after = _model(base), _model(tuned)
-    folder = check_out(out, [before.folder, after.folder])
-    pairing, cut = pair(before, after), Cut(rank, energy)
-    changed = [one for one in pairing.shared if not one.identical]
-    chosen = [one for one in changed if _why_not(one, targets, embeddings) is None]
-    if not chosen:
-        raise MergeError(f"no matrix to adapt differs between {before.folder} and {after.folder}: {_advice(targets)}")
-    results = for_each(chosen, lambda one: _factors(one, before, cut, exact, seed), progress)
-    found = {_path(one): result for one, result in zip(chosen, results, strict=True)}
-    whole, lost = _rest(pairing, changed, found, targets, embeddings, save_rest)
-    content = _content(before, origin(before.folder) or HubId(os.fspath(base)), found, whole, prefix)
-    write_adapter(folder, content)
+    with claimed(out, {"base model": before.folder, "tuned model": after.folder}) as folder:
+        pairing, cut = pair(before, after), Cut(rank, energy)
+        changed = [one for one in pairing.shared if not one.identical]
+        chosen = [one for one in changed if _why_not(one, targets, embeddings) is None]
+        if not chosen:
+            raise MergeError(
+                f"no matrix to adapt differs between {before.folder} and {after.folder}: {_advice(targets)}"
+            )
+        results = for_each(chosen, lambda one: _factors(one, before, cut, exact, seed), progress)
+        found = {_path(one): result for one, result in zip(chosen, results, strict=True)}
+        whole, lost = _rest(pairing, changed, found, targets, embeddings, save_rest)
+        content = _content(before, origin(before.folder) or HubId(os.fspath(base)), found, whole, prefix)
+        write_adapter(folder, content)
     modules = tuple(_energy(path, result) for path, (_, result) in found.items())
     return ExtractReport(modules, overall(modules), tuple(f"{k.path}.{k.name}" for k in whole.tensors), tuple(lost))
 

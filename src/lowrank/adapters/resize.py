@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lowrank.adapters.each_module import Progress, for_each, module_seed, one_core_each, silent
 from lowrank.adapters.energy import ModuleEnergy, headline, overall
-from lowrank.checkpoint.adapter_folder import AdapterPath, Target, check_out, content_of, write_adapter
+from lowrank.checkpoint.adapter_folder import AdapterPath, Target, content_of, write_adapter
+from lowrank.checkpoint.outputs import claimed
 from lowrank.checkpoint.read import read_adapter
 from lowrank.core.finite import LARGEST
 from lowrank.core.recompress import recompress
@@ -65,7 +66,6 @@ def resize_adapter(
     for pattern in ranks.values() if ranks else ():
         check_rank(pattern)
     files = read_adapter(adapter, allow_pickle)
-    folder = check_out(out, [files.folder])
     content = content_of(files)
     paths = list(content.targets)
     check_patterns("ranks", ranks or {}, paths)
@@ -77,9 +77,10 @@ def resize_adapter(
         kept = rank if rank is not None or energy is not None else target.a.shape[0]
         return _resize(path, target, Cut(pattern_value(path, ranks or {}, kept, "ranks"), energy), seed)
 
-    results = for_each(paths, resize, progress)
-    targets = dict(zip(paths, (target for target, _ in results), strict=True))
-    write_adapter(folder, replace(content, targets=targets))
+    with claimed(out, {"adapter": files.folder}) as folder:
+        results = for_each(paths, resize, progress)
+        targets = dict(zip(paths, (target for target, _ in results), strict=True))
+        write_adapter(folder, replace(content, targets=targets))
     modules = tuple(module for _, module in results)
     return ResizeReport(modules, overall(modules), _notes(targets.values()))
 

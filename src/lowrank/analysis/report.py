@@ -7,26 +7,13 @@ from lowrank.analysis.inspection import Inspection
 from lowrank.analysis.sections import sections
 from lowrank.analysis.summary import summary
 from lowrank.checkpoint.atomic import write_file
-from lowrank.errors import LowrankError
 
 TEMPLATE = "report.html.jinja"
 
 
-def check_place(path: Path) -> None:
-    """Raise LowrankError where no report can be written to `path`; better said before measuring than after."""
-    if path.is_dir():
-        raise LowrankError(f"{path} is a folder: give the name of a file for the report, as in {path / 'report.html'}")
-    if not path.absolute().parent.is_dir():
-        raise LowrankError(f"there is no folder {path.absolute().parent} to write the report to: make it first")
-
-
 def write_report(inspection: Inspection, path: Path) -> None:
-    """Write the report atomically. Raises LowrankError where that cannot be done; what was there is untouched then."""
-    check_place(path)
-    try:
-        write_file(path, render(inspection).encode())
-    except OSError as error:
-        raise LowrankError(f"{path}: the report cannot be written ({error.strerror or error})") from error
+    """Write the report atomically, over a file that is there. Raises OutputError where that cannot be done."""
+    write_file(path, render(inspection).encode())
 
 
 def render(inspection: Inspection) -> str:

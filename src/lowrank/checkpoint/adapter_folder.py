@@ -20,7 +20,6 @@ from lowrank.checkpoint.keys import MAGNITUDE, Key, full_key, low_rank_key
 from lowrank.checkpoint.layout import file_rank, pair_roles, to_file
 from lowrank.checkpoint.one_scale import common_scale, folded
 from lowrank.checkpoint.read import SAFETENSORS, AdapterFiles
-from lowrank.checkpoint.save import USUAL, check_folder
 from lowrank.core.finite import all_finite
 from lowrank.errors import CheckpointError
 
@@ -163,16 +162,6 @@ def exact_names(paths: Iterable[str]) -> Names:
 
 def _is_list(names: Names) -> bool:
     return isinstance(names["target_modules"], list)
-
-
-def check_out(folder: AdapterPath, sources: Sequence[Path]) -> Path:
-    """The folder to write, or a CheckpointError: it is one of the sources, or in use for what is no adapter."""
-    out = Path(folder)
-    for source in sources:
-        if out.exists() and source.exists() and out.samefile(source):
-            raise CheckpointError(f"{out} is one of the inputs: give another folder for the result")
-    check_folder(out, USUAL)
-    return out
 
 
 def write_adapter(folder: Path, content: AdapterContent, dtype: torch.dtype | None = None) -> None:

@@ -10,7 +10,7 @@ What is guaranteed, power loss included:
   is replaced in the given order after all of them are written and synced. Only a power loss between two renames, some
   microseconds, can then leave new files beside old ones, each of them whole.
 - When writing fails (no space, no permission), what was there is untouched and nothing temporary is left. A killed
-  process can leave a hidden `.NAME.PID.tmp` behind, which no reader looks at and which is safe to delete.
+  process can leave a hidden `.NAME.PID-TOKEN.tmp` behind, which no reader looks at; the next writing of NAME sweeps it.
 """
 
 import ctypes
@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowrank.errors import CheckpointError
+from lowrank.checkpoint.temporaries import delete, sweep, temporary
+from lowrank.errors import OutputError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -36,10 +37,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
 def _write_synced(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
@@ -50,35 +47,39 @@ def _write_synced(path: Path, data: bytes) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write in the block; it becomes `path` when the block ends, and is deleted if it raises."""
-    temporary = _temporary(path)
+    beside = temporary(path)
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
+        yield beside
+        sync(beside)
+        os.replace(beside, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        delete(beside)
     sync(path.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace one file durably."""
-    with replacing(path) as temporary:
-        _write_synced(temporary, data)
+    """Replace one file durably. Raises OutputError where it cannot be written."""
+    try:
+        with replacing(path) as beside:
+            _write_synced(beside, data)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write `files` (name: content) into `folder`, all of them or none; see the module for what is guaranteed.
 
-    Raises CheckpointError where the files cannot be written.
+    Raises OutputError where the files cannot be written.
     """
     folder = Path(os.path.realpath(folder))
+    sweep(folder.parent, folder.name)
     try:
         present = set(os.listdir(folder)) if folder.exists() else set()
         if present <= set(files) and _swap_folder(folder, files):
             return
         _replace_each(folder, files)
     except OSError as error:
-        raise CheckpointError(
+        raise OutputError(
             f"{folder}: cannot write {', '.join(files)} ({error.strerror or error}); what was there is untouched"
         ) from error
 
@@ -86,7 +87,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def _swap_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
     """Put a new folder with `files` in the place of `folder`; False, with nothing changed, where that is impossible."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = _temporary(folder)
+    beside = temporary(folder)
     try:
         beside.mkdir()
     except OSError:
@@ -128,13 +129,13 @@ def exchange(one: Path, other: Path) -> bool:
 
 def _replace_each(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    temporaries = {name: _temporary(folder / name) for name in files}
+    beside = {name: temporary(folder / name) for name in files}
     try:
         for name, data in files.items():
-            _write_synced(temporaries[name], data)
-        for name, temporary in temporaries.items():
-            os.replace(temporary, folder / name)
+            _write_synced(beside[name], data)
+        for name in files:
+            os.replace(beside[name], folder / name)
     finally:
-        for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+        for path in beside.values():
+            delete(path)
     sync(folder)

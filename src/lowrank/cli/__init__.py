@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from signal import Signals
 
 from cyclopts import App, CycloptsError, Parameter
 
 from lowrank.cli.last_net import caught
 from lowrank.cli.pulse import pulsing
+from lowrank.cli.signals import Ended, unwinding
 from lowrank.cli.streams import say_anything
 from lowrank.cli.wrong_calls import check_values, wrong_call
 from lowrank.errors import LowrankError, LowrankWarning, printable, short
@@ -63,15 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (from sys.argv where no arguments are given) and return the exit status.
 
     0: done; 2: a wrong call or input, one sentence on stderr; 1: something that nobody foresaw, one sentence too;
-    130: interrupted; 141: the reader of stdout is gone.
+    130: interrupted; 141: the reader of stdout is gone; 143, 129: ended by SIGTERM, or by the SIGHUP of a terminal.
     """
     say_anything()
     try:
-        with _warnings_as_lines(), pulsing():
+        with unwinding(), _warnings_as_lines(), pulsing():
             _answer(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except LowrankError as error:
         return _complain(str(error))
+    except Ended as ended:
+        print(f"lowrank: ended by {Signals(ended.number).name}", file=sys.stderr)
+        return 128 + ended.number
     except KeyboardInterrupt:
         print("lowrank: interrupted", file=sys.stderr)
         return INTERRUPTED

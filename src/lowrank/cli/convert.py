@@ -38,6 +38,7 @@ def convert(
     enable_lora: str | None = None,
     dtype: Dtype | None = None,
     allow_pickle: Annotated[bool, Parameter(negative="")] = False,
+    force: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Write an adapter in another program's format; what the source is, its files tell.
@@ -63,6 +64,8 @@ def convert(
         Of the factors written; as they are where not given
     allow_pickle
         Read .bin files, with weights_only
+    force
+        Replace the file that --out names, where there is one and it is no input
     as_json
         Print the report as one JSON object
     """
@@ -75,6 +78,7 @@ def convert(
         enable_lora=_switches(enable_lora),
         dtype=getattr(torch, dtype) if dtype else None,
         allow_pickle=allow_pickle,
+        force=force,
     )
     print(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {out}")
 

@@ -1,8 +1,12 @@
 """`lowrank demo`."""
 
 import time
+from typing import TYPE_CHECKING
 
 from cyclopts import App
+
+if TYPE_CHECKING:
+    from lowrank.study.demo import Demo
 
 command = App(
     name="demo",
@@ -20,17 +24,23 @@ def demo(*, out: str = "demo-out") -> None:
     out
         The folder to make: data, adapter and merged model.
     """
+    from lowrank.study.demo import telling
+
+    with telling(out) as story:
+        _tell(story)
+
+
+def _tell(story: "Demo") -> None:
     import torch
     from rich.console import Console
 
     from lowrank.cli.console import RunDisplay
     from lowrank.nano import model_path
-    from lowrank.study.demo import SHOWN, Answers, Demo, folder_size
+    from lowrank.study.demo import SHOWN, Answers, folder_size
 
     torch.set_num_threads(1)  # a model of this size loses more to handing work over than it gains from a second core
     started = time.perf_counter()
     console = Console(highlight=False, soft_wrap=True)
-    story = Demo(out)
     base = story.base()
     size = sum(p.numel() for p in base.parameters())
 

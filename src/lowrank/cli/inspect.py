@@ -23,6 +23,7 @@ def inspect(
     model: str | None = None,
     against: Path | None = None,
     html: Path | None = None,
+    force: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     allow_pickle: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
@@ -38,22 +39,26 @@ def inspect(
         Another adapter of the same base; adds how similar the two are
     html
         A file to write the report to, with figures; it needs no network to be read
+    force
+        Replace the file that --html names, where there is one
     json
         Print every number as one JSON object, for a script to read
     allow_pickle
         Read the adapter_model.bin of old adapters, by torch.load(weights_only=True)
     """
     from lowrank.analysis import inspect_adapter
-    from lowrank.analysis.report import check_place, write_report
+    from lowrank.analysis.report import write_report
+    from lowrank.cli.claim import claimed_file
     from lowrank.cli.inspect_display import show
     from lowrank.cli.module_bar import module_bar
 
-    if html is not None:
-        check_place(html)
-    with module_bar("measuring") as progress:
-        inspection = inspect_adapter(adapter, _base_folder(model), against, allow_pickle, progress)
-    if html is not None:
-        write_report(inspection, html)
+    base = _base_folder(model)
+    inputs = {"adapter": adapter, "base model": base, "other adapter": against}
+    with claimed_file(html, inputs, force) as place:
+        with module_bar("measuring") as progress:
+            inspection = inspect_adapter(adapter, base, against, allow_pickle, progress)
+        if place is not None:
+            write_report(inspection, place)
     show(inspection, html, json)
 
 

@@ -1,7 +1,7 @@
 """`lowrank rank`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
@@ -10,6 +10,9 @@ from lowrank.data.settings import DataSettings
 from lowrank.study.rank.settings import AdapterRankSettings, GradientRankSettings, GradientRows
 from lowrank.train.config_file import check
 from lowrank.train.settings import MachineSettings, TargetSettings
+
+if TYPE_CHECKING:
+    from lowrank.study.rank.choice import Choice
 
 command = App(
     name="rank",
@@ -35,6 +38,7 @@ def rank(
     energy: float | None = None,
     budget: int | None = None,
     out: Path | None = None,
+    force: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
     allow_pickle: Annotated[bool, Parameter(negative=())] = False,
     targets: Annotated[TargetSettings | None, Parameter(name="*", group=Group("The targets", sort_key=1))] = None,
@@ -59,30 +63,36 @@ def rank(
         it every module gets the rank that holds --energy, where neither --budget nor --rank is given
     out
         A YAML file to write the ranks to, for `train --config` or `resize --ranks`
+    force
+        Replace the file that --out names, where there is one
     json
         Print every number as one JSON object
     allow_pickle
         Read an old adapter's .bin file, with weights_only
     """
+    from lowrank.cli.claim import claimed_file
     from lowrank.cli.rank_display import show, write
 
     flags = given(targets, gradient, rows, machine, model=model, data=data, energy=energy, budget=budget)
-    if adapter is not None:
-        from lowrank.errors import ConfigError
-        from lowrank.study.rank.choice import from_adapter
+    with claimed_file(out, {"adapter": adapter, "base model": model, "data": data}, force) as place:
+        choice = _chosen(flags, adapter, allow_pickle)
+        if place is not None:
+            write(choice, place)
+    show(choice, out, as_object=json)
 
-        if idle := sorted(flags.keys() - AdapterRankSettings.model_fields):
-            named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-            raise ConfigError(f"--adapter is measured from its own files, so {named} cannot be meant with it")
 
-        choice = from_adapter(check(AdapterRankSettings, {**flags, "adapter": adapter, "allow_pickle": allow_pickle}))
-    else:
+def _chosen(flags: dict[str, Any], adapter: str | None, allow_pickle: bool) -> "Choice":
+    if adapter is None:
         from lowrank.cli.module_bar import module_bar
         from lowrank.study.rank.choice import from_gradient
 
         settings = check(GradientRankSettings, flags)
         with module_bar("gradient") as progress:
-            choice = from_gradient(settings, progress)
-    if out is not None:
-        write(choice, out)
-    show(choice, out, as_object=json)
+            return from_gradient(settings, progress)
+    from lowrank.errors import ConfigError
+    from lowrank.study.rank.choice import from_adapter
+
+    if idle := sorted(flags.keys() - AdapterRankSettings.model_fields):
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ConfigError(f"--adapter is measured from its own files, so {named} cannot be meant with it")
+    return from_adapter(check(AdapterRankSettings, {**flags, "adapter": adapter, "allow_pickle": allow_pickle}))

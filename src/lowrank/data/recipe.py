@@ -1,15 +1,17 @@
 """How rows were made into tokens: what eval and generate must repeat exactly, kept beside the adapter as `run.json`."""
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint.adapter_folder import RUN_FILE
 from lowrank.data.rows import Kind
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, LowrankWarning
 
 FILE = RUN_FILE
+SETTINGS = "train.yaml"  # every setting of the run, which `lowrank train --config` reads
 FIELDS = {"kind": str, "template": str, "max_length": int, "labels": list, "columns": dict}
 
 
@@ -38,10 +40,18 @@ class Recipe:
 def read_recipe(folder: str | Path) -> Recipe | None:
     """The recipe an adapter was trained with; None for an adapter that lowrank did not train.
 
-    Raises CheckpointError for a run.json that is damaged.
+    Warns (LowrankWarning) where the folder is a run's and its run.json is gone. Raises CheckpointError for a run.json
+    that is damaged.
     """
     file = Path(folder) / FILE
     if not file.is_file():
+        if (Path(folder) / SETTINGS).is_file():
+            warnings.warn(
+                f"{folder} was trained by lowrank ({SETTINGS} is there) and has lost its {FILE}, which says how rows "
+                "were made into tokens: the defaults hold now; give --template and the columns as they were",
+                LowrankWarning,
+                stacklevel=2,
+            )
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["recipe"]

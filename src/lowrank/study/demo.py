@@ -1,6 +1,8 @@
 """The whole story on the shipped decoder: teach it a skill, score it, merge it, prove the merge, take it off again."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.checkpoint import load_adapter
+from lowrank.checkpoint.outputs import claimed, entries, new_folder
+from lowrank.checkpoint.temporaries import delete
 from lowrank.data.recipe import Recipe
 from lowrank.data.tokens import prompt_ids
 from lowrank.merge.memory import merge_and_unload, unload
 from lowrank.nano import Row, model_path, rows
 from lowrank.train.models import load_causal, load_tokenizer, quiet
 from lowrank.train.reporting import Reporter
-from lowrank.train.run_folder import check_free, save_whole
+from lowrank.train.run_folder import save_whole
 from lowrank.train.settings import TrainSettings
 from lowrank.train.trainer import run
 
@@ -60,14 +64,35 @@ class Proof:
     base_is_back: bool
 
 
+UNFINISHED = ".unfinished"  # in a demo's folder until the story is told: the next one may have the folder
+PARTS = ("data", "adapter", "merged")
+
+
+@contextmanager
+def telling(out: str) -> Iterator["Demo"]:
+    """A demo that has the folder `out` to itself: a new one, or what an earlier demo left that was stopped.
+
+    Raises OutputError where there is something else, or nothing can be written.
+    """
+    with claimed(out, {}, _new_demo) as place:
+        for name in PARTS:
+            delete(place / name)
+        place.mkdir(exist_ok=True)
+        (place / UNFINISHED).touch()
+        yield Demo(out)
+        (place / UNFINISHED).unlink()
+
+
+def _new_demo(place: Path) -> None:
+    if UNFINISHED not in entries(place):
+        new_folder(place)
+
+
 class Demo:
-    """One telling of the story into the new folder `out`; the steps are called in the order they stand here."""
+    """One telling of the story into the folder `out`; the steps are called in the order they stand here."""
 
     def __init__(self, out: str) -> None:
-        self.out = check_free(out)
-        self.data = self.out / "data"
-        self.adapter = self.out / "adapter"
-        self.merged = self.out / "merged"
+        self.data, self.adapter, self.merged = (Path(out) / name for name in PARTS)
         self.test = tuple(rows("held-out", TEST_ROWS))
         self.tokenizer: Any = load_tokenizer(model_path())
 

@@ -3,11 +3,13 @@
 import json
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowrank.errors import LowrankWarning
 from lowrank.train.evaluation import Scores
 
 
@@ -38,6 +40,22 @@ def evaluation_json(step: int, scores: Scores) -> dict[str, Any]:
     return line if scores.matthews is None else {**line, "eval_matthews": scores.matthews}
 
 
+def append_whole(path: Path, line: bytes) -> None:
+    """Append all of `line` to a file, or nothing. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            while line:
+                line = line[os.write(descriptor, line) :]
+        except OSError:
+            if os.fstat(descriptor).st_size > before:
+                os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
 class Reporter:
     """Where a run reports to. This one says nothing; the others override what they want to hear."""
 
@@ -55,19 +73,27 @@ class Reporter:
 
 
 class Log(Reporter):
-    """A reporter that appends one JSON record a line to a file, each written before the run goes on."""
+    """A reporter that appends one JSON record a line to a file, each written before the run goes on.
+
+    A line that cannot be written is left out, whole, and the first time a LowrankWarning says so: a training is worth
+    more than its log.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.began = time.monotonic()
+        self.warned = False
 
     def _write(self, record: dict[str, Any]) -> None:
         record["seconds"] = round(time.monotonic() - self.began, 3)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, (json.dumps(record) + "\n").encode())
-        finally:
-            os.close(descriptor)
+            append_whole(self.path, (json.dumps(record) + "\n").encode())
+        except OSError as error:
+            if not self.warned:
+                self.warned = True
+                reason = error.strerror or error
+                text = f"{self.path}: cannot be written ({reason}); the training goes on, lines of its log are missing"
+                warnings.warn(text, LowrankWarning, stacklevel=2)
 
     def progressed(self, progress: Progress) -> None:
         """A line with the step's figures."""

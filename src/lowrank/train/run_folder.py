@@ -1,75 +1,132 @@
 """The folder of a run: claimed before the work, filled while it goes on, complete when it ends.
 
-train.yaml     every setting, as it was resolved; `lowrank train --config` reads it
 log.jsonl      one record a line: steps and evaluations
+train.yaml     every setting, as it was resolved; `lowrank train --config` reads it
 run.json       how rows were made into tokens, and what came out
 adapter_*      the adapter, in PEFT's format (or a whole model, with full)
+
+The last two come at the end, together. A folder with the first two alone is what an interrupted or diverged run leaves;
+it is there to be looked at, and the next run may have it.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lowrank.checkpoint.atomic import sync, write_file
-from lowrank.data import recipe
-from lowrank.errors import CheckpointError, ConfigError
+from lowrank.checkpoint.outputs import entries, new_folder
+from lowrank.checkpoint.temporaries import delete, temporary
+from lowrank.data.recipe import FILE, SETTINGS
+from lowrank.errors import OutputError
 from lowrank.train.models import quiet
 
-SETTINGS = "train.yaml"
 LOG = "log.jsonl"
-OWN = (SETTINGS, LOG, recipe.FILE)
+LAST = (".safetensors", ".index.json", "adapter_config.json")  # without these, a folder is no adapter and no model
 
 
-def check_free(out: str) -> Path:
-    """The folder to make. Raises ConfigError where there is something already."""
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {out}: this is a file; give a folder that does not exist yet")
-    if folder.is_dir() and (inside := sorted(path.name for path in folder.iterdir())):
-        raise ConfigError(
-            f"--out {out}: this folder already holds {', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}; "
-            "give another one, or remove it first"
-        )
-    return folder
+def new_run(place: Path) -> None:
+    """Raise OutputError where `place` holds anything but what a run left that saved nothing."""
+    if LOG not in (held := entries(place)) or not set(held) <= {LOG, SETTINGS}:
+        new_folder(place)
 
 
-def claim(folder: Path, settings: Mapping[str, object]) -> None:
-    """Make the folder and write the settings down. Raises CheckpointError where that cannot be done."""
-    import yaml
-
+def begin(folder: Path, settings: Mapping[str, object]) -> None:
+    """Make the folder, an empty log, and write the settings down. Raises OutputError where that cannot be done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
+        (folder / LOG).write_bytes(b"")  # first: with it, the folder is known for a run's
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot write here ({error.strerror or error})") from None
+        raise OutputError(f"cannot write to {folder} ({error.strerror or error}): give another --out") from error
+    write_settings(folder, settings)
 
 
-def write_record(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write run.json."""
-    write_file(folder / recipe.FILE, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+def write_settings(folder: Path, settings: Mapping[str, object]) -> None:
+    """Write train.yaml."""
+    import yaml
+
+    write_file(folder / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
+
+
+def complete(folder: Path, record: Mapping[str, Any], save: Callable[[Path], None]) -> None:
+    """Put what `save(FOLDER)` writes into `folder`, and run.json with it: nobody sees one without the other.
+
+    What makes an adapter or a model of the folder comes last. Where the disk refuses, all of it goes to a new folder
+    elsewhere, and the OutputError that is raised says where. Nothing else is left behind.
+    """
+    try:
+        _complete(folder, record, save)
+    except (OSError, OutputError) as error:
+        kept = _elsewhere(folder, record, save)
+        where = f"what was trained is in {kept} instead" if kept else "no other place could be written either"
+        raise OutputError(f"{folder}: the result cannot be written ({_reason(error)}); {where}") from error
+
+
+def _complete(folder: Path, record: Mapping[str, Any], save: Callable[[Path], None]) -> None:
+    beside = temporary(folder / "result")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save(beside)
+        write_file(beside / FILE, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+        for path in sorted(beside.iterdir(), key=_turn):
+            os.replace(path, folder / path.name)
+        sync(folder)
+    finally:
+        delete(beside)
+
+
+def _turn(path: Path) -> int:
+    """When a file of the result is put in its place: run.json first, and last what makes a result of the folder."""
+    if path.name == FILE:
+        return 0
+    return 1 + max((i for i, ending in enumerate(LAST, 1) if path.name.endswith(ending)), default=0)
+
+
+def _reason(error: BaseException) -> str:
+    """What the disk said: the first cause has it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _elsewhere(folder: Path, record: Mapping[str, Any], save: Callable[[Path], None]) -> Path | None:
+    """A new folder with the result and what `folder` holds, on whichever disk takes it; None where none does."""
+    for place in dict.fromkeys((tempfile.gettempdir(), os.path.expanduser("~"), os.getcwd())):
+        try:
+            made = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=place))
+        except OSError:
+            continue
+        try:
+            _complete(made, record, save)
+        except (OSError, OutputError):
+            delete(made)
+            continue
+        with suppress(OSError):  # good to have, no more
+            for name in (SETTINGS, LOG):
+                shutil.copyfile(folder / name, made / name)
+        return made
+    return None
 
 
 def save_whole(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Save every weight, config and tokenizer: a model folder. The weights appear last.
+    """Save every weight, config and tokenizer to the new folder `folder`: a model folder.
 
-    Raises CheckpointError where that cannot be done; nothing is left behind then.
+    Raises OutputError where that cannot be done; nothing is left behind then.
     """
-    beside = folder / f".model.{os.getpid()}.tmp"
     saved: Any = model
     try:
         with quiet():
-            saved.save_pretrained(str(beside))
-            tokenizer.save_pretrained(str(beside))
-        for path in sorted(beside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            saved.save_pretrained(str(folder))
+            tokenizer.save_pretrained(str(folder))
+        for path in folder.iterdir():
             sync(path)
-            os.replace(path, folder / path.name)
         sync(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: the model cannot be saved ({error.strerror or error})") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    except Exception as error:  # a full disk is an OSError, a SafetensorError, or what tokenizers calls Exception
+        delete(folder)
+        raise OutputError(f"{folder}: the model cannot be saved ({_reason(error)})") from error

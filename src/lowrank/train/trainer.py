@@ -1,5 +1,6 @@
 """One run from settings to a saved adapter: check, read, load, inject, train, save."""
 
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lowrank import __version__
 from lowrank.checkpoint import save_adapter
+from lowrank.checkpoint.outputs import Inputs, check_room, claimed
 from lowrank.data.dataset import Dataset, label_names, read_dataset, split
 from lowrank.data.names import read_targets
 from lowrank.data.recipe import Recipe
@@ -18,7 +21,7 @@ from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
 from lowrank.data.sources import TEST, VALID, has_part
 from lowrank.data.tokens import Encoded, encode
-from lowrank.errors import DataError, LowrankError
+from lowrank.errors import ConfigError, DataError, LowrankError
 from lowrank.hub import pinned
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
@@ -26,11 +29,12 @@ from lowrank.train.evaluation import Scores
 from lowrank.train.loop import Loop, LoopState, steps_of
 from lowrank.train.models import checkpoint_activations, find_model, longest_row, own_labels
 from lowrank.train.reporting import Log, Reporter, Several
-from lowrank.train.run_folder import LOG, OWN, check_free, claim, save_whole, write_record
+from lowrank.train.run_folder import LOG, begin, complete, new_run, save_whole
 from lowrank.train.settings import RunSettings, TargetSettings, TrainSettings
 from lowrank.train.summary import summarise
 from lowrank.train.task import Loaded, load
 
+LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how launchers say how many processes there are
 COLUMNS = ("kind", "prompt_column", "completion_column", "text_column", "text_pair_column", "label_column")
 
 
@@ -57,7 +61,12 @@ def run(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResul
     Raises LowrankError, before anything is written, for whatever is wrong with the settings, the data or the model; and
     while training where the loss stops being finite or the memory does not suffice.
     """
-    folder = check_free(settings.out)
+    check_alone()
+    with claimed(settings.out, inputs_of(settings), new_run) as folder:
+        return _run(settings, folder, reporter or Reporter())
+
+
+def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResult:
     base = find_model(settings.model)
     if not settings.full:
         lora_config(settings, ())  # what is wrong with it should be said before minutes of reading
@@ -71,14 +80,35 @@ def run(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResul
         adapted = _adapt(loaded, settings)
         sources = _sources(settings, base, rows, held_out)
         settings = settings.model_copy(update=sources)
-        claim(folder, settings.resolved())
+        _check_room(loaded.model, folder, settings.full)
+        begin(folder, settings.resolved())
         steps = steps_of(settings, len(data.examples))
-        listener = Several(Log(folder / LOG), reporter or Reporter())
+        listener = Several(Log(folder / LOG), reporter)
         listener.started(summarise(settings, loaded, adapted, rows, data, evaluated, steps), steps)
         state = _train(loaded, rows.kind, data, evaluated, settings, listener)
-    _save(loaded, settings, folder)
-    write_record(folder, _record(recipe, state, loaded) | sources)
-    return _result(folder, state)
+    complete(folder, _record(recipe, state, loaded) | sources, lambda place: _save(loaded, settings, place))
+    return _result(Path(settings.out), state)
+
+
+def check_alone() -> None:
+    """Raise ConfigError in a process that a launcher started as one of several: each would train the same adapter."""
+    for name in LAUNCHED:
+        if (count := os.environ.get(name, "")).isdigit() and int(count) > 1:
+            raise ConfigError(
+                f"{name} is {count}: a training is one process as yet, and a launcher (torchrun, mpirun) started "
+                f"{count}; start it without one"
+            )
+
+
+def inputs_of(settings: RunSettings) -> Inputs:
+    """What a run reads, which nothing may be written to."""
+    return {"base model": settings.model, "data": settings.data, "evaluation data": settings.eval_data}
+
+
+def _check_room(model: nn.Module, folder: Path, full: bool) -> None:
+    """Better said before hours of training than after. A full disk at the end is another matter, see `complete`."""
+    saved = [p for p in model.parameters() if full or p.requires_grad]
+    check_room(folder, sum(p.numel() * p.element_size() for p in saved))
 
 
 def _sources(settings: TrainSettings, base: Path, rows: Dataset, held_out: Dataset | None) -> dict[str, str]:
@@ -189,7 +219,7 @@ def _save(loaded: Loaded, settings: TrainSettings, folder: Path) -> None:
     if settings.full:
         save_whole(loaded.model, loaded.tokenizer, folder)
     else:
-        save_adapter(loaded.model, folder, beside=OWN)
+        save_adapter(loaded.model, folder)
 
 
 def _record(recipe: Recipe, state: LoopState, loaded: Loaded) -> dict[str, Any]:

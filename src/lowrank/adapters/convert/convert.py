@@ -17,8 +17,9 @@ from lowrank.adapters.convert.options import ConvertOptions, Read
 from lowrank.adapters.convert.partner import check_partner
 from lowrank.adapters.convert.repack import to_pickle, to_safetensors
 from lowrank.adapters.convert.sound import check_sound
-from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, check_out, content_of, write_adapter
+from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, content_of, write_adapter
 from lowrank.checkpoint.config_file import NAME
+from lowrank.checkpoint.outputs import Check, any_file, claimed, new_file, new_folder
 from lowrank.checkpoint.read import PICKLE, SAFETENSORS, read_adapter
 from lowrank.errors import CheckpointError, ConfigError
 from lowrank.hub import JSON, local_folder
@@ -56,7 +57,6 @@ DIRECT: dict[tuple[str, str], Direct] = {  # where nothing has to be understood,
     ("model", "safetensors"): unpickle_model,
 }
 FORMATS = (*WRITERS, "peft-bin", "safetensors")
-FOLDERS = ("peft", "peft-bin", "mlx")
 FILES = {"loralib": ENDINGS, "gguf": (".gguf",)}  # how their names must end, by which they are told again
 
 
@@ -85,6 +85,7 @@ def convert_adapter(
     enable_lora: Sequence[bool] | None = None,
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
+    force: bool = False,
 ) -> ConvertReport:
     """Write to `out` the adapter in `source` in the format `to`; what `source` is, its files tell.
 
@@ -94,7 +95,7 @@ def convert_adapter(
 
     model: the base's folder, for GGUF; where it is given, every module must have the shape it has there; alpha,
     enable_lora: what a loralib file does not say; dtype: of the factors written; allow_pickle: `.bin` files may be
-    read, by torch.load(weights_only=True) and never otherwise.
+    read, by torch.load(weights_only=True) and never otherwise; force: a file at `out` that is no input may be replaced.
 
     ΔW stays the same in every module; what a format cannot hold is refused. Raises ConfigError for arguments that
     cannot be meant and CheckpointError for files that cannot be read, written, or expressed.
@@ -103,20 +104,23 @@ def convert_adapter(
         raise ConfigError(f"format {to!r} is not known: choose one of {', '.join(FORMATS)}")
     base = None if model is None else local_folder(model, JSON)
     place, options = local_folder(source), ConvertOptions(base, alpha, enable_lora, dtype, allow_pickle)
-    found, target = detect(place), _check_target(place, Path(out), to)
+    found = detect(place)
     _check_options(place, found, options)
-    if direct := DIRECT.get((found, to)):
-        if base is not None and found in READERS:
-            check_partner(READERS[found](place, options).content, base)
-        return ConvertReport(found, to, 0, direct(place, target, options))
-    if found not in READERS or to not in WRITERS:
+    if (found, to) not in DIRECT and (found not in READERS or to not in WRITERS):
         raise ConfigError(f"{os.fspath(source)} is {_described(found)}, which cannot become {to}")
-    read = READERS[found](place, options)
-    check_sound(place, read.content)
-    if base is not None:
-        check_partner(read.content, base)
-    notes = WRITERS[to](read.content, target, options)
-    return ConvertReport(found, to, len(read.content.targets), (*read.notes, *notes))
+    if endings := FILES.get(to):
+        _check_ending(Path(out), to, endings)
+    with claimed(out, {"source": place, "base model": base}, _check(to, force)) as target:
+        if direct := DIRECT.get((found, to)):
+            if base is not None and found in READERS:
+                check_partner(READERS[found](place, options).content, base)
+            return ConvertReport(found, to, 0, direct(place, target, options))
+        read = READERS[found](place, options)
+        check_sound(place, read.content)
+        if base is not None:
+            check_partner(read.content, base)
+        notes = WRITERS[to](read.content, target, options)
+        return ConvertReport(found, to, len(read.content.targets), (*read.notes, *notes))
 
 
 def _check_options(source: Path, found: str, options: ConvertOptions) -> None:
@@ -153,22 +157,13 @@ def detect(source: Path) -> str:
     raise CheckpointError(f"{source} holds no adapter and no pickled model: nothing there can be converted")
 
 
-def _check_target(source: Path, out: Path, to: str) -> Path:
-    if out.exists() and out.samefile(source):
-        raise CheckpointError(f"{out} is the input: give another place for the result")
-    if to in ("peft", "peft-bin"):
-        return check_out(out, [source])
-    if to in FILES and out.is_dir():
-        raise CheckpointError(f"{out} is a folder, and {to} is one file: give its name")
-    if endings := FILES.get(to):
-        _check_ending(out, to, endings)
-    if to in FOLDERS and out.is_file():
-        raise CheckpointError(f"{out} is a file, and {to} is a folder: give another name")
-    if to == "safetensors" and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is not an empty folder: give a new one for the model")
-    return out
-
-
 def _check_ending(out: Path, to: str, endings: Sequence[str]) -> None:
     if out.suffix not in endings:
         raise ConfigError(f"{out}: the name of a {to} file must end in {' or '.join(endings)}, by which it is known")
+
+
+def _check(to: str, force: bool) -> Check:
+    """What may be at the place of a result of the format `to`."""
+    if to in FILES:
+        return any_file if force else new_file
+    return new_folder

@@ -54,7 +54,6 @@ def write_gguf(content: AdapterContent, out: Path, options: ConvertOptions) -> t
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, gguf_bytes(values, tensors))
     return ()
 

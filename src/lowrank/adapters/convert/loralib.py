@@ -6,15 +6,14 @@ which; PEFT 0.2's had their B as a 1×1 convolution, (n·d/m, r, 1). In all of t
 is in the file.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lowrank.adapters.convert.full import sort_full
 from lowrank.adapters.convert.options import ConvertOptions, Read
+from lowrank.adapters.convert.repack import pickle_bytes
 from lowrank.adapters.convert.sound import ready, widened
 from lowrank.adapters.convert.uniform import at_scale, common_alpha, refuse
 from lowrank.checkpoint.adapter_folder import AdapterContent, Target, exact_names
@@ -112,10 +111,7 @@ def _full_name(key: Key) -> str:
 def _save(out: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
-    buffer = io.BytesIO()
     if out.suffix == ".safetensors":
-        buffer.write(save(tensors, metadata={"format": "pt"}))
+        write_file(out, save(tensors, metadata={"format": "pt"}))
     else:
-        torch.save(tensors, buffer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_file(out, buffer.getvalue())
+        write_file(out, pickle_bytes(tensors))

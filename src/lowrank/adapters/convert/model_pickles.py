@@ -17,6 +17,7 @@ from lowrank.adapters.convert.options import ConvertOptions
 from lowrank.checkpoint.atomic import sync
 from lowrank.errors import CheckpointError
 from lowrank.modelfiles.base import read_json
+from lowrank.modelfiles.staging import staging
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -44,20 +45,11 @@ def unpickle_model(source: Path, out: Path, options: ConvertOptions) -> tuple[st
         raise CheckpointError(f"{source} has its weights as safetensors already: there is nothing to convert")
     if options.dtype is not None:
         raise CheckpointError("a model keeps its dtype when it is converted: leave the dtype out")
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        beside.mkdir(parents=True)
-        files = _convert_shards(source, beside)
-        _copy_rest(source, beside)
-        sync(beside)
-        if out.exists():
-            out.rmdir()
-        os.rename(beside, out)
-        sync(out.parent)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with staging(out) as folder:
+        files = _convert_shards(source, folder)
+        _copy_rest(source, folder)
+        for path in folder.iterdir():
+            sync(path)
     return (f"{files} weight files rewritten as safetensors",)
 
 

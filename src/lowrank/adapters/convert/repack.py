@@ -28,7 +28,7 @@ def _repack(source: Path, out: Path, options: ConvertOptions, name: str) -> tupl
     pickled = not (source / SAFETENSORS).is_file()
     tensors = read_pickle(source / PICKLE) if pickled else read_safetensors(source / SAFETENSORS)
     cast = ready(tensors, options.dtype, out)
-    content = {name: _safetensors(cast) if name == SAFETENSORS else _pickle(cast)}
+    content = {name: _safetensors(cast) if name == SAFETENSORS else pickle_bytes(cast)}
     for other in (config_file.NAME, "lowrank.json", "README.md"):
         if (source / other).is_file():
             content[other] = (source / other).read_bytes()
@@ -42,7 +42,8 @@ def _safetensors(tensors: dict[str, torch.Tensor]) -> bytes:
     return cast(bytes, save({key: tensor.clone() for key, tensor in tensors.items()}, metadata={"format": "pt"}))
 
 
-def _pickle(tensors: dict[str, torch.Tensor]) -> bytes:
+def pickle_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    """What torch.save would write."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     return buffer.getvalue()

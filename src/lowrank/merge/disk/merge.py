@@ -4,7 +4,8 @@ import json
 import os
 import time
 import warnings as python_warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from typing import Literal
 import torch
 
 from lowrank.checkpoint.adapter_folder import RUN_FILE
+from lowrank.checkpoint.outputs import check_room, claimed
 from lowrank.errors import CheckpointError, LowrankWarning, MergeError
 from lowrank.files.safetensors import FLOATS
 from lowrank.merge.disk.adapters import Adapter, WeightedAdapter, read_adapters
@@ -24,7 +26,7 @@ from lowrank.merge.disk.verify import Findings, verify_files
 from lowrank.merge.disk.write import link_or_clone, sync_data, write_files
 from lowrank.modelfiles.base import BaseFiles, read_base
 from lowrank.modelfiles.pool import MOST_THREADS, core_count, one_core
-from lowrank.modelfiles.staging import check_place, check_space, staging
+from lowrank.modelfiles.staging import staging
 
 Verify = Literal["sample", "full"]
 Untouched = Literal["copy", "reflink", "hardlink"]
@@ -84,15 +86,20 @@ def merge_checkpoint(
 
     The folder gets its name when everything in it is verified and on the disk; killed before, it leaves no result.
     Warns (LowrankWarning) where rounding swallows the change. Raises CheckpointError for files that are damaged or do
-    not fit, ConfigError for a weight that cannot be meant, MergeError for a merge that cannot be exact or a place that
-    cannot be written.
+    not fit, ConfigError for a weight that cannot be meant, MergeError for a merge that cannot be exact, OutputError for
+    a place that cannot be written.
     """
     options = _options(dtype, verify, untouched, threads)
     clock = _Clock()
     with one_core():
-        job = _prepare(base, read_adapters(adapters, allow_pickle), Path(out), options)
-        clock.lap("plan")
-        linked, notes, findings = _run(job, clock, progress)
+        read = read_adapters(adapters, allow_pickle)
+        with _reading(base):
+            files = read_base(base)
+        inputs = {"base model": files.folder} | {f"adapter {adapter.folder}": adapter.folder for adapter in read}
+        with claimed(out, inputs) as place:
+            job = _prepare(files, read, place, options)
+            clock.lap("plan")
+            linked, notes, findings = _run(job, clock, progress)
     report = _report(job, Path(out), linked, notes, findings, clock)
     for text in report.warnings:
         python_warnings.warn(text, LowrankWarning, stacklevel=2)
@@ -117,17 +124,20 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[str(dtype)]
 
 
-def _prepare(base: str | os.PathLike[str], adapters: list[Adapter], out: Path, options: _Options) -> _Job:
-    """Everything that can be found wrong before a byte is written."""
+@contextmanager
+def _reading(base: str | os.PathLike[str]) -> Iterator[None]:
     try:
-        files = read_base(base)
-        folders = {"base model": files.folder} | {f"adapter {a.label}": a.folder.resolve() for a in adapters}
-        place = check_place(out, folders)
-        plan = plan_merge(files, adapters, options.dtype)
-        new = [file for file in plan.files if options.untouched == "copy" or not file.unchanged]
-        check_space(place.parent, sum(file.layout.size for file in new))
+        yield
     except OSError as error:
         raise CheckpointError(f"{error.filename or base} cannot be read: {error.strerror or error}") from error
+
+
+def _prepare(files: BaseFiles, adapters: list[Adapter], place: Path, options: _Options) -> _Job:
+    """Everything that can be found wrong before a byte is written."""
+    with _reading(files.folder):
+        plan = plan_merge(files, adapters, options.dtype)
+    new = [file for file in plan.files if options.untouched == "copy" or not file.unchanged]
+    check_room(place.parent, sum(file.layout.size for file in new))
     return _Job(files, adapters, plan, place, options)
 
 

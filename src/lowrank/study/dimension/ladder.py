@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint.atomic import write_file
+from lowrank.checkpoint.outputs import Check, claimed, new_folder
 from lowrank.data.dataset import Dataset
 from lowrank.data.tokens import encode
 from lowrank.errors import CheckpointError, ConfigError, DataError
@@ -18,7 +19,7 @@ from lowrank.study.dimension.training import FROZEN, FULL, Point, Task, moving_n
 from lowrank.train.models import find_model
 from lowrank.train.reporting import Reporter
 from lowrank.train.task import Loaded, load
-from lowrank.train.trainer import labels_of, read_rows, recipe_of
+from lowrank.train.trainer import inputs_of, labels_of, read_rows, recipe_of
 
 SETTINGS = "dimension-settings.json"
 RESULT = "dimension.json"
@@ -61,10 +62,18 @@ def measure_dimension(
 
     Raises LowrankError for whatever is wrong with settings, data or model, before anything is trained.
     """
-    task = _task(settings)
-    folder = _claim(settings)
-    points: list[Point] = []
-    weights = 0
+    with claimed(settings.out, inputs_of(settings), _same_settings(settings)) as folder:
+        task = _task(settings)
+        _begin(folder, settings)
+        points = list(_points(settings, folder, task, told, reporter or Reporter()))
+        weights = next(point.trained for point in points if point.name == FULL)
+        metric = "accuracy" if task.recipe.kind == "classification" else "loss"
+        measured = summarised(settings, weights, metric, points)
+        write_file(folder / RESULT, (json.dumps(measured.as_json(), indent=2, allow_nan=False) + "\n").encode())
+    return measured
+
+
+def _points(settings: DimensionSettings, folder: Path, task: Task, told: Told, reporter: Reporter) -> Iterator[Point]:
     for seed in range(settings.seed, settings.seed + settings.seeds):
         for name in (FULL, FROZEN, *map(str, settings.ladder)):
             file = folder / f"point-{name}-seed{seed}.json"
@@ -75,12 +84,7 @@ def measure_dimension(
                     point = task.point(name, seed, reporter)
                 write_file(file, (json.dumps(asdict(point), indent=2, allow_nan=False) + "\n").encode())
             told(f"{name}, seed {seed}", point)
-            weights = point.trained if name == FULL else weights
-            points.append(point)
-    metric = "accuracy" if task.recipe.kind == "classification" else "loss"
-    measured = summarised(settings, weights, metric, points)
-    write_file(folder / RESULT, (json.dumps(measured.as_json(), indent=2, allow_nan=False) + "\n").encode())
-    return measured
+            yield point
 
 
 def _task(settings: DimensionSettings) -> Task:
@@ -114,26 +118,35 @@ def _check_ladder(settings: DimensionSettings, loaded: Loaded) -> None:
         check_dimension(d, sum(parameters[name].numel() for name in names), scales)
 
 
-def _claim(settings: DimensionSettings) -> Path:
-    """The folder, which must hold nothing, or points of the same settings; more seeds and more d may come."""
-    folder = Path(settings.out)
-    own = settings.model_dump(mode="json", exclude={"out", "ladder", "seeds"})
-    file = folder / SETTINGS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            then = json.loads(file.read_text(encoding="utf-8"))
+def _own(settings: DimensionSettings) -> dict[str, Any]:
+    """What all points of a folder have in common; more seeds and more d may come."""
+    return settings.model_dump(mode="json", exclude={"out", "ladder", "seeds"})
+
+
+def _same_settings(settings: DimensionSettings) -> Check:
+    """The folder must hold nothing, or points of the same settings."""
+
+    def check(folder: Path) -> None:
+        file = folder / SETTINGS
+        if not file.exists():
+            new_folder(folder)
+            return
+        try:
+            then, own = json.loads(file.read_text(encoding="utf-8")), _own(settings)
             other = sorted(name for name in own.keys() | then.keys() if own.get(name) != then.get(name))
-            if other:
-                flags = ", ".join(f"--{name.replace('_', '-')} ({then.get(name)} then)" for name in other)
-                raise ConfigError(f"--out {folder} holds points of other settings: {flags}; give another folder")
-        elif any(folder.iterdir()):
-            raise ConfigError(f"--out {folder} already holds files of something else; give another folder")
-        else:
-            write_file(file, (json.dumps(own, indent=2) + "\n").encode())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"--out {folder}: cannot be used ({error})") from None
-    return folder
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"--out {folder}: cannot be used ({error})") from None
+        if other:
+            flags = ", ".join(f"--{name.replace('_', '-')} ({then.get(name)} then)" for name in other)
+            raise ConfigError(f"--out {folder} holds points of other settings: {flags}; give another folder")
+
+    return check
+
+
+def _begin(folder: Path, settings: DimensionSettings) -> None:
+    folder.mkdir(exist_ok=True)
+    if not (folder / SETTINGS).exists():
+        write_file(folder / SETTINGS, (json.dumps(_own(settings), indent=2) + "\n").encode())
 
 
 def _kept(file: Path) -> Point | None:
