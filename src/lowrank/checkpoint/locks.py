@@ -77,7 +77,7 @@ def _open(place: Path) -> tuple[Path | None, int]:
     try:
         return file, os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
-        if place.is_dir() and os.access(place, os.W_OK):
+        if os.path.isdir(place) and os.access(place, os.W_OK):
             return None, os.open(place, os.O_RDONLY)
         raise OutputError(f"cannot write to {place.parent} ({error.strerror or error}): give another place") from error
 
