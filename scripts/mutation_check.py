@@ -44,6 +44,7 @@ REFUSALS = "test_merge_refusals.py"
 FUSED, CHECKPOINTING = "test_fused_rows.py", "test_injection_checkpointing.py"
 TOGETHER, PIECES, WRAPPERS = "test_together.py", "test_pieces.py", "test_wrappers.py"
 GPU, ACCELERATE = "test_gpu_kernels.py", "test_accelerate.py"
+SCALE, PRETRAINED, FAILURES = "test_one_scale.py", "test_pretrained.py", "test_load_failures.py"
 CHECKPOINTING, CAST, DROPOUT = "test_injection_checkpointing.py", "test_autocast.py", "test_dropout.py"
 FEW, READ = "test_few_rows.py", "test_weights_read.py"
 
@@ -253,6 +254,19 @@ MUTATIONS: dict[str, Mutation] = {
     "checkpointing: no hook": Mutation(
         "injection/checkpointing.py", "output.requires_grad_(True)", "pass", CHECKPOINTING
     ),
+    "files: scales not folded": Mutation(
+        "checkpoint/one_scale.py", "return b if factor == 1 else (b.double() * factor).to(b.dtype)", "return b", SCALE
+    ),
+    "files: the smallest rank as r": Mutation(
+        "checkpoint/describe.py", "r = max(ranks.values())", "r = min(ranks.values())", SCALE
+    ),
+    "files: own scales forgotten": Mutation(
+        "checkpoint/restore.py", "companion.scales.get(path, factors.scale)", "factors.scale", SCALE
+    ),
+    "saving: Trainer's state left out": Mutation(
+        "checkpoint/pretrained.py", "if CHECKPOINT.fullmatch(folder.name):", "if False:", PRETRAINED
+    ),
+    "loading: nothing undone": Mutation("injection/undo.py", "delete_adapter(model, name)", "pass", FAILURES),
 }
 LAWS = (ANSWERS, GRADIENTS, IDENTITY, MERGE)
 

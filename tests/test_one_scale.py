@@ -77,6 +77,9 @@ def test_who_ignores_the_patterns_computes_our_change(case, tmp_path):
     build, model = make(case, tmp_path / "a")
     assert_same(read_by(by_vllm_before_0_32, build, tmp_path / "a"), model)
     assert (answer(build()) - answer(model)).abs().max() > 0.05
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    ranks = {layer.factors("default").effective_rank for _, layer in lora_layers(model)}
+    assert config["r"] == max(ranks), "vLLM holds r alone against its max_lora_rank"
 
 
 @pytest.mark.parametrize("case", SAME_RANK)

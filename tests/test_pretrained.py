@@ -12,7 +12,7 @@ from torch import nn
 import lowrank
 from checkpoint_models import answer, contents, disturb, is_plain, llama, snapshot
 from lowrank import LoraConfig
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, LowrankError
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "lowrank.json"}
 
@@ -110,9 +110,15 @@ def test_a_state_dict_that_lacks_more_than_the_base_still_says_so(tmp_path):
     state = dict(model.state_dict())
     own = {key: tensor for key, tensor in state.items() if "lora_" in key}
     assert not injected().load_state_dict(own, strict=False).missing_keys
-    assert injected().load_state_dict(dict(list(own.items())[1:]), strict=False).missing_keys
+    first, *rest = own
+    assert injected().load_state_dict({key: own[key] for key in rest}, strict=False).missing_keys == [first]
     with pytest.raises(RuntimeError, match="Missing key"):
-        injected().load_state_dict(dict(list(own.items())[1:]))
+        injected().load_state_dict({key: own[key] for key in rest})
+    assert set(injected().load_state_dict({}, strict=False).missing_keys) == state.keys()
+    one_more = {"lm_head.weight": state["lm_head.weight"]}
+    assert set(injected().load_state_dict(own | one_more, strict=False).missing_keys) == state.keys() - own.keys() - {
+        "lm_head.weight"
+    }
 
 
 # Trainer
@@ -182,6 +188,14 @@ def test_a_resumed_training_is_the_one_that_never_stopped(case, tmp_path, caplog
     loaded = lowrank.unload(CASES[case]())
     lowrank.load_adapter(loaded, tmp_path / "whole" / "checkpoint-6")
     torch.testing.assert_close(answer(loaded), answer(whole.eval()), rtol=1e-4, atol=1e-4)
+
+
+def test_resuming_with_another_adapter_is_refused(tmp_path):
+    train(injected(), tmp_path / "run")
+    other = llama()
+    lowrank.inject(other, LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "up_proj"]), "other")
+    with pytest.raises(LowrankError, match="is of another adapter than the model"):
+        train(other, tmp_path / "resumed", tmp_path / "run" / "checkpoint-4")
 
 
 def test_the_best_model_comes_back_at_the_end_and_is_what_is_saved(tmp_path):

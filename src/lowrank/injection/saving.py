@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.core.factors import LoraFactors
+from lowrank.errors import LowrankError
 from lowrank.injection.traversal import base_modules
-from lowrank.layers.overrides import BASE, override_tensors, overrides_of
+from lowrank.layers.base import PREFIX
+from lowrank.layers.overrides import BASE, CHILD, override_tensors, overrides_of
 
 NAME = "save_pretrained"
 
@@ -36,13 +38,25 @@ class SaveAdapters:
 
 
 class BaseIsThere:
-    """A hook after `load_state_dict`: what holds the adapters whole and nothing of the base lacks nothing."""
+    """A hook after `load_state_dict`: where only tensors of adapters were loaded, nothing of the base is missing.
+
+    So Trainer resumes from its checkpoints of an adapted model, which hold that, without a word of warning.
+    """
 
     def __call__(self, model: nn.Module, incompatible: Any) -> None:
-        """In place: forget the missing keys, where they are the base's and all of it."""
-        missing = set(incompatible.missing_keys)
-        if missing and not incompatible.unexpected_keys and missing == model.state_dict().keys() - adapter_state(model):
-            incompatible.missing_keys.clear()
+        """In place: forget the missing keys that are the base's. Raises LowrankError for tensors of another adapter."""
+        keys, missing = model.state_dict().keys(), set(incompatible.missing_keys)
+        base = keys - adapter_state(model)
+        if not base <= missing:
+            return
+        strange = [key for key in incompatible.unexpected_keys if f".{PREFIX}" in key or f".{CHILD}." in key]
+        if strange:
+            raise LowrankError(
+                f"this state is of another adapter than the model's ({strange[0]}{', ...' if strange[1:] else ''}): "
+                "inject the one it was saved of, under the same name"
+            )
+        if keys - missing:
+            incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in base]
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
