@@ -20,7 +20,7 @@ from lowrank.adapters.convert.sound import ready
 from lowrank.adapters.convert.uniform import at_scale, common_alpha, refuse
 from lowrank.checkpoint.adapter_folder import AdapterContent, Target, exact_names
 from lowrank.checkpoint.atomic import write_file
-from lowrank.errors import CheckpointError, ConfigError, some
+from lowrank.errors import CheckpointError, ConfigError, short, some
 from lowrank.modelfiles.base import read_json
 
 TABLE = "token_embd.weight"
@@ -70,9 +70,16 @@ def _check_names(content: AdapterContent, family: Family, config: Mapping[str, A
     unknown = sorted(path for path in content.targets if family.gguf_name(path) is None)
     if unknown:
         raise CheckpointError(f"llama.cpp's {family.name} has no name for {some(unknown)}: leave them out")
-    if "lm_head" in content.targets and config.get("tie_word_embeddings", family.tied):
+    if not config.get("tie_word_embeddings", family.tied):
+        return
+    if "lm_head" in content.targets:
         raise CheckpointError(
             "lm_head is adapted, and llama.cpp keeps no output weight where it is tied to the embedding"
+        )
+    if table := next((path for path in content.targets if family.gguf_name(path) == TABLE), None):
+        raise CheckpointError(
+            f"{table} is adapted and tied to the output head, and llama.cpp ends in an assertion where it takes "
+            "an adapter for both: leave it out, or merge it"
         )
 
 
@@ -98,7 +105,7 @@ def read_gguf_adapter(source: Path, options: ConvertOptions) -> Read:
         name, _, role = tensor.rpartition(".")
         path = family.path(name)
         if role not in ("lora_a", "lora_b") or path is None:
-            raise CheckpointError(f"{source}: {tensor} is no factor of a module of {family.name}")
+            raise CheckpointError(f"{source}: {short(tensor)} is no factor of a module of {family.name}")
         targets[path] = _from_gguf(source, name, path, file.tensors, alpha, family, config)
     if not targets:
         raise CheckpointError(f"{source} holds no factors")
@@ -107,10 +114,11 @@ def read_gguf_adapter(source: Path, options: ConvertOptions) -> Read:
 
 def _check_values(source: Path, values: Mapping[str, Any], family: Family) -> None:
     if values.get("general.type") != "adapter" or values.get("adapter.type") != "lora":
-        raise CheckpointError(f"{source} is no LoRA adapter but a {values.get('general.type', 'model')}")
+        raise CheckpointError(f"{source} is no LoRA adapter but a {short(values.get('general.type', 'model'), 60)}")
     if values.get("general.architecture") != family.name:
         raise CheckpointError(
-            f"{source} is for the architecture {values.get('general.architecture')}, and the model is {family.name}"
+            f"{source} is for the architecture {short(values.get('general.architecture'), 60)}, and the model is "
+            f"{family.name}"
         )
     alpha = values.get("adapter.lora.alpha")
     if not isinstance(alpha, float) or not math.isfinite(alpha):

@@ -112,7 +112,7 @@ def heads_of(config: Mapping[str, Any], path: str) -> int | None:
     if wanted is None:
         return None
     for name in wanted:
-        if isinstance(config.get(name), int) and config[name] > 0:
+        if type(config.get(name)) is int and config[name] > 0:
             return int(config[name])
     raise CheckpointError(f"the model's config.json does not say {wanted[-1]}, which {path} needs")
 

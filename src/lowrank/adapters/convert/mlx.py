@@ -23,7 +23,7 @@ from lowrank.checkpoint.atomic import write_folder
 from lowrank.checkpoint.config_file import NAME
 from lowrank.checkpoint.one_scale import common_scale
 from lowrank.checkpoint.read import read_safetensors
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, short
 from lowrank.modelfiles.base import read_json
 from lowrank.modelfiles.lookup import is_table
 from lowrank.modelfiles.tied import architectures
@@ -39,7 +39,8 @@ def read_mlx(source: Path, options: ConvertOptions) -> Read:
     kind = config.get("fine_tune_type", "lora")
     parameters = config.get("lora_parameters")
     if kind not in ("lora", "dora") or not isinstance(parameters, dict):
-        raise CheckpointError(f"{source / NAME} is of a {kind!r} fine-tuning, and only lora and dora have factors")
+        text = f"{source / NAME} is of a {short(repr(kind), 60)} fine-tuning, and only lora and dora have factors"
+        raise CheckpointError(text)
     scale = parameters.get("scale")
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise CheckpointError(f"{source / NAME} has no number as lora_parameters.scale")
