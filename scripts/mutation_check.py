@@ -47,6 +47,7 @@ GPU, ACCELERATE = "test_gpu_kernels.py", "test_accelerate.py"
 SCALE, PRETRAINED, FAILURES = "test_one_scale.py", "test_pretrained.py", "test_load_failures.py"
 CHECKPOINTING, CAST, DROPOUT = "test_injection_checkpointing.py", "test_autocast.py", "test_dropout.py"
 FEW, READ = "test_few_rows.py", "test_weights_read.py"
+REPLACED, THREADS = "test_replaced_modules.py", "test_nesting_and_threads.py"
 
 MUTATIONS: dict[str, Mutation] = {
     "merge: no scale": Mutation("core/merging.py", "factors.scale * weighting", "weighting", MERGE),
@@ -71,14 +72,31 @@ MUTATIONS: dict[str, Mutation] = {
         "merge/memory.py", "untie=id(layer.base_weight) in shared", "untie=False", TIED
     ),
     "merged: base not put back": Mutation(
-        "merge/memory.py", "            layer.weight = weight\n", "            pass\n", IDENTITY
+        "layers/base.py",
+        '            self._parameters["weight"] = weight\n            self.activate(active)',
+        "            self.activate(active)",
+        IDENTITY,
+    ),
+    "resized: the change of old rows is lost": Mutation(
+        "injection/presence.py",
+        "torch.cat([tensor, tensor.new_zeros(shape)], dim=along)",
+        "tensor.new_zeros(shape)",
+        REPLACED,
+    ),
+    "replaced: not noticed": Mutation("injection/presence.py", "if id(place.module) not in present or", "if", REPLACED),
+    "threads: a forward does not wait": Mutation(
+        "injection/turnstile.py", "self._owner is None and not self._waiting", "True", THREADS
+    ),
+    "threads: a switch does not wait": Mutation(
+        "injection/turnstile.py", "self._owner is not None or self._others()", "False", THREADS
+    ),
+    "merged: a copy keeps the folded weight": Mutation(
+        "layers/base.py", '{**state["_parameters"], "weight": weight}', 'state["_parameters"]', THREADS
     ),
     "read: W0 for everybody": Mutation(
         "layers/reading.py", "WeightAsRead.of(layer) if _is_read_by_a_forward(layer) else weight", "weight", READ
     ),
-    "read: a layer's own forward sees the change too": Mutation(
-        "layers/reading.py", " or _local.own is layer", "", READ
-    ),
+    "read: a layer's own forward sees the change too": Mutation("layers/reading.py", "runs is layer", "False", READ),
     "read: no scale": Mutation(
         "core/merging.py",
         "torch.addmm(total, left, right, alpha=factors.scale)",

@@ -215,15 +215,26 @@ def test_the_output_head_of_nested_attention_is_a_linear_layer_like_others() -> 
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "max_norm": (nn.Embedding(5, 3, max_norm=1.0), "max_norm rewrites the table"),
-    "integers": (nn.Linear(3, 3), "its weight is torch.int8, and quantised bases"),
+    "int8": (nn.Linear(3, 3), "its weight is torch.int8, and quantised bases"),
+    "float8_e4m3fn": (
+        nn.Linear(3, 3),
+        "its weight is torch.float8_e4m3fn, which holds a scaled copy at best: load the",
+    ),
+    "complex64": (nn.Linear(3, 3), "its weight is torch.complex64, and changes are real"),
+    "weight_norm": (
+        nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+        "no parameter of its own: a parametrisation",
+    ),
+    "orthogonal": (nn.utils.parametrizations.orthogonal(nn.Conv1d(3, 3, 1)), "no parameter of its own: a parametrisat"),
+    "spectral_norm, by hooks": (nn.utils.spectral_norm(nn.Linear(3, 3)), "no parameter of its own: a parametrisation"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_layers_without_a_constant_floating_weight_are_refused(what: str) -> None:
     layer, message = REFUSED[what]
-    if what == "integers":
-        layer.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
+    if isinstance(dtype := getattr(torch, what, None), torch.dtype):
+        layer.weight = nn.Parameter(torch.ones(3, 3).to(dtype), requires_grad=False)
     model = nn.ModuleDict({"layer": layer})
     with pytest.raises(TargetError, match=message):
         lowrank.inject(model, LoraConfig(r=2, target_modules=["layer"]))

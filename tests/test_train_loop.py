@@ -168,6 +168,17 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(llama):
     assert all(torch.equal(p, q) for p, q in zip(trained(model)[1:], before[1:], strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:no gradient reaches")
+def test_an_adapter_that_no_gradient_reaches_stops_the_training_before_a_step(llama):
+    model = load_causal(llama, torch.float32)
+    model.unused = nn.Linear(4, 4)
+    inject(model, LoraConfig(r=3, target_modules=["q_proj", "unused"]))
+    before = [p.clone() for p in trained(model)]
+    with pytest.raises(LowrankError, match="no gradient reaches the adapters of unused: .*leave them out"):
+        run(model, examples(4), steps=3)
+    assert all(torch.equal(p, q) for p, q in zip(trained(model), before, strict=True))
+
+
 def test_gradient_checkpointing_gives_the_same_weights(llama):
     weights = []
     for checkpointing in (False, True):

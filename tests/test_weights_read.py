@@ -55,6 +55,55 @@ class Convolved(nn.Module):
         return F.conv1d(x, self.conv.weight, self.conv.bias, padding=2, groups=5) + self.conv(F.pad(x, (2, 2)))
 
 
+class Positions(nn.Embedding):
+    """A table whose forward is its own, as BART's: row i + 2 for position i of whatever is given."""
+
+    def forward(self, ids: Tensor, past: int = 0) -> Tensor:
+        return super().forward(torch.arange(past, past + ids.shape[1]) + 2)
+
+
+class Positioned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = Positions(13, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.position(ids, past=3) + self.position(ids)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose forward is its own: it pads, and standardises its kernel, as BiT's do."""
+
+    def forward(self, x: Tensor, *, pad: int) -> Tensor:
+        kernel = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(F.pad(x, (pad, pad)), kernel, self.bias)
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Standardised(2, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[:, None].expand(-1, 2, -1, -1), pad=2)
+
+
+class Past(nn.Linear):
+    """A layer with a second way in, past its forward, as ProphetNet's positions have."""
+
+    def again(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class PastForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Past(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.again(self.layer(x))
+
+
 class Table(nn.Module):
     """Looks rows up in a table, and scores by the same table."""
 
@@ -135,6 +184,9 @@ MODELS = {
     "by hand": (ByHand, ["called", "read"], X),
     "read and called": (Both, ["read"], X),
     "convolution": (Convolved, ["conv"], X),
+    "standardised": (Images, ["conv"], X),
+    "past its forward": (PastForward, ["layer"], X),
+    "positions": (Positioned, ["position"], IDS),
     "table": (Table, ["table", "layer"], IDS),
     "checkpointed": (Checkpointed, ["called", "read"], X),
     "checkpointed, reentrant": (CheckpointedReentrant, ["called", "read"], X),
@@ -144,7 +196,7 @@ MODELS = {
     "encoder, one of two": (Encoder, ["linear1"], X),
     "encoder, padded": (PaddedEncoder, "all-linear", X),
 }
-NO_DORA = {"convolution", "table"}
+NO_DORA = {"convolution", "table", "positions", "standardised"}
 
 
 def adapted(name: str, **settings: object) -> tuple[nn.Module, Tensor]:
@@ -282,7 +334,7 @@ def test_dropout_on_a_weight_that_is_read_is_said_once_and_in_training_only() ->
     model(x)
     model.train()
     with pytest.warns(
-        LowrankWarning, match=r"lora_dropout is not applied to .*shape \[7, 8\].*reads its weight"
+        LowrankWarning, match=r"lora_dropout is not applied to .*shape \[7, 8\].*computes with its weight"
     ) as seen:
         model(x)
         model(x)
@@ -320,7 +372,7 @@ def test_copies_and_pickles_read_their_own_factors() -> None:
         assert not torch.equal(twin(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["by hand", "read and called", "convolution", "table", "encoder"])
+@pytest.mark.parametrize("name", ["by hand", "read and called", "convolution", "table", "positions", "encoder"])
 def test_compiled_is_one_graph(name: str) -> None:
     torch._dynamo.reset()
     model, x = adapted(name)

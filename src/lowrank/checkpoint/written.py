@@ -17,10 +17,11 @@ from lowrank.checkpoint.one_scale import Scales, folded, written_scales
 from lowrank.checkpoint.read import SAFETENSORS
 from lowrank.checkpoint.write_config import config_bytes
 from lowrank.core.factors import LoraFactors
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, some
 from lowrank.injection.adapters import lora_layers, override_modules
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import matches_name, split_parts
+from lowrank.injection.presence import injected_paths, settle
 from lowrank.injection.state import require_adapter
 from lowrank.injection.targets import named_targets
 from lowrank.layers.base import LoraLayer
@@ -48,10 +49,13 @@ class _Part:
 def adapter_files(model: nn.Module, adapter: str, scales: Scales = "one", values: Values = whole) -> dict[str, bytes]:
     """{name: content} of what `save_adapter` writes. values: gives a tensor of the model whole.
 
-    Raises LowrankError for an unknown adapter, CheckpointError for tensors that cannot be written.
+    Raises LowrankError for an unknown adapter and for adapted modules that were replaced, CheckpointError for such that
+    are found elsewhere and for tensors that cannot be written.
     """
     config = require_adapter(model, adapter)
+    settle(model)
     layers = {path: layer for path, layer in lora_layers(model) if adapter in layer.adapter_names}
+    _check_whole(model, adapter, {*layers, *(path for path, _ in override_modules(model, adapter))})
     written = written_scales({path: layer.factors(adapter).scale for path, layer in layers.items()}, scales)
     parts = {
         path: _Part(layer, whole_factors(layer.factors(adapter), values), written[path])
@@ -65,6 +69,16 @@ def adapter_files(model: nn.Module, adapter: str, scales: Scales = "one", values
         companion.NAME: _companion(model, parts, config).to_bytes(),
         config_file.NAME: _config(model, parts, config),
     }
+
+
+def _check_whole(model: nn.Module, adapter: str, found: set[str]) -> None:
+    """Raise CheckpointError where what would be written is not what was injected."""
+    if missing := sorted(injected_paths(model, adapter) - found):
+        moved = some(sorted(found - injected_paths(model, adapter)))
+        raise CheckpointError(
+            f"adapter {adapter!r} was put into {some(missing)}, but is not found there now"
+            f"{f' (it is in {moved})' if moved else ''}: take off what wraps the modules, and save then"
+        )
 
 
 def _low_rank_tensors(parts: dict[str, _Part]) -> Iterator[tuple[str, Tensor]]:

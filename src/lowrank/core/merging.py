@@ -35,7 +35,7 @@ class Change:
         """True for DoRA, whose ΔW is computed from the unmerged rows."""
         return self.row_gain is not None or self.column_gain is not None
 
-    def add_to(self, total: Tensor, base: Tensor, rows: slice) -> None:
+    def add_to(self, total: Tensor, base: Tensor, rows: slice | Tensor) -> None:
         """In place: total += ΔW[rows], where `base` holds the unmerged rows (n', m) in the same dtype.
 
         Only a directed change reads `base`, which for others may be `total` itself.

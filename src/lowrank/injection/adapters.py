@@ -8,8 +8,10 @@ from torch import nn
 from lowrank.errors import LowrankError
 from lowrank.injection.checkpointing import remove_hooks
 from lowrank.injection.config import LoraConfig
+from lowrank.injection.presence import is_adapted, set_trainable, settle
+from lowrank.injection.rounds import remove_rounds
 from lowrank.injection.saving import remove_saving
-from lowrank.injection.state import ATTRIBUTE, find_state, require_adapter, require_state
+from lowrank.injection.state import ATTRIBUTE, check_unfolded, find_state, require_adapter, require_state
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer, restore
 from lowrank.layers.overrides import BASE, override_tensors, remove_override, select_override
@@ -50,18 +52,33 @@ def override_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.M
 def set_active(model: nn.Module, names: Iterable[str], trainable: Iterable[str] = ()) -> None:
     """In place: exactly `names` answer, their changes added; of those, `trainable` require gradients and no others.
 
+    A forward of the model that runs in another thread is waited for, so that it sees the old adapters or the new ones.
+
     Raises LowrankError, before anything changes, for unknown names, names given twice, a trainable adapter that is not
-    active, and two active adapters that each bring a full copy of the same tensor.
+    active, two active adapters that each bring a full copy of the same tensor, and inside of a `merged` block.
     """
     state = require_state(model)
+    check_unfolded(model, "set_active")
     names, trainable = tuple(names), tuple(trainable)
+    with state.turnstile.change(model):
+        settle(model)
+        _check_choice(model, names, trainable)
+        switch(model, names, trainable)
+
+
+def _check_choice(model: nn.Module, names: tuple[str, ...], trainable: tuple[str, ...]) -> None:
     for name in (*names, *trainable):
         require_adapter(model, name)
     if len(set(names)) != len(names):
         raise LowrankError(f"set_active: an adapter is named twice in {names}")
     if idle := set(trainable) - set(names):
         raise LowrankError(f"set_active: {', '.join(sorted(idle))} cannot be trained without being active")
-    modules = dict(base_modules(model))
+
+
+def switch(model: nn.Module, names: tuple[str, ...], trainable: tuple[str, ...]) -> None:
+    """In place: `set_active` of names that were checked, by one who holds the turnstile."""
+    state = require_state(model)
+    modules = {path: place.module for path, place in state.places.items()}
     owners = {path: _owner(path, module, names) for path, module in modules.items()}
     changed = set(state.trained) | set(trainable)  # the others do not require gradients, however many there are
     for path, module in modules.items():
@@ -69,7 +86,7 @@ def set_active(model: nn.Module, names: Iterable[str], trainable: Iterable[str] 
         if isinstance(module, LoraLayer):
             module.activate(tuple(name for name in names if name in module.adapter_names))
         for name in changed:
-            _set_trainable(module, name, name in trainable)
+            set_trainable(module, name, name in trainable)
     state.active, state.trained = names, trainable
 
 
@@ -84,37 +101,40 @@ def _owner(path: str, module: nn.Module, names: tuple[str, ...]) -> str:
     return owners[0] if owners else BASE
 
 
-def _set_trainable(module: nn.Module, name: str, trained: bool) -> None:
-    """In place: the adapter's tensors in this module require gradients, or do not."""
-    if isinstance(module, LoraLayer) and name in module.adapter_names:
-        for parameter in module.factors(name).trainable():
-            parameter.requires_grad_(trained)
-    for tensor in override_tensors(module, name).values():
-        if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(trained)
-
-
 def delete_adapter(model: nn.Module, name: str) -> None:
     """In place: forget one adapter. With the last one gone the model is the plain base again, bit for bit."""
-    state = require_state(model)
     require_adapter(model, name)
-    for _, module in list(base_modules(model)):
-        remove_override(module, name)
-        if isinstance(module, LoraLayer) and name in module.adapter_names:
-            module.remove_factors(name)
-            if not module.adapter_names:
-                restore(module)
-    del state.configs[name]
-    state.active = tuple(active for active in state.active if active != name)
-    state.trained = tuple(trained for trained in state.trained if trained != name)
-    if not state.configs:
-        forget(model)
+    drop(model, [name])
+
+
+def drop(model: nn.Module, names: Iterable[str]) -> None:
+    """In place: forget adapters, all in one walk. Raises LowrankError inside of a `merged` block."""
+    state = require_state(model)
+    check_unfolded(model, "delete_adapter")
+    gone = set(names)
+    with state.turnstile.change(model):
+        everywhere = [*(place.module for place in state.places.values()), *(m for _, m in base_modules(model))]
+        for module in {id(module): module for module in everywhere}.values():
+            for name in gone:
+                remove_override(module, name)
+            if isinstance(module, LoraLayer):
+                module.remove_factors(gone)
+                if not module.adapter_names:
+                    restore(module)
+        state.configs = {name: config for name, config in state.configs.items() if name not in gone}
+        state.active = tuple(name for name in state.active if name not in gone)
+        state.trained = tuple(name for name in state.trained if name not in gone)
+        if state.configs:
+            state.places = {p: place for p, place in state.places.items() if is_adapted(place.module)}
+        else:
+            forget(model)
 
 
 def forget(model: nn.Module) -> None:
     """In place: drop the state and hooks of a model that has no adapters left, and let its base train as before."""
     state = require_state(model)
     remove_hooks(model)
+    remove_rounds(model)
     remove_saving(model)
     for path, parameter in model.named_parameters():
         parameter.requires_grad_(path in state.trained_before)
@@ -123,11 +143,16 @@ def forget(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The base's answers, bit for bit, inside the block; the adapters that were active answer again after it."""
+    """The base's answers, bit for bit, inside the block; the adapters that were active answer again after it.
+
+    Of those, the ones that the block deleted do not. Raises LowrankError inside of a `merged` block.
+    """
     state = require_state(model)
+    check_unfolded(model, "disabled")
     active, trained = state.active, state.trained
     set_active(model, ())
     try:
         yield model
     finally:
-        set_active(model, active, trained)
+        if find_state(model) is state:
+            set_active(model, *([name for name in names if name in state.configs] for names in (active, trained)))

@@ -10,15 +10,18 @@ from torch import nn
 from lowrank.core.factors import LoraFactors
 from lowrank.core.init import find_init
 from lowrank.errors import ConfigError, LowrankWarning
-from lowrank.injection.adapters import set_active
+from lowrank.injection.adapters import switch
 from lowrank.injection.checkpointing import add_hooks
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.creation import create_factors
+from lowrank.injection.dead import FirstBackward
 from lowrank.injection.paths import plain_reason
 from lowrank.injection.plan import InjectionPlan
 from lowrank.injection.planning import bias_names, plan
+from lowrank.injection.presence import record, settle
+from lowrank.injection.rounds import add_rounds
 from lowrank.injection.saving import add_saving
-from lowrank.injection.state import ATTRIBUTE, AdapterState, find_state
+from lowrank.injection.state import ATTRIBUTE, AdapterState, check_unfolded, find_state
 from lowrank.injection.targets import named_targets
 from lowrank.injection.traversal import base_modules
 from lowrank.injection.undo import or_as_it_was
@@ -62,7 +65,11 @@ def _plain_paths(modules: dict[str, nn.Module], done: InjectionPlan) -> list[str
 
 
 def check_new_name(model: nn.Module, adapter_name: str) -> None:
-    """Raise ConfigError for an adapter name that is taken or could not be a file name."""
+    """Raise ConfigError for an adapter name that is taken or could not be a file name.
+
+    Before that, LowrankError inside of a `merged` block.
+    """
+    check_unfolded(model, f"a new adapter {adapter_name!r}")
     if not ADAPTER_NAME.fullmatch(adapter_name):
         raise ConfigError(f"adapter_name={adapter_name!r}: use 1 to 64 letters, digits, dots, underscores and dashes")
     state = find_state(model)
@@ -84,24 +91,34 @@ def attach(
     """In place: make ready factors part of the model, under a new name, and the only active ones.
 
     factors: {path: factors}; overrides: {path: names of the module's own tensors that the adapter owns in full}, which
-    start as copies of the base's. Nothing is checked here that `plan` or a loader has checked.
+    start as copies of the base's. Nothing is checked here that `plan` or a loader has checked; LowrankError for adapted
+    modules that were replaced.
     """
+    settle(model)
     modules = dict(base_modules(model))
-    state = find_state(model)
-    if state is None:
-        every_name = model.named_parameters(remove_duplicate=False)  # a merge may part tied weights
-        state = AdapterState(trained_before=frozenset(name for name, p in every_name if p.requires_grad))
-        model.__dict__[ATTRIBUTE] = state
-        model.requires_grad_(False)
-        add_hooks(model)
-        add_saving(model)
-    for path, values in factors.items():
-        layer = extend(modules[path], _kind(modules[path]))
-        layer.add_factors(adapter_name, values.train(layer.training))
-    for path, names in overrides.items():
-        add_override(modules[path], adapter_name, names)
-    state.configs[adapter_name] = config
-    set_active(model, (adapter_name,), (adapter_name,) if trainable else ())
+    state = find_state(model) or _begin(model)
+    with state.turnstile.change(model):
+        for path, values in factors.items():
+            layer = extend(modules[path], _kind(modules[path]))
+            layer.add_factors(adapter_name, values.train(layer.training))
+        for path, names in overrides.items():
+            add_override(modules[path], adapter_name, names)
+        state.configs[adapter_name] = config
+        record(state, modules)
+        switch(model, (adapter_name,), (adapter_name,) if trainable else ())
+        state.watched = FirstBackward(model, adapter_name) if trainable else state.watched
+
+
+def _begin(model: nn.Module) -> AdapterState:
+    """In place: freeze a plain model and hook it."""
+    every_name = model.named_parameters(remove_duplicate=False)  # a merge may part tied weights
+    state = AdapterState(trained_before=frozenset(name for name, p in every_name if p.requires_grad))
+    model.__dict__[ATTRIBUTE] = state
+    model.requires_grad_(False)
+    add_hooks(model)
+    add_rounds(model)
+    add_saving(model)
+    return state
 
 
 def _kind(module: nn.Module) -> type[LoraLayer]:

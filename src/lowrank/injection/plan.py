@@ -45,7 +45,8 @@ class InjectionPlan:
 
     entries: the low-rank targets; saved_modules: paths trained and saved in full; biases: paths whose bias is trained;
     plain_paths: what the fused function will not compute, and why (known once injected); warnings: what works but is
-    probably not meant; base_parameters, full_parameters: counts for the share in the table.
+    probably not meant; left_out: what "all-linear" does not adapt, and its share of the weights; base_parameters,
+    full_parameters: counts for the share in the table.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -53,6 +54,7 @@ class InjectionPlan:
     biases: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     plain_paths: tuple[str, ...] = ()
+    left_out: str = ""
     base_parameters: int = 0
     full_parameters: int = 0
     dora: bool = False
@@ -97,6 +99,7 @@ class InjectionPlan:
         lines += [f"in full: {path}" for path in self.saved_modules]
         lines += [f"bias:    {path}" for path in self.biases]
         lines += [f"plain path: {text}" for text in self.plain_paths]
+        lines += [f"not adapted: {self.left_out}"] if self.left_out else []
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join([*lines, self.summary()])
 

@@ -6,9 +6,17 @@ from lowrank.core.scaling import lora_scale
 from lowrank.errors import ConfigError, TargetError
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.fused import part_rows
+from lowrank.injection.left_out import emptied, left_out
 from lowrank.injection.patterns import check_patterns, pattern_value
 from lowrank.injection.plan import InjectionPlan, PlanEntry
-from lowrank.injection.targets import check_adaptable, find_targets, named_targets, saved_modules
+from lowrank.injection.targets import (
+    check_adaptable,
+    find_targets,
+    means_all,
+    named_targets,
+    output_heads,
+    saved_modules,
+)
 from lowrank.injection.tied import sharing_warnings
 from lowrank.injection.traversal import parameter_count
 from lowrank.layers.base import dimensions
@@ -33,11 +41,18 @@ def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
     biases = _biases(modules, config, set(targets), set(saved))
     full = [p.numel() for module in saved.values() for p in module.parameters()]
     full += [p.numel() for names in biases.values() for p in names]
+    line, missed = left_out(model, modules, targets, output_heads(model, modules)) if means_all(config) else ("", None)
     return InjectionPlan(
         entries=entries,
         saved_modules=tuple(saved),
         biases=tuple(biases),
-        warnings=(*_rank_warnings(entries), *sharing_warnings(modules, set(targets))),
+        warnings=(
+            *_rank_warnings(entries),
+            *sharing_warnings(modules, set(targets)),
+            *emptied(config, modules, targets),
+            *([missed] if missed else []),
+        ),
+        left_out=line,
         base_parameters=parameter_count([model, *modules.values()]),
         full_parameters=sum(full),
         dora=config.use_dora,

@@ -1,24 +1,50 @@
 """What a model remembers about its adapters, in one plain value on the model object."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
 from lowrank.errors import LowrankError
 from lowrank.injection.config import LoraConfig
+from lowrank.injection.turnstile import Turnstile
 
 ATTRIBUTE = "_lowrank_state"
 WRAPPERS = ("DistributedDataParallel", "DataParallel")
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an adapted module hangs: `parent` is None for the model itself; shape: its weight's, where it has one."""
+
+    parent: nn.Module | None
+    leaf: str
+    module: nn.Module
+    shape: torch.Size | None
+
+
 @dataclass(slots=True)
 class AdapterState:
-    """configs by adapter name; the active and the trained names; which base parameters required gradients before."""
+    """configs by adapter name; the active and the trained names; which base parameters required gradients before.
+
+    places: {path: place} of every module that an adapter was put into. folded: inside of a `merged` block, which a copy
+    of the model is not. turnstile: keeps switches and forwards of several threads apart.
+    watched: what looks at the first backward pass of the newest adapter.
+    """
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     trained_before: frozenset[str] = frozenset()
+    places: dict[str, Place] = field(default_factory=dict)
+    folded: bool = False
+    turnstile: Turnstile = field(default_factory=Turnstile)
+    watched: object = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled without the block that the model is in."""
+        return AdapterState, (self.configs, self.active, self.trained, self.trained_before, self.places)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -56,3 +82,10 @@ def require_adapter(model: nn.Module, name: str) -> LoraConfig:
     if name not in configs:
         raise LowrankError(f"there is no adapter {name!r} in this model: it has {', '.join(map(repr, configs))}")
     return configs[name]
+
+
+def check_unfolded(model: nn.Module, what: str) -> None:
+    """Raise LowrankError for a call that would count ΔW twice, or lose it, inside of a `merged` block."""
+    state = find_state(model)
+    if state is not None and state.folded:
+        raise LowrankError(f"{what}: the adapters are folded into the weights: leave the block of `merged` first")

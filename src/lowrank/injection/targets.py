@@ -22,7 +22,7 @@ def named_targets(model: nn.Module) -> Modules:
     return {path: module for path, module in base_modules(model) if path}
 
 
-def _heads(model: nn.Module, modules: Modules) -> set[int]:
+def output_heads(model: nn.Module, modules: Modules) -> set[int]:
     """The output head: the modules that turn features into answers, by identity.
 
     For a transformers model: the output embeddings and, in a classifier, what stands outside the base model.
@@ -66,8 +66,13 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     )
 
 
+def means_all(config: LoraConfig) -> bool:
+    """Whether the targets are "all-linear"."""
+    return config.target_modules in (ALL_LINEAR, (ALL_LINEAR,))
+
+
 def _all_linear(model: nn.Module, modules: Modules) -> dict[str, tuple[str, ...]]:
-    excluded = _heads(model, modules)
+    excluded = output_heads(model, modules)
     return {path: () for path, module in modules.items() if is_linear(module) and id(module) not in excluded}
 
 
@@ -129,7 +134,7 @@ def find_targets(
     Raises TargetError for the first pattern that matches nothing, naming the nearest module names.
     """
     patterns = default_targets(model) if config.target_modules is None else config.target_modules
-    if patterns in (ALL_LINEAR, (ALL_LINEAR,)):
+    if means_all(config):
         found = _all_linear(model, modules)
     elif isinstance(patterns, str) and FUSED.fullmatch(patterns):
         found = _by_names(config, [patterns], modules)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from lowrank.core.factors import LoraFactors
-from lowrank.layers.overrides import Overrides
+from lowrank.layers.overrides import CHILD, Overrides
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -18,6 +18,8 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
+        if _holds_adapters_alone(module):
+            continue
         dot = path + "." if path else ""
         children = [
             (dot + name, child)
@@ -25,6 +27,12 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             if child is not None and not isinstance(child, LoraFactors | Overrides)
         ]
         stack += reversed(children)
+
+
+def _holds_adapters_alone(module: nn.Module) -> bool:
+    """Whether all children of an adapted module are known to be injection's, without a look at each of a thousand."""
+    adapters: tuple[str, ...] | None = module.__dict__.get("adapter_names")
+    return adapters is not None and len(module._modules) == len(adapters) + (CHILD in module._modules)
 
 
 def parameter_count(modules: Iterable[nn.Module]) -> int:

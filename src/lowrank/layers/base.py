@@ -7,6 +7,7 @@ working, and any subclass of Linear is adapted as it is, by the forward it alrea
 """
 
 import math
+from collections.abc import Collection
 from types import MethodType
 from typing import Any, ClassVar, cast
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from lowrank.core.factors import LoraFactors
 from lowrank.core.merging import Change, adapted_weight, merge_weight, prepare
 from lowrank.errors import TargetError
-from lowrank.layers.reading import AdaptedWeight, own_forward
+from lowrank.layers.reading import AdaptedWeight, own_weight, say_dropout
 
 PREFIX = "lora_"
+ASIDE = "_lowrank_aside"  # where a folded layer keeps its W0 and the names of its active adapters
 REPLACED = "its forward is replaced on the instance, which would bypass the adapter; inject before you patch the module"
 
 
@@ -34,6 +36,8 @@ class LoraLayer(nn.Module):
     """
 
     kind: ClassVar[str]
+    plain: ClassVar[type[nn.Module]]  # the class before injection, and the layer kind that extends it; set with the
+    mixin: ClassVar[type["LoraLayer"]]  # extended class, of which others (FSDP) may make a class of theirs
     transposed: ClassVar[bool] = False  # True where the weight is stored as W0ᵀ, (k, d)
     supports_dora: ClassVar[bool] = False
     weight = AdaptedWeight()
@@ -52,10 +56,17 @@ class LoraLayer(nn.Module):
         weight = self._parameters.get("weight")
         return self.weight if weight is None else weight
 
-    def base_forward(self, input: Tensor) -> Tensor:
+    def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The answer of the plain class's forward, which reads W0 as its weight."""
-        with own_forward(self):
-            answer: Tensor = super().forward(input)
+        with own_weight(self, self.base_weight):
+            answer: Tensor = super().forward(*args, **kwargs)
+        return answer
+
+    def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The answer of the plain class's forward on W0 + Σ ΔW: right whatever it does with its weight."""
+        say_dropout(self)
+        with own_weight(self, self.adapted_weight()):
+            answer: Tensor = super().forward(*args, **kwargs)
         return answer
 
     @classmethod
@@ -86,11 +97,12 @@ class LoraLayer(nn.Module):
         self.add_module(_attribute(adapter), factors)
         self.adapter_names = (*self.adapter_names, adapter)
 
-    def remove_factors(self, adapter: str) -> None:
-        """In place: forget the factors of `adapter`."""
-        del self._modules[_attribute(adapter)]
-        self.adapter_names = tuple(name for name in self.adapter_names if name != adapter)
-        self.activate(tuple(name for name in self.active_adapters if name != adapter))
+    def remove_factors(self, adapters: Collection[str]) -> None:
+        """In place: forget the factors of `adapters`, those of them that there are."""
+        for name in adapters:
+            self._modules.pop(_attribute(name), None)
+        self.adapter_names = tuple(name for name in self.adapter_names if name not in adapters)
+        self.activate(tuple(name for name in self.active_adapters if name not in adapters))
 
     def change(self, adapter: str, weighting: float = 1.0) -> Change:
         """ΔW of one adapter, ready to be merged."""
@@ -104,6 +116,20 @@ class LoraLayer(nn.Module):
         changes = [self.change(name) for name in adapters]
         return merge_weight(self.stored(self.base_weight.detach()), changes).view_as(self.base_weight)
 
+    def fold(self) -> None:
+        """In place: W0 + Σ ΔW over the active adapters takes W0's place, which is set aside as it is."""
+        weight = nn.Parameter(self.merged_weight(self.active_adapters), requires_grad=False)
+        self.__dict__[ASIDE] = (self.base_weight, self.active_adapters)
+        self.activate(())
+        self._parameters["weight"] = weight
+
+    def unfold(self) -> None:
+        """In place: what `fold` set aside is back; nothing where it set nothing aside."""
+        if ASIDE in self.__dict__:
+            weight, active = self.__dict__.pop(ASIDE)
+            self._parameters["weight"] = weight
+            self.activate(active)
+
     def adapted_weight(self) -> Tensor:
         """W0 + Σ ΔW over the active adapters, differentiable in the factors, of the weight's own shape and dtype."""
         weight = self.base_weight
@@ -111,8 +137,13 @@ class LoraLayer(nn.Module):
         return changed.view_as(weight)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and deepcopy by the plain class, since the extended one is made at run time."""
-        return _rebuild, (plain_class(self), lora_mixin(self)), self.__getstate__()  # type: ignore[no-untyped-call]
+        """Pickle and deepcopy by the plain class, since the extended one is made at run time; unfolded."""
+        state = dict(self.__getstate__())  # type: ignore[no-untyped-call]
+        if ASIDE in state:
+            weight, active = state.pop(ASIDE)
+            state["_parameters"] = {**state["_parameters"], "weight": weight}
+            state |= {"active_adapters": active, "active_factors": tuple(self.factors(name) for name in active)}
+        return _rebuild, (plain_class(self), lora_mixin(self)), state
 
 
 _EXTENDED: dict[tuple[type[nn.Module], type[LoraLayer]], type[LoraLayer]] = {}
@@ -121,7 +152,8 @@ _EXTENDED: dict[tuple[type[nn.Module], type[LoraLayer]], type[LoraLayer]] = {}
 def _extended(plain: type[nn.Module], mixin: type[LoraLayer]) -> type[LoraLayer]:
     """The class that adds `mixin` to `plain`, made once, so that equal layers stay of one class."""
     if (plain, mixin) not in _EXTENDED:
-        _EXTENDED[plain, mixin] = type(f"Lora{plain.__name__}", (mixin, plain), {"__module__": plain.__module__})
+        names = {"__module__": plain.__module__, "plain": plain, "mixin": mixin}
+        _EXTENDED[plain, mixin] = type(f"Lora{plain.__name__}", (mixin, plain), names)
     return _EXTENDED[plain, mixin]
 
 
@@ -132,12 +164,12 @@ def _rebuild(plain: type[nn.Module], mixin: type[LoraLayer]) -> LoraLayer:
 
 def plain_class(layer: LoraLayer) -> type[nn.Module]:
     """The class the module had before injection."""
-    return cast(type[nn.Module], type(layer).__bases__[1])
+    return type(layer).plain
 
 
 def lora_mixin(layer: LoraLayer) -> type[LoraLayer]:
     """The layer kind that extends the module."""
-    return cast(type[LoraLayer], type(layer).__bases__[0])
+    return type(layer).mixin
 
 
 def _rebind_forward(module: nn.Module) -> None:

@@ -1,11 +1,14 @@
 """Adapted convolutions in one, two and three dimensions."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank.core.factors import LoraFactors
-from lowrank.layers.base import LoraLayer
+from lowrank.layers.base import LoraLayer, plain_class
 
+FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -15,6 +18,7 @@ class LoraConv(LoraLayer):
     A is kept flat, (r, in/groups · kernel), B is (d, r). A has the base's stride, padding, padding mode, dilation and
     groups, so that s·B·A, reshaped, is a kernel of the base's own shape (d, in/groups, *kernel) and merges exactly:
     every group of input channels passes through the same A, and the output channels of a group see that group's r.
+    A subclass with a forward of its own (that pads, or standardises its kernel) runs it on W0 + Σ ΔW, without dropout.
     """
 
     kind = "conv"
@@ -26,8 +30,15 @@ class LoraConv(LoraLayer):
         """(d, in/groups, *kernel) → (d, k)."""
         return weight.flatten(1)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's answer plus every active adapter's change."""
+        if not self.active_factors:
+            return self.base_forward(*args, **kwargs)
+        if plain_class(self).forward not in FORWARDS:
+            return self.adapted_forward(*args, **kwargs)
+        return self._convolve(*args, **kwargs)
+
+    def _convolve(self, input: Tensor) -> Tensor:
         h = self.base_forward(input)
         for factors in self.active_factors:
             h = h + self._change(input, factors).to(h.dtype)

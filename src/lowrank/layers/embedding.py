@@ -1,18 +1,19 @@
 """Adapted lookup tables."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank.layers.base import LoraLayer
+from lowrank.layers.base import LoraLayer, plain_class
 
 
 class LoraEmbedding(LoraLayer):
     """h = c·(E[i] + Σ s·B·A[:, i]): ids (...) → (..., d), with A (r, V), B (d, r) and E (V, d) the table.
 
     c is the subclass's `embed_scale` (Gemma, BART), which multiplies what is looked up; 1 for a plain nn.Embedding.
+    A subclass that finds its rows in another way (BART's positions, counted from 2) does so in E + Σ s·(B·A)ᵀ.
     The padding row gets no gradient, as in the base. There is no dropout: a token id has no entries to drop.
     """
 
@@ -28,15 +29,24 @@ class LoraEmbedding(LoraLayer):
             return "its max_norm rewrites the table at every lookup, so no merged table gives the same answers"
         return None
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's rows plus every active adapter's."""
-        h = self.base_forward(input)
+        if self.active_factors and not self._looks_up():
+            return self.adapted_forward(*args, **kwargs)
+        h = self.base_forward(*args, **kwargs)
+        return self._changed(h, *args, **kwargs) if self.active_factors else h
+
+    def _looks_up(self) -> bool:
+        """Whether the plain class answers E[i], or c·E[i], and nothing else."""
+        return plain_class(self).forward is nn.Embedding.forward or hasattr(self, self.embed_scale_name)
+
+    def _changed(self, h: Tensor, input: Tensor) -> Tensor:
         scale = getattr(self, self.embed_scale_name, 1.0)
         for factors in self.active_factors:
-            change = self._look_up(input, *factors.moved(), h.dtype)
+            change = self._rows(input, *factors.moved(), h.dtype)
             h = h + (change * factors.scale * scale).to(h.dtype)
         return h
 
-    def _look_up(self, input: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    def _rows(self, input: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         """B·A[:, i]: ids (...) → (..., d)."""
         return F.linear(F.embedding(input, a.t(), self.padding_idx).to(dtype), b.to(dtype))

@@ -1,5 +1,6 @@
 """Which layer kind adapts which module."""
 
+import torch
 from torch import nn
 
 from lowrank.layers.base import REPLACED, LoraLayer, forward_is_replaced
@@ -17,6 +18,8 @@ KINDS: dict[type[nn.Module], type[LoraLayer]] = {
 NAMED_KINDS: dict[tuple[str, str], type[LoraLayer]] = {  # classes of packages that are not imported for this
     ("transformers.pytorch_utils", "Conv1D"): LoraConv1D,
 }
+
+FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})  # what a change can be added to
 
 # Subclasses of Linear in transformers whose answer is not W0·x + bias: a tuple of scores, groups apart, more columns.
 NOT_LINEAR_MAPS = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear", "IdeficsDecoupledLinear"})
@@ -41,6 +44,19 @@ def _answers_otherwise(module: nn.Module) -> bool:
     return any(c.__name__ in NOT_LINEAR_MAPS and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
+def _unfit(weight: nn.Parameter | None) -> str | None:
+    """Why a change cannot be added to the weight, or None."""
+    if weight is None:
+        return "its weight is no parameter of its own: a parametrisation (weight_norm, spectral_norm, ...) computes it"
+    if weight.dtype in FLOATING:
+        return None
+    if weight.is_complex():
+        return f"its weight is {weight.dtype}, and changes are real"
+    if weight.is_floating_point():
+        return f"its weight is {weight.dtype}, which holds a scaled copy at best: load the base in 16 or 32 bits"
+    return f"its weight is {weight.dtype}, and quantised bases are not adapted yet"
+
+
 def refusal(module: nn.Module) -> str | None:
     """Why `module` cannot be adapted, in words that end a sentence, or None where it can."""
     kind = kind_of(module)
@@ -48,9 +64,8 @@ def refusal(module: nn.Module) -> str | None:
         return f"a {type(module).__name__} is none of Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d"
     if _answers_otherwise(module):
         return f"a {type(module).__name__} does not answer W0·x + bias, so a change of W0 cannot be added to its answer"
-    weight = module.weight
-    if not (isinstance(weight, nn.Parameter) and weight.is_floating_point()):
-        return f"its weight is {getattr(weight, 'dtype', 'not a tensor')}, and quantised bases are not adapted yet"
+    if (why := _unfit(module._parameters.get("weight"))) is not None:
+        return why
     if forward_is_replaced(module):
         return REPLACED
     return kind.refusal(module)

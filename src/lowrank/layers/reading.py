@@ -4,7 +4,7 @@ Not every weight is used by calling its module. torch's encoder layer and attent
 speech models' attention and heads tied to a table read `layer.weight` and compute with it themselves, past the layer's
 forward. `AdaptedWeight` is the `weight` of every adapted module's class. It gives
 
-- the layer's own forward W0, to which the layer adds the change itself;
+- the layer's own forward what the layer says: W0, to which it adds the change itself, mostly;
 - another module's forward W0 + Σ ΔW, differentiable in the factors;
 - everybody else (tying, resizing, saving, moving) the parameter that the module holds.
 
@@ -34,22 +34,22 @@ MOVERS = ("accelerate", "deepspeed", "torch.distributed")  # they put weights fr
 
 
 class _Local(threading.local):
-    own: "LoraLayer | None" = None
+    own: "tuple[LoraLayer | None, Tensor | None]" = (None, None)
 
 
 _local = _Local()
 
 
-class own_forward:  # noqa: N801  read as a statement: with own_forward(layer)
-    """Inside the block, in this thread, `layer` itself reads its weight: it gets W0."""
+class own_weight:  # noqa: N801  read as a statement: with own_weight(layer, W0)
+    """Inside the block, in this thread, the plain forward of `layer` runs, and reads `weight` as its weight."""
 
-    __slots__ = ("before", "layer")
+    __slots__ = ("before", "own")
 
-    def __init__(self, layer: "LoraLayer") -> None:
-        self.layer = layer
+    def __init__(self, layer: "LoraLayer", weight: Tensor) -> None:
+        self.own = (layer, weight)
 
     def __enter__(self) -> None:
-        self.before, _local.own = _local.own, self.layer
+        self.before, _local.own = _local.own, self.own
 
     def __exit__(self, *_: object) -> None:
         _local.own = self.before
@@ -69,7 +69,10 @@ class AdaptedWeight:
         weight = layer._parameters.get("weight")
         if weight is None:
             raise AttributeError(f"'{owner.__name__}' object has no attribute 'weight'")
-        if not layer.active_factors or _local.own is layer:
+        runs, own = _local.own
+        if runs is layer:
+            return own
+        if not layer.active_factors:
             return weight
         if torch.compiler.is_compiling():
             return layer.adapted_weight()
@@ -77,14 +80,14 @@ class AdaptedWeight:
 
 
 def _is_read_by_a_forward(layer: nn.Module) -> bool:
-    """Whether the innermost module that runs in this thread is another one than `layer`."""
+    """Whether the innermost module that runs in this thread is another one than `layer`, with its hooks."""
     frame: FrameType | None = sys._getframe(2)
     if frame is not None and frame.f_globals.get("__name__", "").startswith(MOVERS):
         return False
     while frame is not None:
         code = frame.f_code
         if code.co_name in RUNS and isinstance(module := frame.f_locals.get("self"), nn.Module):
-            return module is not layer
+            return module is not layer or code.co_name == "forward"  # its plain forward, called past ours
         if code.co_filename == checkpoint.__file__:  # computed again in a backward pass
             return True
         frame = frame.f_back
@@ -129,7 +132,7 @@ class WeightAsRead(Tensor):
         """W0 + Σ ΔW, a plain tensor: the same one however often it is asked for."""
         mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if mode not in self.formed:
-            _say_dropout(self.layer)
+            say_dropout(self.layer)
             self.formed[mode] = self.layer.adapted_weight()
         return self.formed[mode]
 
@@ -167,13 +170,13 @@ def _writes(name: str) -> bool:
     return in_place or name in {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
-def _say_dropout(layer: "LoraLayer") -> None:
+def say_dropout(layer: "LoraLayer") -> None:
     """Warn, once a layer, that there is no x to drop entries of where the weight alone is read."""
     if layer.training and any(f.dropout for f in layer.active_factors) and "said_dropout" not in layer.__dict__:
         layer.__dict__["said_dropout"] = True
         warnings.warn(
             f"lora_dropout is not applied to a {type(layer).__name__} (shape {list(layer.base_weight.shape)}): "
-            "the model reads its weight instead of calling it",
+            "the model computes with its weight W0 + ΔW",
             LowrankWarning,
             stacklevel=2,
         )

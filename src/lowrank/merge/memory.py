@@ -1,6 +1,7 @@
 """Merging and unloading a model that is in memory."""
 
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -8,14 +9,18 @@ import torch
 from torch import nn
 
 from lowrank.core.factors import LoraFactors
-from lowrank.errors import MergeError
-from lowrank.injection.adapters import delete_adapter, forget, lora_layers, override_modules, set_active
-from lowrank.injection.state import require_adapter, require_state
+from lowrank.errors import LowrankWarning, MergeError, some
+from lowrank.injection.adapters import drop, lora_layers, override_modules, switch
+from lowrank.injection.presence import record, settle
+from lowrank.injection.state import AdapterState, check_unfolded, require_adapter, require_state
 from lowrank.injection.targets import named_targets
 from lowrank.injection.tied import part_tied_weights, shared_weights
+from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer, restore
 from lowrank.layers.overrides import keep_override
+from lowrank.merge.disk.report import survival_warnings
 from lowrank.merge.overflow import merge_fault
+from lowrank.merge.survival import surviving
 
 
 def merge_and_unload(model: nn.Module, adapters: Iterable[str] | None = None, progress: bool = False) -> nn.Module:
@@ -26,26 +31,35 @@ def merge_and_unload(model: nn.Module, adapters: Iterable[str] | None = None, pr
     Sums are formed in float32 (float64 for a float64 base) by blocks of rows and rounded once to the weight's dtype. A
     weight that the target shared with another module gets a copy of its own first, and the model's config says so.
 
+    Warns (LowrankWarning) where rounding swallows more than half of ΔW.
+
     Every layer changes over as a whole, weight and adapter together: interrupted between two layers, the model still
     answers as before, and a second call finishes. `progress` draws a bar on standard error.
 
     Raises MergeError before anything changes: for factors, weights or results that are not finite, and where an
     adapter that stays is a DoRA adapter of a merged layer (its row norms are those of the base that would be gone).
     """
+    check_unfolded(model, "merge_and_unload")
     names = _chosen(model, adapters)
+    settle(model)
     _check(model, names, everything=adapters is None)
-    shared = _shared_targets(model)
-    layers = [(path, layer) for path, layer in lora_layers(model) if set(names) & set(layer.adapter_names)]
-    for _, layer in _progress(layers, progress):
-        own = tuple(name for name in names if name in layer.adapter_names)
-        _fold(layer, own, untie=id(layer.base_weight) in shared)
-    return _finish(model, names, drop_rest=adapters is None)
+    left: dict[str, float] = {}
+    with require_state(model).turnstile.change(model):
+        shared = _shared_targets(model)
+        layers = [(path, layer) for path, layer in lora_layers(model) if set(names) & set(layer.adapter_names)]
+        dtypes = {str(layer.base_weight.dtype).removeprefix("torch.") for _, layer in layers}
+        for path, layer in _progress(layers, progress):
+            own = tuple(name for name in names if name in layer.adapter_names)
+            left[path] = _fold(layer, own, untie=id(layer.base_weight) in shared)
+        _finish(model, names, drop_rest=adapters is None)
+    for text in survival_warnings(left, ", ".join(sorted(dtypes)), "model.float() before"):
+        warnings.warn(text, LowrankWarning, stacklevel=2)
+    return model
 
 
 def unload(model: nn.Module) -> nn.Module:
     """In place: drop every adapter. The base is back bit for bit: no weight was ever written."""
-    for name in list(require_state(model).configs):
-        delete_adapter(model, name)
+    drop(model, require_state(model).configs)
     return model
 
 
@@ -54,24 +68,33 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     """The active adapters folded in for the block: the speed of the plain model, its answers those of the merged one.
 
     The original parameters are set aside, not overwritten, so leaving the block restores the exact bits, exceptions
-    included. Costs a copy of the adapted weights while it lasts; not for training, and not to be nested.
+    included. Costs a copy of the adapted weights while it lasts; not for training. Inside, whatever switches, adds or
+    drops adapters raises LowrankError, another `merged` too. A copy of the model that is taken inside is not merged.
     """
     state = require_state(model)
-    active, trained = state.active, state.trained
-    _check(model, active, everything=True)
-    originals: dict[LoraLayer, nn.Parameter] = {}
+    check_unfolded(model, "merged")
+    settle(model)
+    with state.turnstile.change(model):
+        _check(model, state.active, everything=True)
+        layers = [layer for _, layer in lora_layers(model) if layer.active_adapters]
+        state.folded = True
+        try:
+            for layer in layers:
+                layer.fold()
+        except BaseException:
+            _unfold(state, layers)
+            raise
     try:
-        for _, layer in lora_layers(model):
-            if layer.active_adapters:
-                originals[layer] = layer.base_weight
-                merged_weight = layer.merged_weight(layer.active_adapters)
-                layer.weight = nn.Parameter(merged_weight, requires_grad=False)
-                layer.activate(())
         yield model
     finally:
-        for layer, weight in originals.items():
-            layer.weight = weight
-        set_active(model, active, trained)
+        with state.turnstile.change(model):
+            _unfold(state, layers)
+
+
+def _unfold(state: AdapterState, layers: Iterable[LoraLayer]) -> None:
+    for layer in layers:
+        layer.unfold()
+    state.folded = False
 
 
 def _chosen(model: nn.Module, adapters: Iterable[str] | None) -> tuple[str, ...]:
@@ -102,7 +125,7 @@ def _check(model: nn.Module, names: tuple[str, ...], everything: bool) -> None:
             if own and layer.factors(name).magnitude is not None
         ]
     if faults:
-        raise MergeError("cannot merge: " + "; ".join(faults))
+        raise MergeError(f"cannot merge: {some(faults, separator='; ')}")
 
 
 def _finite(factors: LoraFactors) -> bool:
@@ -117,20 +140,21 @@ def _shared_targets(model: nn.Module) -> set[int]:
 
 
 @torch.no_grad()
-def _fold(layer: LoraLayer, names: tuple[str, ...], untie: bool) -> None:
-    """In place: the layer's weight takes the merged values, and the merged adapters leave it."""
+def _fold(layer: LoraLayer, names: tuple[str, ...], untie: bool) -> float:
+    """In place: the merged values become the layer's weight, and the merged adapters leave. Returns ΔW's share left."""
     merged_weight = layer.merged_weight(names)
+    left = surviving(layer, names, merged_weight)
     if untie:
         layer.weight = nn.Parameter(merged_weight, requires_grad=layer.base_weight.requires_grad)
     else:
         layer.base_weight.data = merged_weight
-    for name in names:
-        layer.remove_factors(name)
+    layer.remove_factors(names)
     if not layer.adapter_names:
         restore(layer)
+    return left
 
 
-def _finish(model: nn.Module, names: tuple[str, ...], drop_rest: bool) -> nn.Module:
+def _finish(model: nn.Module, names: tuple[str, ...], drop_rest: bool) -> None:
     """In place: full copies become the model's own; merged adapters are forgotten, and all others where asked."""
     state = require_state(model)
     for name in names:
@@ -139,14 +163,12 @@ def _finish(model: nn.Module, names: tuple[str, ...], drop_rest: bool) -> nn.Mod
         del state.configs[name]
     active = tuple(name for name in state.active if name in state.configs)
     trained = tuple(name for name in state.trained if name in state.configs)
-    set_active(model, ())  # so that the base's own tensors are in place
+    record(state, dict(base_modules(model)))
+    switch(model, (), ())  # so that the base's own tensors are in place
     part_tied_weights(model)
-    set_active(model, active, trained)
-    for name in list(state.configs) if drop_rest else ():
-        delete_adapter(model, name)
-    if not state.configs and model.__dict__.get("_lowrank_state") is state:
-        forget(model)
-    return model
+    switch(model, active, trained)
+    if drop_rest or not state.configs:
+        drop(model, state.configs)
 
 
 def _progress(layers: list[tuple[str, LoraLayer]], wanted: bool) -> Iterable[tuple[str, LoraLayer]]:

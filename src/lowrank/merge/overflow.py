@@ -14,6 +14,8 @@ def merge_fault(layer: LoraLayer, adapters: tuple[str, ...]) -> str | None:
     A bound on the largest entry answers for nearly every layer in one pass over W0; where it exceeds what the dtype
     holds (a large change of a float16 weight), the layer is merged on trial.
     """
+    if "weight" not in layer._parameters:
+        return "its weight is computed by a parametrisation that was put on after injection: remove that first"
     largest = _largest(layer.base_weight)
     if not torch.isfinite(largest):
         return "the base's weight holds values that are not finite"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lowrank.data.batches import chunks, endless_batches
 from lowrank.data.tokens import Example
-from lowrank.errors import Diverged
+from lowrank.errors import Diverged, LowrankError
+from lowrank.injection.dead import complaint, without_gradient
 from lowrank.stages import stage
 from lowrank.train.evaluation import Measure, Scores, score
 from lowrank.train.optimiser import Optimiser
@@ -79,7 +80,8 @@ class Loop:
         """Take all steps, and leave the model in evaluation mode.
 
         With `keep="best"` the weights of the best evaluation are put back at the end. Raises Diverged, naming the
-        step, where the loss or the gradient stops being finite.
+        step, where the loss or the gradient stops being finite, and LowrankError, before the first step is taken, where
+        no gradient reaches an adapter.
         """
         state, settings = self.state, self.settings
         eval_every = settings.eval_every or math.ceil(self.steps / 5)
@@ -112,6 +114,8 @@ class Loop:
         settings, state = self.settings, self.state
         count = sum(example.trained for example in rows)
         total = self._backward(rows, count)
+        if state.step == 0 and (dead := without_gradient(self.model)):
+            raise LowrankError(complaint(dead))
         factor = rate_factor(settings.schedule, state.step, self.steps, round(settings.warmup * self.steps))
         norm = state.optimiser.step(factor)
         state.step += 1

@@ -51,7 +51,7 @@ class MergeReport:
         return "\n".join([self.summary(), *(f"warning: {text}" for text in self.warnings)])
 
 
-def survival_warnings(surviving: dict[str, float], dtype: str) -> list[str]:
+def survival_warnings(surviving: dict[str, float], dtype: str, remedy: str = "--dtype float32") -> list[str]:
     """One sentence where rounding loses more of ΔW than it leaves."""
     lost = {name: share for name, share in surviving.items() if share < SWALLOWED}
     if not lost:
@@ -59,6 +59,6 @@ def survival_warnings(surviving: dict[str, float], dtype: str) -> list[str]:
     worst = min(lost, key=lambda name: lost[name])
     return [
         f"{len(lost)} of {len(surviving)} merged tensors lose more than half of ‖ΔW‖² in rounding to {dtype} (worst: "
-        f"{worst}, {lost[worst]:.1%} left): the change is small against the weights; merge into float32 (--dtype "
-        "float32), or keep the adapter apart"
+        f"{worst}, {lost[worst]:.1%} left): the change is small against the weights; merge into float32 "
+        f"({remedy}), or keep the adapter apart"
     ]
