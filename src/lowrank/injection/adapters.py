@@ -133,6 +133,7 @@ def drop(model: nn.Module, names: Iterable[str]) -> None:
 def forget(model: nn.Module) -> None:
     """In place: drop the state and hooks of a model that has no adapters left, and let its base train as before."""
     state = require_state(model)
+    state.unwatch()
     remove_hooks(model)
     remove_rounds(model)
     remove_saving(model)

@@ -106,7 +106,9 @@ def attach(
         state.configs[adapter_name] = config
         record(state, modules)
         switch(model, (adapter_name,), (adapter_name,) if trainable else ())
-        state.watched = FirstBackward(model, adapter_name) if trainable else state.watched
+        state.unwatch()
+        if trainable:
+            state.unwatch = FirstBackward(model, adapter_name).stop
 
 
 def _begin(model: nn.Module) -> AdapterState:

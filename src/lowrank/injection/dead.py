@@ -66,11 +66,15 @@ class FirstBackward:
             self._nodes = [f.b.view_as(f.b).grad_fn.next_functions[0][0] for f in factors if f.b.requires_grad]  # type: ignore[union-attr]
         self._handles = [node.register_hook(self._fired) for node in self._nodes if node is not None]
 
-    def _fired(self, *_: Any) -> None:
+    def stop(self) -> bool:
+        """In place: wait no longer. Returns whether it did."""
         handles, self._handles, self._nodes = self._handles, [], []
         for handle in handles:
             handle.remove()
-        if handles:
+        return bool(handles)
+
+    def _fired(self, *_: Any) -> None:
+        if self.stop():
             torch.autograd.Variable._execution_engine.queue_callback(self._ended)
 
     def _ended(self) -> None:

@@ -98,7 +98,7 @@ def settle(model: nn.Module) -> None:
         return
     check_unfolded(model, f"{', '.join(replaced)} changed")
     with state.turnstile.change(model):
-        state.watched = None  # its nodes know the factors' old shapes
+        state.unwatch()  # what waits for a backward pass knows the factors' old shapes
         lengths = {rows for path in replaced if (rows := _carry(state.places[path], modules[path], state.trained))}
         record(state, modules)
     if lengths:

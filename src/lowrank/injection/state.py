@@ -1,5 +1,6 @@
 """What a model remembers about its adapters, in one plain value on the model object."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,10 @@ from lowrank.injection.turnstile import Turnstile
 
 ATTRIBUTE = "_lowrank_state"
 WRAPPERS = ("DistributedDataParallel", "DataParallel")
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class AdapterState:
 
     places: {path: place} of every module that an adapter was put into. folded: inside of a `merged` block, which a copy
     of the model is not. turnstile: keeps switches and forwards of several threads apart.
-    watched: what looks at the first backward pass of the newest adapter.
+    unwatch: ends the waiting for the first backward pass of the newest adapter.
     """
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
@@ -40,7 +45,7 @@ class AdapterState:
     places: dict[str, Place] = field(default_factory=dict)
     folded: bool = False
     turnstile: Turnstile = field(default_factory=Turnstile)
-    watched: object = None
+    unwatch: Callable[[], object] = _nothing
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled without the block that the model is in."""
