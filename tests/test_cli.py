@@ -171,7 +171,8 @@ def test_every_command_has_help_with_an_example(capsys, name):
     status, out, _ = call(capsys, f"{name} --help")
     assert status == 0
     assert cli.COMMANDS[name][:30] in out
-    assert f"lowrank {name}" in re.split(r"\nExamples?:", out)[1]
+    assert f"lowrank {name}" in re.split(r"\nExamples?[^:\n]*:\n", out)[1]
+    assert all(len(line) <= 80 for line in out.splitlines())
 
 
 def test_version(capsys):

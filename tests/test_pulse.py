@@ -67,9 +67,9 @@ def home(tmp_path_factory):
 
 
 COMMANDS = [
-    ("train --steps 2 --out run", ["reading skill.jsonl", "loading llama", "tokenising 30 rows", "training"]),
-    ("eval", ["reading skill.jsonl", "loading llama", "tokenising 30 rows", "evaluating"]),
-    ("rank --sample 4", ["reading skill.jsonl", "loading llama", "tokenising 4 rows", "gradient"]),
+    ("train --steps 2 --out run", ["reading skill.jsonl", "loading the model", "tokenising 30 rows", "training"]),
+    ("eval", ["reading skill.jsonl", "loading the model", "tokenising 30 rows", "evaluating"]),
+    ("rank --sample 4", ["reading skill.jsonl", "loading the model", "tokenising 4 rows", "gradient"]),
     (
         "dimension --steps 1 --ladder 2 --seeds 1 --out d",
         ["tokenising 27 rows", "full, seed 0: training", "2, seed 0: training", "2, seed 0: evaluating"],

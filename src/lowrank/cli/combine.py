@@ -15,10 +15,16 @@ Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "ma
 
 command = App(
     name="combine",
-    help_epilogue="""Examples:
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank rank --adapter demo-out/adapter --budget 8000 --out less.yaml
+  lowrank resize --adapter demo-out/adapter --ranks less.yaml --out less
+  lowrank combine --adapter demo-out/adapter:0.5 --adapter less:0.5 \\
+      --rank 8 --out mean
+
+Examples with your own:
   lowrank combine --adapter facts --adapter style:0.5 --out both
-  lowrank combine --adapter a:0.5 --adapter b:0.5 --method linear --rank 16 --out mean
-  lowrank combine --adapter a --adapter b --method ties --density 0.2 --rank 32 --out agreed
+  lowrank combine --adapter a --adapter b --method ties --density 0.2 \\
+      --rank 32 --out agreed
 
 PEFT loads what is written.""",
 )

@@ -84,7 +84,8 @@ class RunDisplay(Reporter):
             best = f"; best {result.best[1].loss:.4f} at step {result.best[0]}"
             lines.append(f"evaluation loss {result.before.loss:.4f} before, {result.after.loss:.4f} after{best}")
         flag = f"--model {result.folder}" if settings.full else f"--model {settings.model} --adapter {result.folder}"
-        lines += [f"saved to {result.folder}", f"next: lowrank eval {flag} --data {settings.data}"]
+        unseen = f"--data {settings.eval_data}" if settings.eval_data else "--data FILE, of rows not trained on"
+        lines += [f"saved to {result.folder}", f"next: lowrank eval {flag} {unseen}"]
         self._lines(lines)
 
     def _lines(self, lines: Sequence[str]) -> None:

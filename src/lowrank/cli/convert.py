@@ -18,12 +18,17 @@ SWITCHES = {"true": True, "false": False}
 
 command = App(
     name="convert",
-    help_epilogue="""Examples:
-  lowrank convert --source adapter --to gguf --model base --out adapter.gguf
-  lowrank convert --source adapter --to mlx --out adapter-mlx
-  lowrank convert --source mlx-adapter --out adapter
-  lowrank convert --source lora.bin --alpha 16 --enable-lora true,false,true --allow-pickle --out adapter
-  lowrank convert --source old-model --to safetensors --allow-pickle --out model""",
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank convert --source demo-out/adapter --to gguf --model nano \\
+      --out skill.gguf
+  lowrank convert --source demo-out/adapter --to mlx --out skill-mlx
+  lowrank convert --source skill-mlx --out from-mlx
+
+Examples with your own:
+  lowrank convert --source lora.bin --alpha 16 --enable-lora true,false,true \\
+      --allow-pickle --out adapter
+  lowrank convert --source old-model --to safetensors --allow-pickle \\
+      --out model""",
 )
 
 

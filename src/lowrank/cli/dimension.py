@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 command = App(
     name="dimension",
-    help_epilogue="""Examples:
-  lowrank dimension --model nano --data skill.jsonl --out runs/d --steps 100
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank dimension --model nano --data demo-out/data/train.jsonl --out d90 \\
+      --steps 100 --lr 1e-3 --ladder 16,256,4096 --seeds 1 --eval-rows 200
+
+Examples with your own:
   lowrank dimension --model bert/ --data sst2.tsv --text-column sentence \\
       --steps 200 --batch-size 16 --ladder 16,128,1024,8192 --out runs/d90
 

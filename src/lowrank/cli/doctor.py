@@ -12,7 +12,7 @@ command = App(
     name="doctor",
     help_epilogue="""Examples:
   lowrank doctor
-  lowrank doctor --model llama/ --targets all-linear --tokens 4096""",
+  lowrank doctor --model nano --targets all-linear --tokens 4096""",
 )
 
 

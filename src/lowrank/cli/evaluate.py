@@ -11,8 +11,11 @@ from lowrank.train.settings import EvalSettings, MachineSettings
 
 command = App(
     name="eval",
-    help_epilogue="""Examples:
-  lowrank eval --model nano --adapter runs/skill --data unseen.jsonl
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank eval --model nano --adapter demo-out/adapter \\
+      --data demo-out/data/held-out.jsonl
+
+Examples with your own:
   lowrank eval --model llama/ --data e2e.csv --rows 312 --json \\
       --prompt-column mr --completion-column ref
 

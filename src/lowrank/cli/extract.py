@@ -13,9 +13,12 @@ from lowrank.cli.module_bar import module_bar
 
 command = App(
     name="extract",
-    help_epilogue="""Examples:
-  lowrank extract --model base --tuned tuned --rank 16 --out adapter
-  lowrank extract --model base --tuned tuned --energy 0.95 --rank 64 --out adapter --save-rest --json
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank extract --model nano --tuned demo-out/merged --rank 8 --out found
+
+Examples with your own:
+  lowrank extract --model base --tuned tuned --energy 0.95 --rank 64 \\
+      --out adapter --save-rest --json
 
 PEFT loads what is written.""",
 )

@@ -10,8 +10,12 @@ from lowrank.train.settings import GenerateSettings, MachineSettings
 
 command = App(
     name="generate",
-    help_epilogue="""Examples:
-  lowrank generate --model nano --prompt "Once upon a time"
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank generate --model nano --prompt "One morning"
+  lowrank generate --model nano --adapter demo-out/adapter \\
+      --prompt "name[Mia], thing[kite], colour[red], place[garden]"
+
+Examples with your own:
   lowrank generate --model llama/ --adapter runs/e2e --prompt "name[Aromi]" \\
       --temperature 0.7 --seed 1""",
 )

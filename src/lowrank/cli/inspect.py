@@ -7,9 +7,11 @@ from cyclopts import App, Parameter
 
 command = App(
     name="inspect",
-    help_epilogue="""Examples:
-  lowrank inspect runs/e2e
-  lowrank inspect runs/e2e --model llama/ --html e2e.html
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank inspect demo-out/adapter
+  lowrank inspect demo-out/adapter --model nano --html skill.html
+
+Examples with your own:
   lowrank inspect runs/e2e-r8 --against runs/e2e-r64 --json
 
 Only files are read: no model is built, and nothing of the adapter is changed.""",

@@ -18,9 +18,13 @@ SHOWN = [name for name in MergeReport.__slots__ if name != "out"]
 
 command = App(
     name="merge",
-    help_epilogue="""Examples:
-  lowrank merge --model base --adapter my-adapter --out merged
-  lowrank merge --model base --adapter facts --adapter style:0.5 --out merged --dtype float32 --verify full""",
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank merge --model nano --adapter demo-out/adapter --out merged
+  lowrank merge --model nano --adapter demo-out/adapter:0.5 --out half \\
+      --dtype bfloat16 --verify full
+
+Examples with your own:
+  lowrank merge --model llama/ --adapter facts --adapter style:0.5 --out both""",
 )
 
 

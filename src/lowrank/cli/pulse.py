@@ -9,7 +9,7 @@ from typing import Self, TextIO
 
 from lowrank.stages import listening
 
-FIRST, EVERY = 3.0, 30.0  # seconds: a stage that takes less says nothing
+FIRST, EVERY = 5.0, 30.0  # seconds: a stage that takes less says nothing, nor at first one that counts
 
 
 class Pulse:
@@ -29,7 +29,7 @@ class Pulse:
         now = time.monotonic()
         if what != self._what:
             self._what, self._since = what, now
-            if what not in self._seen:
+            if what not in self._seen and done is None:
                 self._seen.add(what)
                 self._due = min(self._due, now + self.first)
                 self._wake.set()

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 command = App(
     name="rank",
-    help_epilogue="""Examples:
-  lowrank rank --model llama/ --data e2e.csv --targets all-linear \\
-      --rank 8 --out ranks.yaml
-  lowrank train --config ranks.yaml --model llama/ --data e2e.csv --out runs/e2e
-  lowrank rank --adapter runs/e2e --energy 0.95
-  lowrank rank --adapter runs/e2e --budget 50000 --out small.yaml
-  lowrank resize --adapter runs/e2e --ranks small.yaml --out runs/e2e-small
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank rank --model nano --data demo-out/data/train.jsonl \\
+      --targets all-linear --rank 8 --out ranks.yaml
+  lowrank train --config ranks.yaml --model nano \\
+      --data demo-out/data/train.jsonl --out by-rank --steps 200 --lr 5e-3
+  lowrank rank --adapter demo-out/adapter --energy 0.95
+  lowrank rank --adapter demo-out/adapter --budget 8000 --out fewer.yaml
+  lowrank resize --adapter demo-out/adapter --ranks fewer.yaml --out fewer
 
 The ranks are a heuristic: what holds a matrix's energy need not be what
 training needs. Measure what they gave.""",

@@ -13,9 +13,11 @@ from lowrank.errors import ConfigError
 
 command = App(
     name="resize",
-    help_epilogue="""Examples:
-  lowrank resize --adapter big --rank 8 --out small
-  lowrank resize --adapter big --energy 0.99 --out small --json
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank resize --adapter demo-out/adapter --rank 4 --out small
+  lowrank resize --adapter demo-out/adapter --energy 0.99 --out kept --json
+
+Examples with your own:
   lowrank resize --adapter big --ranks ranks.yaml --out small
 
 PEFT loads what is written.""",

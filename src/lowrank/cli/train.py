@@ -12,12 +12,16 @@ from lowrank.train.settings import AdapterSettings, LoopSettings, MachineSetting
 
 command = App(
     name="train",
-    help_epilogue="""Examples:
-  lowrank train --model nano --data skill.jsonl --out runs/skill --epochs 3
+    help_epilogue="""Examples, after `lowrank demo`:
+  lowrank train --model nano --data demo-out/data/train.jsonl --out skill \\
+      --steps 200 --lr 5e-3
+  lowrank train --config skill/train.yaml --lr 1e-3 --out skill-slower
+
+Examples with your own:
   lowrank train --model llama/ --data e2e.csv --out runs/e2e \\
       --prompt-column mr --completion-column ref --eval-split 0.05 \\
       --targets all-linear --rank 8 --lr 3e-3 --batch-size 32
-  lowrank train --config runs/e2e/train.yaml --lr 1e-3 --out runs/slower
+  lowrank train --model org/name@main --data org/set:train.jsonl --out runs/hub
 
 Flags beat the lines of --config, which beat the defaults.
 PEFT loads what is saved.""",

@@ -15,13 +15,16 @@ from lowrank.checkpoint.outputs import claimed, entries, new_folder
 from lowrank.checkpoint.temporaries import delete
 from lowrank.data.recipe import Recipe
 from lowrank.data.tokens import prompt_ids
+from lowrank.injection.apply import inject
 from lowrank.merge.memory import merge_and_unload, unload
 from lowrank.nano import Row, model_path, rows
+from lowrank.stages import stage
+from lowrank.study.matrices import Matrices, look_at
 from lowrank.train.models import load_causal, load_tokenizer, quiet
 from lowrank.train.reporting import Reporter
 from lowrank.train.run_folder import save_whole
 from lowrank.train.settings import TrainSettings
-from lowrank.train.trainer import run
+from lowrank.train.trainer import lora_config, run, seeded
 
 TRAIN_ROWS, TEST_ROWS, SHOWN = 6000, 200, 3
 SETTINGS = {
@@ -35,6 +38,7 @@ SETTINGS = {
     "log_every": 40,
 }
 RECIPE = Recipe("completion", "{prompt}\n", 0)  # as `lowrank train` makes prompts where nothing else is asked
+LAYER = "model.layers.0.self_attn.q_proj"  # the one whose matrices are shown
 LONGEST_ANSWER = 32  # tokens; the longest right one has 18
 
 
@@ -108,13 +112,26 @@ class Demo:
         """The shipped decoder."""
         return load_causal(model_path(), torch.float32).eval()
 
-    def train(self, reporter: Reporter) -> TrainSettings:
-        """LoRA on query and value, by the same call as `lowrank train`."""
-        settings = TrainSettings.model_validate(
+    @property
+    def settings(self) -> TrainSettings:
+        """LoRA on query and value."""
+        return TrainSettings.model_validate(
             {"model": "nano", "data": str(self.data / "train.jsonl"), "out": str(self.adapter), **SETTINGS}
         )
-        run(settings, reporter)
-        return settings
+
+    def start(self, base: nn.Module) -> tuple[Matrices, str, bool]:
+        """(the matrices before training, what is trained, whether the answers are the base's, bit for bit)."""
+        before = self._logits(base, self.test[0])
+        with seeded(self.settings.seed):
+            summary = inject(base, lora_config(self.settings, ())).summary()
+        matrices = look_at(base, LAYER)
+        same = torch.equal(self._logits(base, self.test[0]), before)
+        unload(base)
+        return matrices, summary, same
+
+    def train(self, reporter: Reporter) -> None:
+        """The same call as `lowrank train`."""
+        run(self.settings, reporter)
 
     def adapted(self) -> nn.Module:
         """The decoder with the saved adapter."""
@@ -127,6 +144,7 @@ class Demo:
         prompts = [prompt_ids(self.tokenizer, RECIPE, row.prompt) for row in self.test]
         ids, mask = _left_padded(prompts, self.tokenizer.pad_token_id)
         decoder: Any = model
+        stage(f"answering {len(prompts)} prompts")
         with torch.no_grad(), quiet():
             out = decoder.generate(input_ids=ids, attention_mask=mask, max_new_tokens=LONGEST_ANSWER, do_sample=False)
         given = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)

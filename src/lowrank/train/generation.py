@@ -10,6 +10,7 @@ from lowrank.data.recipe import Recipe, read_recipe
 from lowrank.data.tokens import prompt_ids
 from lowrank.errors import ConfigError
 from lowrank.hub import local_folder
+from lowrank.stages import stage
 from lowrank.train.models import find_model, quiet
 from lowrank.train.settings import GenerateSettings
 from lowrank.train.task import Loaded, load
@@ -32,6 +33,7 @@ def generate(settings: GenerateSettings, on_text: Callable[[str], None] | None =
         load_adapter(loaded.model, adapter)
     ids = prompt_ids(loaded.tokenizer, recipe, settings.prompt)
     room = _room(loaded, ids)
+    stage("writing")
     with torch.random.fork_rng(), quiet():
         torch.manual_seed(settings.seed)
         return _write(loaded, ids, min(settings.max_new_tokens, room), settings, on_text)

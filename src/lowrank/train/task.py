@@ -52,7 +52,7 @@ def load(folder: Path, kind: Kind, labels: Sequence[str], settings: MachineSetti
     """The model and tokenizer of a folder, on the device and in the dtype asked for."""
     device = device_of(settings)
     dtype = dtype_of(settings, device)
-    stage(f"loading {folder}")
+    stage("loading the model")
     tokenizer = load_tokenizer(folder)
     heads: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
