@@ -114,8 +114,8 @@ def test_files_that_are_no_adapter(made: Path, tmp_path: Path, capsys: pytest.Ca
     broken = shutil.copytree(made / "one", tmp_path / "broken")
     whole = (broken / WEIGHTS).read_bytes()
     (broken / WEIGHTS).write_bytes(whole[:-7])
-    assert "damaged" in complaint(capsys, broken)
-    assert "damaged" in complaint(capsys, made / "one", "--against", broken)
+    assert "too short" in complaint(capsys, broken)
+    assert "too short" in complaint(capsys, made / "one", "--against", broken)
 
 
 def test_values_that_are_not_finite(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

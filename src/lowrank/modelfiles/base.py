@@ -131,7 +131,7 @@ def _without_weights(folder: Path, names: list[str]) -> str:
             f"read: make a safetensors copy with `lowrank convert --source {folder} --to safetensors --allow-pickle "
             "--out NEW`, which reads them with weights_only in a process of its own, and merge into that"
         )
-    return f"{folder} holds no *.safetensors file, so there is nothing to merge into"
+    return f"{folder} holds no *.safetensors file, so it has no weights to read"
 
 
 def _named_files(path: Path, index: dict[str, Any]) -> list[str]:

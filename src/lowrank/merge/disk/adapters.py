@@ -11,7 +11,7 @@ from lowrank.adapters.weighted import WeightedAdapter, weighted_pairs
 from lowrank.checkpoint.adapter_folder import AdapterPath
 from lowrank.checkpoint.keys import MAGNITUDE
 from lowrank.checkpoint.read import AdapterFiles, read_adapter
-from lowrank.checkpoint.restore import with_moved_base
+from lowrank.checkpoint.restore import unfold, with_moved_base
 from lowrank.core.factors import LoraFactors
 from lowrank.core.finite import named
 from lowrank.core.merging import Change, prepare
@@ -63,7 +63,8 @@ class Contribution:
 
         shape: the tensor's own; weight: (n, m) as stored or, where nothing reads it, anything of its dtype.
         """
-        factors = self.adapter.files.factors(self.path, shape)
+        files = self.adapter.files
+        factors = unfold(files.factors(self.path, shape), self.path, files.companion)
         factors = factors.to(dtype=torch.promote_types(factors.a.dtype, weight.dtype))
         if self._moved is None:
             return factors
