@@ -8,7 +8,7 @@ import torch
 import lowrank
 from checkpoint_models import answer, bert, disturb, is_plain, llama, silence, snapshot
 from lowrank import LoraConfig
-from lowrank.errors import CheckpointError, LowrankError, LowrankWarning
+from lowrank.errors import CheckpointError, LowrankError, LowrankWarning, TargetError
 
 SAVED = {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj"], "modules_to_save": ["norm"]}
 
@@ -45,6 +45,19 @@ def test_a_base_without_values_is_refused_in_a_sentence(make, adapter):
         lowrank.load_adapter(model, adapter)
     assert set(model.state_dict()) == keys and not lowrank.adapter_configs(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_injecting_into_an_offloaded_base_is_refused_and_offloading_after_it_works(adapter):
+    from accelerate import cpu_offload
+
+    with pytest.raises(TargetError, match="accelerate offloads its weight: adapt the model before"):
+        lowrank.inject(offloaded(), LoraConfig(**SAVED))
+    model = llama()
+    lowrank.load_adapter(model, adapter)
+    wanted = answer(model)
+    cpu_offload(model, torch.device("cpu"), preload_module_classes=["LoraLinear"])
+    assert model.model.layers[0].self_attn.q_proj.factors("default").a.is_meta
+    assert torch.equal(answer(model), wanted)
 
 
 PLACES = [

@@ -95,7 +95,7 @@ def _without_values(files: AdapterFiles, modules: Mapping[str, nn.Module], renam
         return []
     return [
         f"the weights of {', '.join(empty[:3])}{', ...' if empty[3:] else ''} are on the meta device and have no "
-        "values: load them first, and where accelerate is to offload them, load the adapter before that"
+        "values: load them first, and the adapter before accelerate offloads them"
     ]
 
 

@@ -57,6 +57,12 @@ def _unfit(weight: nn.Parameter | None) -> str | None:
     return f"its weight is {weight.dtype}, and quantised bases are not adapted yet"
 
 
+OFFLOADED = (
+    "accelerate offloads its weight: adapt the model before, and name the class it has then (LoraLinear, ...) in "
+    "accelerate's preload_module_classes"
+)
+
+
 def refusal(module: nn.Module) -> str | None:
     """Why `module` cannot be adapted, in words that end a sentence, or None where it can."""
     kind = kind_of(module)
@@ -68,4 +74,6 @@ def refusal(module: nn.Module) -> str | None:
         return why
     if forward_is_replaced(module):
         return REPLACED
+    if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return OFFLOADED
     return kind.refusal(module)
