@@ -15,7 +15,19 @@ from lowrank.layers.kinds import KINDS, refusal
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # What reads weights, or has layers of its own: read `layers.reading`.
-READERS = tuple(["mamba", "jamba", "qwen3_next", "wavlm", "wav2vec2", "whisper", "clip", "siglip", "prophetnet", "bart", "falcon"])
+READERS = (
+    "mamba",
+    "jamba",
+    "qwen3_next",
+    "wavlm",
+    "wav2vec2",
+    "whisper",
+    "clip",
+    "siglip",
+    "prophetnet",
+    "bart",
+    "falcon",
+)
 WRITES = {"rwkv"}  # its forward divides its weights in place
 CHANGES_ITSELF = ("mobilenet", "resnet", "regnet", "efficientnet", "levit", "poolformer")  # running means in train()
 
