@@ -253,6 +253,33 @@ MUTATIONS: dict[str, Mutation] = {
         "POINTWISE[len(spatial)](x, kernel, None, self.stride, self.padding, self.dilation, self.groups)",
         ANSWERS,
     ),
+    "convert: another model believed": Mutation(
+        "adapters/convert/partner.py", "own not in (wanted, wanted[::-1])", "False", "test_convert_partner.py"
+    ),
+    "mlx: experts turned round": Mutation(
+        "adapters/convert/mlx.py",
+        "for number in range(count or most)",
+        "for number in reversed(range(count or most))",
+        "test_mlx_names.py",
+    ),
+    "mlx: an expert's parts exchanged": Mutation(
+        "adapters/convert/mlx_names.py",
+        '"w2": "down_proj", "w3": "up_proj"',
+        '"w2": "up_proj", "w3": "down_proj"',
+        "test_mlx_names.py",
+    ),
+    "disk: the recipe left behind": Mutation(
+        "merge/disk/merge.py", "if recipe is not None:", "if recipe is None:", "test_merge_disk_recipe.py"
+    ),
+    "disk: the written scale left in": Mutation(
+        "merge/disk/adapters.py",
+        "unfold(files.factors(self.path, shape), self.path, files.companion)",
+        "files.factors(self.path, shape)",
+        "test_merge_disk_bits.py",
+    ),
+    "finite: never asked": Mutation(
+        "core/finite.py", "if not all_finite(tensor):", "if tensor is None:", "test_not_finite.py"
+    ),
     "init: standard deviation one": Mutation("core/init/gaussian.py", "1 / site.rank", "1.0", INIT),
     "init: start factors not kept": Mutation(
         "injection/creation.py", "if starts[0].subtract else None", "if False else None", IDENTITY
