@@ -13,7 +13,7 @@ from lowrank.analysis.measure import Measure, measure
 from lowrank.analysis.places import Place, natural, places
 from lowrank.checkpoint import AdapterFiles, read_adapter
 from lowrank.checkpoint.keys import Key
-from lowrank.errors import LowrankError
+from lowrank.errors import LowrankError, some
 
 Location = str | os.PathLike[str]
 
@@ -150,7 +150,7 @@ def _notes(files: AdapterFiles, with_base: bool) -> Iterator[str]:
     if files.full:
         yield f"{len(files.full)} tensors are kept in full and are no low-rank change; they are listed, not measured."
     if files.unknown_fields:
-        yield f"Fields of adapter_config.json that were not used: {', '.join(files.unknown_fields)}."
+        yield f"Fields of adapter_config.json that were not used: {some(files.unknown_fields, 8)}."
 
 
 def _base_notes(files: AdapterFiles, other: AdapterFiles) -> Iterator[str]:

@@ -57,7 +57,7 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
     places = dict(resolution.modules)
     found = Match(renamed=resolution.renamed)
     if files.unknown_fields:
-        found.notes.append(f"{adapter.label}: config fields not understood: {', '.join(files.unknown_fields)}")
+        found.notes.append(f"{adapter.label}: config fields not understood: {some(files.unknown_fields, 8)}")
     if own := own_texts(base, adapter.folder):
         found.notes.append(
             f"{adapter.label} has a {' and a '.join(own)} that the base has not: the result has the base's, copy them "

@@ -14,7 +14,7 @@ import torch
 
 from lowrank.checkpoint.adapter_folder import RUN_FILE
 from lowrank.checkpoint.outputs import check_room, claimed
-from lowrank.errors import CheckpointError, LowrankWarning, MergeError
+from lowrank.errors import CheckpointError, LowrankWarning, MergeError, some
 from lowrank.files.safetensors import FLOATS
 from lowrank.merge.disk.adapters import Adapter, WeightedAdapter, read_adapters
 from lowrank.merge.disk.card import card, sha256_of
@@ -182,7 +182,7 @@ def _write(job: _Job, folder: Path, advance: Callable[[int], None]) -> tuple[tup
             copied.append(file)
     write_files(folder, copied, job.options.threads, advance)
     missed = [file.name for file in copied if file.unchanged and how != "copy"]
-    notes += [f"{', '.join(missed)}: copied, this file system has no {how} here"] if missed else []
+    notes += [f"{some(missed)}: copied, this file system has no {how} here"] if missed else []
     return tuple(linked), notes
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowrank.errors import some
+
 SWALLOWED = 0.5  # below this share of ‖ΔW‖², more of the change is lost in rounding than is left
 
 
@@ -43,7 +45,7 @@ class MergeReport:
             least = min(self.surviving, key=lambda name: self.surviving[name])
             lines.append(f"left of ‖ΔW‖² after rounding: at least {self.surviving[least]:.1%} ({least})")
         lines += [f"names exchanged, {text}" for text in self.renamed]
-        lines += [f"{', '.join(self.linked)}: shared with the base"] if self.linked else []
+        lines += [f"{some(self.linked)}: shared with the base"] if self.linked else []
         return "\n".join([*lines, *self.notes])
 
     def __str__(self) -> str:
