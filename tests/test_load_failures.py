@@ -1,5 +1,6 @@
 """Whatever loading or injecting raises, the model is as it was; what a file lacks and its config speaks of is said."""
 
+import copy
 import json
 
 import pytest
@@ -55,6 +56,8 @@ def test_injecting_into_an_offloaded_base_is_refused_and_offloading_after_it_wor
     model = llama()
     lowrank.load_adapter(model, adapter)
     wanted = answer(model)
+    with pytest.raises(LowrankError, match="name the class of the adapted layers"):
+        answer(cpu_offload(copy.deepcopy(model), torch.device("cpu")))
     cpu_offload(model, torch.device("cpu"), preload_module_classes=["LoraLinear"])
     assert model.model.layers[0].self_attn.q_proj.factors("default").a.is_meta
     assert torch.equal(answer(model), wanted)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.core.rows import RowBlock, row_indices
+from lowrank.errors import LowrankError
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
@@ -92,8 +93,15 @@ class LoraFactors(nn.Module):
 
         (a, b) over all rows; with start factors B·A − B_start·A_start = (B − B_start)·A + B_start·(A − A_start), two
         products that vanish each by itself and lose nothing by cancellation. A: (R, k), B: (d, R), differentiable.
+
+        Raises LowrankError where accelerate has offloaded the factors by themselves: torch computes something of them.
         """
         a, b = self.a, self.full_b(self.b)
+        if a.is_meta and "_hf_hook" in self.__dict__:
+            raise LowrankError(
+                "accelerate has offloaded an adapter's factors and brings them back for nobody: name the class of the "
+                "adapted layers (LoraLinear, ...) in its preload_module_classes"
+            )
         if self.start_a is None or self.start_b is None:
             return a, b
         start_b = self.full_b(self.start_b)
