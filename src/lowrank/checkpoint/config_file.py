@@ -12,7 +12,7 @@ from lowrank.core.scaling import lora_scale
 from lowrank.errors import CheckpointError, ConfigError
 from lowrank.files.json_file import read_object
 from lowrank.injection.config import LoraConfig
-from lowrank.injection.patterns import compile_regex, pattern_value
+from lowrank.injection.patterns import check_expressions, pattern_value
 
 NAME = "adapter_config.json"
 
@@ -115,9 +115,10 @@ def read_config(folder: Path) -> AdapterConfig:
     try:
         lora = LoraConfig(**fields)
         for name in ("rank_pattern", "alpha_pattern"):
-            pattern_value("", getattr(lora, name), None, name)  # every key must be a regex
-        if isinstance(lora.target_modules, str):
-            compile_regex(lora.target_modules, "target_modules")
+            check_expressions(getattr(lora, name), name)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(lora, name), str):
+                check_expressions([getattr(lora, name)], name)
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     known = {*USED, *WITHOUT_EFFECT, *UNREPRESENTABLE}

@@ -58,5 +58,6 @@ def find_renaming(paths: Iterable[str], model_paths: Collection[str]) -> Renamin
 
 
 def _works(candidate: Renaming, paths: frozenset[str]) -> bool:
-    renamed = {candidate(path) for path in paths}
-    return candidate.keeps_layers() and renamed <= candidate.known and len(renamed) == len(paths)
+    if not candidate.keeps_layers() or not all(candidate(path) in candidate.known for path in paths):
+        return False
+    return len({candidate(path) for path in paths}) == len(paths)

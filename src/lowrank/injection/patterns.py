@@ -3,9 +3,11 @@
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import TypeVar
 
-from lowrank.errors import ConfigError, TargetError
+from lowrank.errors import ConfigError, TargetError, short
+from lowrank.injection.regex import Table
 
 Value = TypeVar("Value")
 FUSED = re.compile(r"(?P<name>[^\[\]*+?()|^$\\]+)\[(?P<parts>\w+(?:,\s*\w+)*)\]")
@@ -24,18 +26,41 @@ def matches_name(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def compile_regex(pattern: str, field: str) -> re.Pattern[str]:
-    """The regex, or a ConfigError that names the field."""
+def check_expressions(expressions: Iterable[str], field: str) -> None:
+    """Raise a ConfigError that names the field for what is no regular expression, or one that has no bounds."""
+    _table(tuple(expressions), field)
+
+
+@lru_cache(maxsize=64)
+def _table(expressions: tuple[str, ...], field: str) -> Table:
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{field}={pattern!r} is not a regular expression: {error}") from None
+        return Table(expressions)
+    except ValueError as error:
+        wrong = next((one for one in expressions if _fault(one)), expressions[0])
+        text = f"{field}={short(repr(wrong), 200)} is not a regular expression that can be read: {error}"
+        raise ConfigError(text) from None
+
+
+def _fault(expression: str) -> bool:
+    try:
+        Table([expression])
+    except ValueError:
+        return True
+    return False
+
+
+def _first(path: str, expressions: tuple[str, ...], field: str, *, whole: bool) -> int | None:
+    """The number of the first expression that means the path, or the end of it where not `whole`."""
+    try:
+        return _table(expressions, field).first(path, whole=whole)
+    except ValueError as error:
+        raise ConfigError(f"{field}={short(repr(expressions[0]), 200)}: {error}") from None
 
 
 def matches(path: str, patterns: str | Sequence[str], field: str) -> bool:
     """A string is one regex for the whole path; a sequence holds names, exact or as suffixes."""
     if isinstance(patterns, str):
-        return compile_regex(patterns, field).fullmatch(path) is not None
+        return _first(path, (patterns,), field, whole=True) is not None
     return any(matches_name(path, name) for name in patterns)
 
 
@@ -44,26 +69,30 @@ def layer_index(path: str, layers_pattern: str | Sequence[str] | None) -> int | 
 
     `layers_pattern` names the list to count in, where the first numbered one is not meant.
     """
-    names = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
-    for regex in [rf"(?:.*?\.)?{name}\.(\d+)\." for name in names] or [r"(?:.*?\.)?[^.]*\.(\d+)\."]:
-        if match := re.match(regex, path):
-            return int(match[1])
+    lists = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [])
+    parts = path.split(".")
+    for end in range(1, len(parts) - 1):
+        number = parts[end]
+        if not (number.isdecimal() and len(number) < 10):
+            continue
+        if not lists or any(matches_name(".".join(parts[:end]), name) for name in lists):
+            return int(number)
     return None
 
 
 def pattern_value(path: str, table: Mapping[str, Value], default: Value, field: str) -> Value:
     """The value of the first key of `table` that is a regex for the end of the path, else `default`."""
-    for key, value in table.items():
-        if compile_regex(rf"(.*\.)?({key})$", field).match(path):
-            return value
-    return default
+    keys = tuple(table)
+    number = _first(path, keys, field, whole=False) if keys else None
+    return default if number is None else table[keys[number]]
 
 
 def check_patterns(field: str, keys: Iterable[str], paths: Collection[str]) -> None:
     """Raise TargetError for the first key that, as `pattern_value` reads it, means none of the paths."""
-    for key in keys:
-        regex = compile_regex(rf"(.*\.)?({key})$", field)
-        if not any(regex.match(path) for path in paths):
+    keys = tuple(keys)
+    used = {_first(path, keys, field, whole=False) for path in paths} if keys else set()
+    for number, key in enumerate(keys):
+        if number not in used and all(_first(path, (key,), field, whole=False) is None for path in paths):
             raise TargetError(f"{field}: {key!r} matches no target{suggestion(key, paths)}")
 
 
