@@ -20,6 +20,9 @@ def home(tmp_path_factory):
     save_llama(home / "llama")
     write_jsonl(home / "skill.jsonl", completion_rows(30))
     write_jsonl(home / "odd.jsonl", [{"mr": "a", "ref": "b"}])
+    (home / "twice.yaml").write_text("rank: 4\nrank: 5\n")
+    (home / "list.yaml").write_text("- rank\n")
+    (home / "types.yaml").write_text("model: a\ndata: b\nout: c\ntargets: {}\nalpha_pattern: {q_proj: -3}\n")
     (home / "deep.yaml").write_text("[" * 5000)
     (home / "peft.yaml").write_text("lora_alpha: 8\nrnk: 4\n")
     return home
@@ -68,6 +71,9 @@ WRONG = [
     ("train --config none.yaml", "config none.yaml: No such file"),
     ("train --config /dev/null", "config /dev/null is no file"),
     ("train --config deep.yaml", "config deep.yaml is nested too deep"),
+    ("train --config twice.yaml", "config twice.yaml is not YAML: 'rank' stands there twice"),
+    ("train --config list.yaml", "config list.yaml must hold lines of `name: value`, not one list"),
+    ("train --config types.yaml", "--targets: input should be a valid string, not {}; --alpha-pattern: input should"),
     ("train --config peft.yaml", "'lora_alpha' is no setting: here it is called 'alpha'; 'rnk' is no setting, did you"),
     (f"{GIVEN} --init pissa_niter_99999999999", "pissa_niter_N with N up to"),
     (f"{GIVEN} --epochs 1e300", "--epochs: input should be less than or equal to 1000000"),

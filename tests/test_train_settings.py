@@ -87,7 +87,7 @@ def test_what_is_needed_is_named():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[1, 2]", "must be a list of `name: value` lines"), ("a: [", "is not YAML"), ("\x00", "is not YAML")],
+    [("[1, 2]", "must hold lines of `name: value`"), ("a: [", "is not YAML"), ("\x00", "is not YAML")],
 )
 def test_files_that_are_no_settings(tmp_path, content, message):
     (tmp_path / "c.yaml").write_text(content)

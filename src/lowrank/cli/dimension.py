@@ -37,7 +37,7 @@ def dimension(
     model: str | None = None,
     data: str | None = None,
     out: str | None = None,
-    json: bool = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
     ladder: Annotated[LadderSettings | None, Parameter(name="*", group=Group("The subspaces", sort_key=1))] = None,
     rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=2))] = None,
     loop: Annotated[TrainingSettings | None, Parameter(name="*", group=Group("Every training", sort_key=3))] = None,
@@ -50,7 +50,7 @@ def dimension(
     model
         A model: its folder, its name on the Hub (org/name), or "nano", which ships with lowrank
     data
-        A jsonl, csv or tsv file: rows of prompt + completion, text, or text + label
+        A file of rows, several with commas, a folder, or one on the Hub, as `lowrank train` takes them
     out
         The folder of the finished trainings, the figure and the numbers
     json

@@ -24,7 +24,7 @@ def doctor(
     rank: int | None = None,
     tokens: int | None = None,
     dtype: str | None = None,
-    as_json: Annotated[bool, Parameter(name="--json")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """What is installed, what runs fast here, and how a model's layers would be computed.
 

@@ -54,7 +54,7 @@ def rank(
     model
         Before training: a model, its folder, its name on the Hub, or "nano"
     data
-        Before training: a jsonl, csv or tsv file to take the gradient on
+        Before training: rows to take the gradient on, as `lowrank train` takes them
     adapter
         After training: an adapter, its folder or its name on the Hub, whose ΔW is measured exactly
     energy

@@ -37,21 +37,39 @@ def read_yaml(file: str | Path, kind: type[Settings]) -> dict[str, object]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ConfigError(f"config {file} has {path.stat().st_size:,} bytes: that is no file of settings")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config {file}: {error.strerror or error}") from None
     except RecursionError:
         raise ConfigError(f"config {file} is nested too deep for a file of settings") from None
     except (yaml.YAMLError, ValueError) as error:  # no UTF-8, a date that is none
-        raise ConfigError(f"config {file} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"config {file} is not YAML: {_yaml_fault(error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"config {file} must be a list of `name: value` lines, not a {type(content).__name__}")
+        raise ConfigError(f"config {file} must hold lines of `name: value`, not one {type(content).__name__}")
     unknown = [str(name) for name in content if not isinstance(name, str) or name not in kind.model_fields]
     if unknown:
         raise ConfigError(f"config {file}: " + "; ".join(_unknown(name, kind) for name in unknown))
     return content
+
+
+def _parsed(text: str) -> object:
+    """The YAML's value. A name that stands there twice is a fault, as a flag given twice is."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            if twice := next((name for name in names if isinstance(name, str) and names.count(name) > 1), None):
+                raise yaml.YAMLError(f"{twice!r} stands there twice")
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)  # a SafeLoader
+
+
+def _yaml_fault(error: Exception) -> str:
+    return " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
 
 
 def check(kind: type[S], values: Mapping[str, object], file: str | None = None) -> S:
@@ -65,7 +83,10 @@ def check(kind: type[S], values: Mapping[str, object], file: str | None = None) 
 
 def sentence(error: ValidationError, kind: type[Settings]) -> str:
     """Every fault pydantic found, as one sentence in the words of the command line."""
-    return "; ".join(_fault(fault, kind) for fault in error.errors())
+    first: dict[Any, Any] = {}  # of a value that may be of several types, each refuses it
+    for fault in error.errors():
+        first.setdefault(fault["loc"][:1] or fault["msg"], fault)
+    return "; ".join(_fault(fault, kind) for fault in first.values())
 
 
 def _unknown(name: str, kind: type[Settings]) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, field_validator, model_validator
 
 from lowrank.data.names import unescape, whole
 from lowrank.data.settings import DataSettings, Names, Settings
@@ -39,8 +39,12 @@ class AdapterSettings(TargetSettings):
     dora: bool = Field(False, description="Learn a magnitude per output row beside the direction (DoRA)")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too")
     modules_to_save: Names = Field((), description="Modules to train and save in full, names with commas")
-    rank_pattern: dict[str, int] = Field({}, description="Other ranks: regex that ends a module's name = rank")
-    alpha_pattern: dict[str, float] = Field({}, description="Other alphas: regex that ends a name = alpha")
+    rank_pattern: dict[str, int] = Field(
+        {}, description="Other ranks by a regex that ends a name, as in --rank-pattern.q_proj 4"
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        {}, description="Other alphas by a regex that ends a name, as in --alpha-pattern.q_proj 8"
+    )
 
 
 class StepSettings(Settings):

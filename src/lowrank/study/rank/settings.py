@@ -28,7 +28,7 @@ class GradientRankSettings(Wanted, GradientRows, TargetSettings, DataSettings, M
     """Everything `from_gradient` needs."""
 
     model: str = Field(description='A model: its folder, its name on the Hub (org/name), or "nano", the shipped one')
-    data: str = Field(description="A jsonl, csv or tsv file")
+    data: str = Field(description="A file of rows, several with commas, or a folder with train.*")
 
     @model_validator(mode="after")
     def _means_one_budget(self) -> Self:
