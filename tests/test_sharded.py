@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the processes that are sta
 import lowrank
 from checkpoint_models import answer, contents, disturb, llama
 from lowrank import LoraConfig
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, LowrankError
 
 CASES = {
     "plain": {},
@@ -84,3 +84,12 @@ def test_ddps_wrapper_is_seen_through(tmp_path):
     lowrank.save_adapter(model, tmp_path / "a")
     lowrank.save_adapter(nn.parallel.DistributedDataParallel(model), tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    base = nn.parallel.DistributedDataParallel(llama())
+    lowrank.load_adapter(base, tmp_path / "a")
+    assert torch.equal(answer(base.module), answer(model))
+    for add in (
+        lambda: lowrank.load_adapter(base, tmp_path / "a", "other", trainable=True),
+        lambda: lowrank.inject(base, LoraConfig(target_modules=["v_proj"]), "other"),
+    ):
+        with pytest.raises(LowrankError, match="give the adapter to the model first, then wrap it"):
+            add()

@@ -23,7 +23,7 @@ from lowrank.core.factors import LoraFactors
 from lowrank.errors import CheckpointError, LowrankWarning
 from lowrank.injection.apply import attach, check_new_name
 from lowrank.injection.config import LoraConfig
-from lowrank.injection.state import unwrapped
+from lowrank.injection.state import check_trainable_here, unwrapped
 from lowrank.injection.targets import named_targets
 from lowrank.injection.undo import or_as_it_was
 from lowrank.layers.kinds import kind_of
@@ -54,6 +54,8 @@ def load_adapter(
     unexpected or of another shape than the model wants, and for a base without values (on the meta device, offloaded).
     Whatever is raised, the model is as it was.
     """
+    if trainable:
+        check_trainable_here(model)
     model = unwrapped(model)
     check_new_name(model, adapter_name)
     return load_files(model, open_adapter(folder, allow_pickle), adapter_name, trainable)

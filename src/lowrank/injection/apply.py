@@ -21,7 +21,7 @@ from lowrank.injection.planning import bias_names, plan
 from lowrank.injection.presence import record, settle
 from lowrank.injection.rounds import add_rounds
 from lowrank.injection.saving import add_saving
-from lowrank.injection.state import ATTRIBUTE, AdapterState, check_unfolded, find_state
+from lowrank.injection.state import ATTRIBUTE, AdapterState, check_trainable_here, check_unfolded, find_state
 from lowrank.injection.targets import named_targets
 from lowrank.injection.traversal import base_modules
 from lowrank.injection.undo import or_as_it_was
@@ -41,6 +41,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     Returns the plan that was carried out (print it for a table). Raises ConfigError or TargetError before anything is
     changed; warns (LowrankWarning) of what works but is probably not meant.
     """
+    check_trainable_here(model)
     check_new_name(model, adapter_name)
     todo = plan(model, config)
     init = find_init(config.init_lora_weights)

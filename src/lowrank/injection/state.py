@@ -61,6 +61,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inside
 
 
+def check_trainable_here(model: nn.Module) -> None:
+    """Raise LowrankError for DDP's wrapper: it sums the gradients of the parameters it was made with, and no others."""
+    if type(model).__name__ == "DistributedDataParallel":
+        raise LowrankError(
+            "DistributedDataParallel would never sum the gradients of parameters that are added now: "
+            "give the adapter to the model first, then wrap it"
+        )
+
+
 def find_state(model: nn.Module) -> AdapterState | None:
     """The model's adapter state, None for a plain model."""
     state = model.__dict__.get(ATTRIBUTE)
