@@ -17,7 +17,7 @@ from lowrank.adapters.resize import resize_adapter
 from lowrank.analysis.inspection import inspect_adapter
 from lowrank.analysis.words import number
 from lowrank.core.finite import all_finite
-from lowrank.errors import LowrankError, MergeError
+from lowrank.errors import ConfigError, LowrankError, MergeError
 from merge_disk_models import linear_factors, write_adapter, write_base
 
 PATH = "layers.0.q_proj"
@@ -134,6 +134,14 @@ def test_float8_is_looked_at_and_refused_where_factors_are_wanted(tmp_path):
     assert (
         load_file(tmp_path / "small" / "adapter_model.safetensors")["base_model.model.norm.weight"].dtype == eight.dtype
     )
+
+
+@pytest.mark.parametrize("alpha", [10**400, float("inf"), float("nan")])
+def test_an_alpha_is_a_number_that_a_float_can_be(alpha):
+    with pytest.raises(ConfigError, match="lora_alpha must be a finite number"):
+        LoraConfig(lora_alpha=alpha)
+    with pytest.raises(ConfigError, match=r"alpha_pattern.* must be a finite number"):
+        LoraConfig(alpha_pattern={"q_proj": alpha})
 
 
 def test_numbers_in_reports_may_be_anything():
