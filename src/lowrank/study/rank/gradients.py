@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.proposal import ModuleSpectrum
+from lowrank.core.finite import named
 from lowrank.core.sketch import Directions, Sketch
 from lowrank.data.batches import chunks
 from lowrank.data.dataset import read_dataset
@@ -135,7 +136,8 @@ def _taker(targets: list[PlanEntry], sketches: dict[str, list[Sketch]]) -> Calla
 
 def _spectrum(entry: PlanEntry, sketches: list[Sketch], most: int) -> ModuleSpectrum:
     """Of the parts of a fused projection together: rank n gives each of them its n-th direction."""
-    spectra = [sketch.spectrum() for sketch in sketches]
+    with named(entry.path):
+        spectra = [sketch.spectrum() for sketch in sketches]
     squares = torch.zeros(min(most, *entry.rows, entry.k), dtype=torch.float64)
     for spectrum in spectra:
         squares += spectrum.sigma[: len(squares)].square()
