@@ -141,5 +141,5 @@ def test_numbers_of_layers() -> None:
 
 
 def test_a_hostile_target_is_answered_by_a_plan() -> None:
-    with pytest.raises(lowrank.errors.TargetError, match="matches no|matches none"):
+    with pytest.raises(lowrank.errors.TargetError, match=r"matches (no module|none)"):
         lowrank.plan(MODELS["llama"](), LoraConfig(r=2, target_modules=r"(\w+\.?)+!"))

@@ -1,6 +1,5 @@
 """How rows were made into tokens: what eval and generate must repeat exactly, kept beside the adapter as `run.json`."""
 
-import json
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from lowrank.checkpoint.adapter_folder import RUN_FILE
 from lowrank.data.rows import Kind
 from lowrank.errors import CheckpointError, LowrankWarning
+from lowrank.files.json_file import read_object
 
 FILE = RUN_FILE
 SETTINGS = "train.yaml"  # every setting of the run, which `lowrank train --config` reads
@@ -54,7 +54,7 @@ def read_recipe(folder: str | Path) -> Recipe | None:
             )
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))["recipe"]
+        found = read_object(file, "delete it to do without")["recipe"]
         if any(not isinstance(found[name], kind) for name, kind in FIELDS.items()):
             raise ValueError
         return Recipe(

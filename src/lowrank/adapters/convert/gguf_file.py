@@ -5,11 +5,8 @@ Only what adapters need: float32, float16 and bfloat16 tensors; all kinds of val
 """
 
 import math
-import mmap
-import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, short
+from lowrank.files.names import is_name
+from lowrank.files.regular import read_bytes
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 DTYPES = {number: dtype for dtype, number in TYPES.items()}
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
+LARGEST = 2**36  # bytes of a file
 MOST = 2**20  # tensors, values or elements of a list: far above any adapter's
 
 
@@ -72,19 +72,8 @@ def _value(value: str | int | float) -> bytes:
 
 def read_gguf(path: Path) -> Gguf:
     """The whole file. Raises CheckpointError where it is truncated, of another version, or quantised."""
-    with _mapped(path) as data:
-        return _read(_Cursor(path, data))
-
-
-@contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    """The file's bytes, none of them read before they are asked for."""
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise CheckpointError(f"{path} is empty")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                yield data
+        return _read(_Cursor(path, read_bytes(path, LARGEST)))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -102,16 +91,28 @@ def _read(cursor: "_Cursor") -> Gguf:
     entries = [cursor.entry() for _ in range(tensor_count)]
     alignment = values.get("general.alignment", ALIGNMENT)
     start = -cursor.at // alignment * -alignment if isinstance(alignment, int) and alignment > 0 else cursor.at
+    _check_entries(path, entries)
     return Gguf(values, {entry.name: cursor.tensor(entry, start) for entry in entries})
+
+
+def _check_entries(path: Path, entries: Sequence["_Entry"]) -> None:
+    """Raise for tensors that share bytes: a few bytes of a file must not become many of memory."""
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.offset):
+        if entry.offset < end:
+            raise CheckpointError(f"{path}: {entry.name} lies on the bytes of another tensor: the file is damaged")
+        end = entry.offset + entry.nbytes
+    if len({entry.name for entry in entries}) < len(entries):
+        raise CheckpointError(f"{path} holds two tensors of one name: the file is damaged")
 
 
 class _Cursor:
     """Reads one thing after another, and never beyond the end."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, data: bytearray) -> None:
         self.path, self.data, self.at = path, data, 0
 
-    def take(self, count: int) -> bytes:
+    def take(self, count: int) -> bytearray:
         """The next `count` bytes."""
         if count > len(self.data) - self.at:
             raise CheckpointError(
@@ -154,10 +155,12 @@ class _Cursor:
     def entry(self) -> "_Entry":
         """What the file says of a tensor."""
         name, dimensions = self.text(), self.unpack("I")[0]
-        if dimensions > 4:
+        if not is_name(name):
+            raise CheckpointError(f"{self.path} holds a tensor called {short(repr(name), 80)}: it is damaged")
+        if not 1 <= dimensions <= 4:
             raise CheckpointError(f"{self.path}: {name} has {dimensions} dimensions: the file is damaged")
         shape = tuple(reversed(self.unpack(f"{dimensions}Q")))
-        if max(shape, default=0) > len(self.data):
+        if min(shape) < 1 or max(shape) > len(self.data):
             raise CheckpointError(f"{self.path}: {name} has the shape {list(shape)}: the file is damaged")
         return _Entry(name, shape, *self.unpack("IQ"))
 
@@ -167,9 +170,7 @@ class _Cursor:
         if dtype is None:
             raise CheckpointError(f"{self.path}: {entry.name} is quantised (type {entry.kind}), not of floats")
         self.at = start + entry.offset
-        data = bytearray(self.take(math.prod(entry.shape) * dtype.itemsize))
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return flat.view(*entry.shape)
+        return torch.frombuffer(self.take(entry.nbytes), dtype=dtype).view(*entry.shape)
 
 
 class _Entry(NamedTuple):
@@ -179,3 +180,9 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
     kind: int
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """The tensor's length in the file; of a quantised one, no more than 0, for it is refused."""
+        dtype = DTYPES.get(self.kind)
+        return math.prod(self.shape) * dtype.itemsize if dtype else 0
