@@ -63,7 +63,8 @@ class FirstBackward:
         self._model = weakref.ref(model)
         factors = [layer.factors(adapter) for _, layer in lora_layers(model) if adapter in layer.adapter_names]
         with torch.enable_grad():  # a view's node leads to its leaf's
-            self._nodes = [f.b.view_as(f.b).grad_fn.next_functions[0][0] for f in factors if f.b.requires_grad]  # type: ignore[union-attr]
+            views = [f.b.view_as(f.b).grad_fn for f in factors]
+        self._nodes = [view.next_functions[0][0] for view in views if view is not None]
         self._handles = [node.register_hook(self._fired) for node in self._nodes if node is not None]
 
     def stop(self) -> bool:
