@@ -158,7 +158,7 @@ def detect(source: Path) -> str:
 
 
 def _check_ending(out: Path, to: str, endings: Sequence[str]) -> None:
-    if out.suffix not in endings:
+    if out.suffix not in endings and not out.is_dir():  # a folder is refused where all places are looked at
         raise ConfigError(f"{out}: the name of a {to} file must end in {' or '.join(endings)}, by which it is known")
 
 
