@@ -201,3 +201,12 @@ def test_training_goes_on_after_restore():
             model(input_ids=models.IDS, labels=models.IDS).loss.backward()
             optimizer.step()
     assert_same(plain, fast)
+
+
+def test_an_accelerated_model_prints_as_pefts_does():
+    model = peft_model()
+    printed = repr(model)
+    accelerate(model)
+    assert repr(model) == printed and "lora.Linear(" in printed
+    restore(model)
+    assert repr(model) == printed

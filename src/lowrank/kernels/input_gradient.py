@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lowrank.kernels.dropout import Mask
-from lowrank.kernels.products import input_gradient, one_kernel
+from lowrank.kernels.products import add_product_, are_widened, input_gradient, one_kernel
 
 
 class InputGradient:
@@ -37,7 +37,9 @@ class InputGradient:
             if len(parts) > 1:
                 stacked, a = torch.cat([ds for ds, _ in parts], dim=1), torch.cat([a for _, a in parts])
             if mask is None:
-                dx.addmm_(stacked, a)
+                add_product_(dx, stacked, a)
+            elif are_widened(dx):
+                mask.add_product_(dx, stacked.float(), a.float())
             else:
                 mask.add_product_(dx, stacked, a)
         return dx

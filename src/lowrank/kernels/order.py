@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowrank.kernels.processor import has_matrix_tiles
+from lowrank.kernels.processor import half_products_are_slow, has_matrix_tiles
 
 OPERATIONS_PER_BYTE = {"cpu": 5.0, "cuda": 200.0}  # done while one byte comes from memory, on one core or one GPU
 UNSURE = 0.25  # estimates closer than this share do not tell which is cheaper
@@ -61,7 +61,8 @@ def few_rows(x: Tensor) -> bool:
     So it is on CPU: at 64 rows a step of 6×768 takes 1.40 of the floor in bfloat16 instead of 1.57, in float32 1.17
     instead of 1.22; at 192 rows the node is ahead in one and even in the other (measured on a Xeon with AMX).
     """
-    return x.device.type == "cpu" and x.numel() < FEW_ROWS * x.shape[-1]
+    few = x.device.type == "cpu" and x.numel() < FEW_ROWS * x.shape[-1]
+    return few and not half_products_are_slow(x.dtype)  # which the nodes avoid, but for W0·x
 
 
 @cache

@@ -1,4 +1,8 @@
-"""The products of the fused map, each by the form that is fastest where its tensors are."""
+"""The products of the fused map, each by the form that is fastest where its tensors are.
+
+On a CPU that has no fast half-precision product (`processor.half_products_are_slow`) all but W0·x, which is to have the
+base's bits, are computed in float32 and rounded once: there dY·W0 takes a thirtieth of the time, copies included.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,8 +13,12 @@ from torch import Tensor
 from lowrank.kernels import onednn, pieces
 from lowrank.kernels.gpu import choice
 from lowrank.kernels.order import accumulates
+from lowrank.kernels.processor import half_products_are_slow, has_avx2_alone
 
 WIDE = 1536  # columns from which oneDNN's half-precision Sᵀ·Y gains more than laying Sᵀ out anew costs (Xeon with AMX)
+# MKL with AVX2 (an EPYC): below this rank X·M takes half the time and less if M (k, r) lies as its transpose; from it
+# on, and from so many tokens, 0.8 to 1.0 of it if it does not
+TURNED, MANY = 16, 512
 
 
 def one_kernel(x: Tensor, m: Tensor, rank: int, onto: bool) -> Callable[..., Tensor] | None:
@@ -43,8 +51,21 @@ def plus_low_rank(
         h = kernel(rows, weight.t(), s, scaled.t(), bias, out=flat)
         return h.view(*x.shape[:-1], weight.shape[0])
     h = pieces.base(x, weight, bias, out)  # (..., d)
-    h.view(-1, weight.shape[0]).addmm_(s, b.t(), alpha=scale)
+    add_product_(h.view(-1, weight.shape[0]), s, b.t(), scale)
     return h
+
+
+def add_product_(onto: Tensor, s: Tensor, m: Tensor, scale: float = 1.0) -> None:
+    """onto += scale·s·m, in place: onto (T, n), s (T, r), m (r, n)."""
+    if are_widened(onto):
+        onto.add_(torch.mm(s.float(), m.float()), alpha=scale)
+    else:
+        onto.addmm_(s, m, alpha=scale)
+
+
+def are_widened(like: Tensor) -> bool:
+    """Whether products of `like`'s dtype and device are computed in float32."""
+    return like.dtype.itemsize == 2 and like.device.type == "cpu" and half_products_are_slow(like.dtype)
 
 
 def two_gradients(dy: Tensor, s: Tensor, b: Tensor, scale: float, needs_b: bool) -> tuple[Tensor, Tensor | None]:
@@ -62,18 +83,34 @@ def two_gradients(dy: Tensor, s: Tensor, b: Tensor, scale: float, needs_b: bool)
 
 def up(dy: Tensor, b: Tensor, scale: float) -> Tensor:
     """dS = scale·dY·B: dy (T, d), b (d, r) → (T, r)."""
+    if are_widened(dy):
+        return torch.mm(dy.float(), b.float()).mul_(scale).to(dy.dtype)
     if onednn.serves(dy, dy.shape[0], b.shape[1]):
         return onednn.times_transposed(dy, b.t()).mul_(scale)
+    if b.shape[1] < TURNED and _is_single_on_avx2(dy):
+        b = b.t().contiguous().t()
     return torch.mm(dy, b) if scale == 1.0 else dy.new_empty(dy.shape[0], b.shape[1]).addmm_(dy, b, beta=0, alpha=scale)
 
 
 def down(x: Tensor, a: Tensor) -> Tensor:
     """S = x·Aᵀ: x (T, k), a (r, k) → (T, r)."""
-    return onednn.times_transposed(x, a) if onednn.serves(x, x.shape[0], a.shape[0]) else torch.mm(x, a.t())
+    if are_widened(x):
+        return torch.mm(x.float(), a.float().t()).to(x.dtype)
+    if onednn.serves(x, x.shape[0], a.shape[0]):
+        return onednn.times_transposed(x, a)
+    turned = a.shape[0] >= TURNED and x.shape[0] >= MANY and _is_single_on_avx2(x)
+    return torch.mm(x, a.t().contiguous() if turned else a.t())
+
+
+def _is_single_on_avx2(x: Tensor) -> bool:
+    return x.dtype is torch.float32 and x.device.type == "cpu" and has_avx2_alone()
 
 
 def input_gradient(dy: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
     """dX = dY·W0, added in place to `onto` where given: dy (T, d), weight (d, k) → (T, k)."""
+    if are_widened(dy):
+        wide = torch.mm(dy.float(), weight.float())
+        return wide.to(dy.dtype) if onto is None else onto.add_(wide)
     if onednn.serves(dy, dy.shape[0], min(weight.shape)):
         dx = onednn.times_transposed(dy, weight.t())
     elif onto is None or accumulates(dy.dtype, dy.device.type):
@@ -84,7 +121,9 @@ def input_gradient(dy: Tensor, weight: Tensor, onto: Tensor | None = None) -> Te
 
 
 def weight_gradient(s: Tensor, y: Tensor) -> Tensor:
-    """Sᵀ·Y, which is dA or dBᵀ: s (T, r), y (T, n) → (r, n)."""
+    """Sᵀ·Y, which is dA or dBᵀ: s (T, r), y (T, n) → (r, n), in y's dtype or float32."""
+    if are_widened(y):
+        return torch.mm(s.float().t(), y.float())
     if onednn.serves(y, y.shape[0], s.shape[1]):
         return onednn.times_transposed(s.t(), y.t())
     wide = y.dtype.itemsize == 2 and y.shape[1] >= WIDE and y.device.type == "cpu"

@@ -14,10 +14,8 @@ from lowrank.kernels.fused import reason_against
 
 
 def reason_against_kind(layer: Any) -> str | None:
-    """Why this kind of LoRA layer is never accelerated, or None."""
-    from lowrank.peft.layer import FusedLinear
-
-    if type(layer) is FusedLinear:
+    """Why this kind of LoRA layer is never accelerated, or None where it has been: a class can have `accelerated`."""
+    if getattr(type(layer), "accelerated", False):
         return None
     return f"{type(layer).__name__} layers (over {type(layer.get_base_layer()).__name__}) have a forward of their own"
 

@@ -19,6 +19,12 @@ class FusedLinear(Linear):  # type: ignore[misc]  # peft has no types
     Only the forward differs from PEFT's layer, and only where that gives the same; every other call is PEFT's.
     """
 
+    accelerated = True
+
+    def _get_name(self) -> str:
+        """The name it prints under: PEFT's."""
+        return str(Linear.__name__)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The fused answer, or PEFT's where the arguments, the layer's state or the tensors ask for it."""
         h = None if args or kwargs or _is_traced() or _is_decoding(self, x) else _fused(self, x)

@@ -22,6 +22,7 @@ from lowrank.injection.plan import InjectionPlan
 from lowrank.kernels import pieces
 from lowrank.kernels.onednn import is_faster_here
 from lowrank.kernels.order import FEW_ROWS, choose_order
+from lowrank.kernels.processor import half_products_are_slow, warning_of_slow_products
 from lowrank.layers.base import dimensions, lora_mixin
 from lowrank.stages import stage
 from lowrank.train.models import find_model
@@ -43,7 +44,8 @@ def describe_machine() -> dict[str, str]:
     single = _seconds(torch.float32, device)
     for name in ("bfloat16", "float16"):
         share = _seconds(DTYPES[name], device) / single
-        verdict = "use it" if share < 0.8 else "no gain here"
+        slow = warning_of_slow_products(DTYPES[name], device)
+        verdict = slow or ("use it" if share < 0.8 else "no gain here")
         facts[name] = f"{PROBE}×{PROBE} product in {share:.2f} of float32's time on this {device}: {verdict}"
     return facts
 
@@ -131,7 +133,7 @@ def describe_model(name: str, targets: str | None, rank: int, tokens: int, dtype
     kinds: Counter[tuple[str, tuple[int, int], str, str]] = Counter()
     for entry in execution_paths(model):
         d, k = dimensions(lora_mixin(entry.layer), entry.layer)
-        few = device == "cpu" and tokens < FEW_ROWS
+        few = device == "cpu" and tokens < FEW_ROWS and not half_products_are_slow(DTYPES[dtype])
         plain = entry.reason or (f"plain, as {tokens} tokens are fewer than {FEW_ROWS}" if few else "")
         order = "" if plain else _products(tokens, k, d, rank, DTYPES[dtype], device)
         kinds[_leaf(entry.path), (d, k), plain or "fused", order] += 1

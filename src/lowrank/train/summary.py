@@ -5,6 +5,7 @@ import warnings
 from lowrank.data.dataset import Dataset
 from lowrank.data.tokens import Encoded
 from lowrank.errors import LowrankWarning
+from lowrank.kernels.processor import warning_of_slow_products
 from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
 
@@ -68,6 +69,8 @@ def _passes(settings: TrainSettings, rows: int, steps: int) -> str:
 
 
 def _warn(settings: TrainSettings, rows: Dataset, data: Encoded, loaded: Loaded) -> None:
+    if slow := warning_of_slow_products(next(loaded.model.parameters()).dtype, loaded.device.type):
+        warnings.warn(slow, LowrankWarning, stacklevel=2)
     if rows.kind != "classification" and loaded.tokenizer.eos_token_id is None:
         warnings.warn(
             f"the tokenizer of {settings.model} has no token that ends a text, so the model cannot learn to stop",
