@@ -103,7 +103,7 @@ def test_numbers_in_names_are_numbers_or_words(tmp_path):
     assert [place.layer for place in found.values()] == [None, None, 10, 2]
     assert sorted(["a.10", "a.9", "a"], key=natural) == ["a", "a.9", "a.10"]
     factors = {}
-    for name in (long, "²", "3"):
+    for name in (long[:400], "²", "3"):
         factors |= linear_factors(f"layers.{name}.q_proj", 6, 4)
     inspection = inspect_adapter(write_adapter(tmp_path / "odd", factors))
     assert [layer.place.layer for layer in inspection.layers].count(3) == 1

@@ -42,7 +42,7 @@ def test_combine(tmp_path, capsys):
     assert len(report["modules"]) == 4
     assert {module["rank"] for module in report["modules"]} == {2}
     assert 0.1 < report["kept"] < 0.999
-    status, out, _ = run(capsys, *call)
+    status, out, _ = run(capsys, *call[:-1], tmp_path / "again")
     assert status == 0
     assert "4 modules at rank 6" in out
     assert "100.0000% of the energy" in out
@@ -58,7 +58,7 @@ def test_extract(tmp_path, capsys):
     assert status == 0
     assert "4 modules at rank 3" in out
     assert torch.allclose(loaded(tmp_path / "out"), wanted, atol=1e-4)
-    status, out, _ = run(capsys, *call, "--energy", 0.5, "--targets", "q_proj", "--json")
+    status, out, _ = run(capsys, *call[:-1], tmp_path / "again", "--energy", 0.5, "--targets", "q_proj", "--json")
     assert status == 0
     report = json.loads(out)
     assert len(report["modules"]) == 2
