@@ -1,0 +1,186 @@
+"""Killed at any moment, a command leaves a whole result or none, and the next start clears what is left."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lowrank import cli
+from output_cases import COMMANDS, ENDINGS, FILES, make_inputs, snapshot
+
+# One process imports; a child of it per attempt is killed at a call that changes the disk, each time a later one.
+EVERY_STEP = """
+import builtins, os, shutil, signal, sys
+from lowrank import cli
+every, line, out, last = int(sys.argv[1]), sys.argv[2].split(), sys.argv[3], sys.argv[4]
+
+def run():
+    return cli.main([*line, out])
+
+def arm(step):
+    left = [step]
+    def dying(function):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return call
+    for name in "open write fsync rename replace mkdir rmdir unlink truncate".split():
+        setattr(os, name, dying(getattr(os, name)))
+    reading = builtins.open
+    def opening(file, mode="r", *rest, **options):
+        return (writing if set(mode) & set("wax+") else reading)(file, mode, *rest, **options)
+    writing = dying(reading)
+    builtins.open = opening
+
+def done():
+    return os.path.exists(os.path.join(out, last) if last else out)
+
+def names():
+    return sorted(os.listdir(out)) if os.path.isdir(out) else None
+
+assert run() == 0
+whole, step, killed = names(), 1 - every, 0
+while True:
+    step += every
+    if done():
+        shutil.rmtree(out) if os.path.isdir(out) else os.unlink(out)
+    child = os.fork()
+    if child == 0:
+        arm(step)
+        os._exit(70 + run())
+    _, status = os.waitpid(child, 0)
+    if done():
+        assert names() == whole, (step, names())
+    if os.WIFEXITED(status):
+        assert os.WEXITSTATUS(status) == 70, (step, status)
+        break
+    killed += 1
+print(killed)
+print(sorted(os.listdir(os.path.dirname(out))), done())
+"""
+LAST = {"train": "adapter_config.json", "train --full": "model.safetensors", "dimension": "dimension.html"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("crash")
+    make_inputs(home)
+    return home
+
+
+def kill_at_every(every: int, name: str, home: Path, tmp_path: Path) -> int:
+    """How many attempts were killed; asserts that nothing but the result is left in the end."""
+    out = tmp_path / f"out{ENDINGS.get(name, '')}"
+    before = snapshot(home)
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_STEP, str(every), COMMANDS[name], str(out), LAST.get(name, "")],
+        capture_output=True,
+        text=True,
+        cwd=home,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, killed, listing = done.stdout.splitlines()
+    assert listing == f"['{out.name}'] True"
+    assert not [path for path in out.rglob(".*") if out.is_dir()]
+    assert snapshot(home) == before
+    return int(killed)
+
+
+@pytest.mark.parametrize("name", ["combine", "convert to gguf", "train"])
+def test_killed_at_some_calls_that_change_the_disk(name: str, home: Path, tmp_path: Path) -> None:
+    assert kill_at_every(5, name, home, tmp_path) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_at_every_call_that_changes_the_disk(name: str, home: Path, tmp_path: Path) -> None:
+    assert kill_at_every(1, name, home, tmp_path) >= (8 if name in FILES else 10)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_that_takes_nothing_is_one_sentence(
+    name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process may not write a file of more than 100 bytes: a real error of every real write."""
+    monkeypatch.chdir(home)
+    out = tmp_path / f"out{ENDINGS.get(name, '')}"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        status = cli.main([*COMMANDS[name].split(), str(out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lowrank: error")]
+    assert status == 2 and len(said) == 1 and out.name in said[0], said
+    assert "File too large" in said[0], said
+    assert not {path for path in snapshot(tmp_path) if path not in ("out", "out/log.jsonl")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_training_that_is_asked_to_end_unwinds(
+    number: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, its own status, nothing hidden; and the next start has the folder."""
+    out = tmp_path / "out"
+    line = COMMANDS["train"].replace("--steps 1", "--steps 100000 --log-every 1").split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lowrank", *line, str(out)],
+        cwd=home,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while process.poll() is None and not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()):
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    last = f"lowrank: ended by {signal.Signals(number).name}"
+    assert (process.returncode, said.splitlines()[-1]) == (128 + number, last)
+    assert "Traceback" not in said
+    assert snapshot(tmp_path).keys() == {"out", "out/log.jsonl", "out/train.yaml"}
+    if number == signal.SIGTERM:
+        monkeypatch.chdir(home)
+        assert cli.main([*COMMANDS["train"].split(), str(out)]) == 0
+
+
+def test_a_demo_that_was_stopped_does_not_block_the_next(tmp_path: Path) -> None:
+    from lowrank.errors import OutputError
+    from lowrank.study.demo import telling
+
+    with pytest.raises(KeyboardInterrupt), telling(str(tmp_path / "demo")) as story:
+        story.data.mkdir()
+        (story.data / "half").touch()
+        raise KeyboardInterrupt
+    with telling(str(tmp_path / "demo")) as story:
+        assert not story.data.exists()
+        story.data.mkdir()
+    assert snapshot(tmp_path).keys() == {"demo", "demo/data"}
+    with pytest.raises(OutputError, match="not empty"), telling(str(tmp_path / "demo")):
+        pass
+
+
+def test_handlers_of_others_stay() -> None:
+    """nohup's, and those of a program that calls main()."""
+    from lowrank.cli.signals import Ended, unwinding
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with unwinding():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        with pytest.raises(Ended), unwinding():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
