@@ -43,7 +43,7 @@ def done():
     return os.path.exists(os.path.join(out, last) if last else out)
 
 def names():
-    return sorted(os.listdir(out)) if os.path.isdir(out) else None
+    return sorted(n for n in os.listdir(out) if n[0] != ".") if os.path.isdir(out) else None
 
 assert run() == 0
 whole, step, killed = names(), 1 - every, 0
@@ -58,10 +58,12 @@ while True:
     _, status = os.waitpid(child, 0)
     if done():
         assert names() == whole, (step, names())
-    if os.WIFEXITED(status):
-        assert os.WEXITSTATUS(status) == 70, (step, status)
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 70:
         break
-    killed += 1
+    if os.WIFEXITED(status):  # refused, since what the last one had trained was found and put in place
+        assert done() and sys.argv[2].startswith("train"), (step, status)
+    else:
+        killed += 1
 print(killed)
 print(sorted(os.listdir(os.path.dirname(out))), done())
 """
@@ -97,7 +99,7 @@ def kill_at_every(every: int, name: str, home: Path, tmp_path: Path) -> int:
 
 @pytest.mark.parametrize("name", ["combine", "convert to gguf", "train"])
 def test_killed_at_some_calls_that_change_the_disk(name: str, home: Path, tmp_path: Path) -> None:
-    assert kill_at_every(5, name, home, tmp_path) >= 2
+    assert kill_at_every(7, name, home, tmp_path) >= 2
 
 
 @pytest.mark.slow
@@ -110,27 +112,24 @@ def test_killed_at_every_call_that_changes_the_disk(name: str, home: Path, tmp_p
 def test_a_disk_that_takes_nothing_is_one_sentence(
     name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The process may not write a file of more than 100 bytes: a real error of every real write."""
+    """The process may not write a file of more than 20 bytes: a real error of every real write."""
     monkeypatch.chdir(home)
     out = tmp_path / f"out{ENDINGS.get(name, '')}"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
     try:
         status = cli.main([*COMMANDS[name].split(), str(out)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lowrank: error")]
-    assert status == 2 and len(said) == 1 and out.name in said[0], said
+    assert status == 2 and len(said) == 1 and ("out" in said[0] or "pickled" in said[0]), said
     assert "File too large" in said[0], said
     assert not {path for path in snapshot(tmp_path) if path not in ("out", "out/log.jsonl")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_training_that_is_asked_to_end_unwinds(
-    number: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_that_is_asked_to_end_unwinds(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line, its own status, nothing hidden; and the next start has the folder."""
     out = tmp_path / "out"
     line = COMMANDS["train"].replace("--steps 1", "--steps 100000 --log-every 1").split()
@@ -143,15 +142,13 @@ def test_a_training_that_is_asked_to_end_unwinds(
     )
     while process.poll() is None and not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()):
         time.sleep(0.05)
-    process.send_signal(number)
+    process.terminate()
     said = process.communicate()[1]
-    last = f"lowrank: ended by {signal.Signals(number).name}"
-    assert (process.returncode, said.splitlines()[-1]) == (128 + number, last)
+    assert (process.returncode, said.splitlines()[-1]) == (143, "lowrank: ended by SIGTERM")
     assert "Traceback" not in said
     assert snapshot(tmp_path).keys() == {"out", "out/log.jsonl", "out/train.yaml"}
-    if number == signal.SIGTERM:
-        monkeypatch.chdir(home)
-        assert cli.main([*COMMANDS["train"].split(), str(out)]) == 0
+    monkeypatch.chdir(home)
+    assert cli.main([*COMMANDS["train"].split(), str(out)]) == 0
 
 
 def test_a_demo_that_was_stopped_does_not_block_the_next(tmp_path: Path) -> None:
@@ -178,9 +175,11 @@ def test_handlers_of_others_stay() -> None:
     try:
         with unwinding():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        with pytest.raises(Ended), unwinding():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            with pytest.raises(Ended), unwinding():
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+            assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)

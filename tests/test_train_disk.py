@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -199,6 +200,22 @@ def test_the_recipe_is_there_before_the_adapter_is(home: Path, tmp_path: Path, m
     monkeypatch.setattr(os, "replace", look)
     train.run(settings(home, tmp_path / "run"))
     assert (True, False) not in seen and seen[-1] == (True, True) and (False, True) in seen
+
+
+def test_what_a_run_had_ready_when_it_was_killed_is_put_in_place(home: Path, tmp_path: Path) -> None:
+    """Killed between two of the last renames: the next start finishes them, and leaves the result alone."""
+    out = tmp_path / "run"
+    train.run(settings(home, out))
+    whole = snapshot(out)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = out / f".result.{process.pid}-0123abcd.tmp"
+    left.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (out / name).rename(left / name)
+    with pytest.raises(OutputError, match="not empty"):
+        train.run(settings(home, out))
+    assert snapshot(out) == whole
 
 
 def test_an_adapter_that_has_lost_its_recipe_says_so(home: Path, tmp_path: Path) -> None:

@@ -22,17 +22,25 @@ from torch import nn
 
 from lowrank.checkpoint.atomic import sync, write_file
 from lowrank.checkpoint.outputs import entries, new_folder
-from lowrank.checkpoint.temporaries import delete, temporary
+from lowrank.checkpoint.temporaries import delete, leftovers, temporary
 from lowrank.data.recipe import FILE, SETTINGS
 from lowrank.errors import OutputError
 from lowrank.train.models import quiet
 
 LOG = "log.jsonl"
+RESULT = "result"  # its hidden name is where the adapter or model is written before it is put in place
 LAST = (".safetensors", ".index.json", "adapter_config.json")  # without these, a folder is no adapter and no model
 
 
 def new_run(place: Path) -> None:
-    """Raise OutputError where `place` holds anything but what a run left that saved nothing."""
+    """Raise OutputError where `place` holds anything but what a run left that saved nothing.
+
+    A run that was killed while it put its result in place has trained and written everything: that is done first.
+    """
+    for beside in leftovers(place):
+        if beside.name.startswith(f".{RESULT}.") and (place / FILE).exists() and not (beside / FILE).exists():
+            _move(beside, place)
+            delete(beside)
     if LOG not in (held := entries(place)) or not set(held) <= {LOG, SETTINGS}:
         new_folder(place)
 
@@ -69,16 +77,22 @@ def complete(folder: Path, record: Mapping[str, Any], save: Callable[[Path], Non
 
 
 def _complete(folder: Path, record: Mapping[str, Any], save: Callable[[Path], None]) -> None:
-    beside = temporary(folder / "result")
+    beside = temporary(folder / RESULT)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save(beside)
         write_file(beside / FILE, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
-        for path in sorted(beside.iterdir(), key=_turn):
-            os.replace(path, folder / path.name)
-        sync(folder)
-    finally:
+    except BaseException:
         delete(beside)
+        raise
+    _move(beside, folder)
+    delete(beside)
+
+
+def _move(beside: Path, folder: Path) -> None:
+    for path in sorted(beside.iterdir(), key=_turn):
+        os.replace(path, folder / path.name)
+    sync(folder)
 
 
 def _turn(path: Path) -> int:

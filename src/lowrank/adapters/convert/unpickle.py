@@ -51,10 +51,12 @@ def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
+    from safetensors import SafetensorError
+
     from lowrank.errors import LowrankError
 
     torch.set_num_threads(1)
     try:
         main(sys.argv[1:])
-    except LowrankError as error:
+    except (LowrankError, SafetensorError, OSError) as error:
         sys.exit(str(error))
