@@ -88,15 +88,19 @@ def test_what_is_asked_is_what_was_trained_on():
 def test_cutting_is_counted_and_empty_rows_are_left_out():
     rows = [PAIR, {"prompt": "what is the very very very good film ?", "completion": "cat"}, {**PAIR, "prompt": "a"}]
     data = encoded("completion", rows, longest=8)
-    assert [len(example.ids) for example in data.examples] == [8, 6]
-    assert data.examples[0].labels[-2:] == ids("the cat")
-    assert (data.cut, data.dropped) == (2, 1)
-    assert (data.tokens, data.trained) == (14, 2 + 3)
+    assert [len(example.ids) for example in data.examples] == [8, 8, 6]
+    assert data.examples[0].ids == ids("<s> is red ? -> the cat </s>")
+    assert data.examples[1].ids == ids("<s> very good film ? -> cat </s>")
+    assert (data.cut, data.dropped) == (2, 0)
+    assert (data.tokens, data.trained) == (22, 3 + 2 + 3)
+    answer = {"prompt": "a", "completion": "the very very very very very very good cat"}
+    data = encoded("completion", [*rows, answer], longest=8)
+    assert (len(data.examples), data.cut, data.dropped) == (3, 2, 1)
 
 
 def test_nothing_left_to_train_is_an_error():
-    with pytest.raises(DataError, match=r"d\.jsonl: no row has a token to train within 4 tokens; raise --max-length"):
-        encoded("completion", [PAIR], longest=4)
+    with pytest.raises(DataError, match=r"d\.jsonl: no row has a token to train within 3 tokens; raise --max-length"):
+        encoded("completion", [PAIR], longest=3)
 
 
 def test_classification_has_one_label_a_row():

@@ -279,9 +279,9 @@ def test_other_rows_than_the_adapter_was_trained_on(home, trained):
 
 
 def test_rows_without_anything_to_train_are_told(home, tmp_path):
-    rows = [*completion_rows(10), {"prompt": "cat " * 70, "completion": "dog"}]
+    rows = [*completion_rows(10), {"prompt": "cat", "completion": "dog " * 70}]
     path = write_jsonl(tmp_path / "long.jsonl", rows)
-    with pytest.warns(LowrankWarning, match="1 of 11 rows have nothing to train"):
+    with pytest.warns(LowrankWarning, match="1 of 11 rows are left out"):
         train.run(settings(home, tmp_path / "a", data=str(path), steps=1))
 
 

@@ -6,19 +6,31 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint.adapter_folder import RUN_FILE
+from lowrank.data.chat.template import template_hash, template_text
 from lowrank.data.rows import Kind
-from lowrank.errors import CheckpointError, LowrankWarning
+from lowrank.data.settings import DataSettings
+from lowrank.errors import CheckpointError, ConfigError, LowrankWarning
 from lowrank.files.json_file import read_object
 
 FILE = RUN_FILE
 SETTINGS = "train.yaml"  # every setting of the run, which `lowrank train --config` reads
 FIELDS = {"kind": str, "template": str, "max_length": int, "labels": list, "columns": dict}
+TRAIN_ON: dict[Kind, tuple[str | None, ...]] = {
+    "chat": (None, "assistant", "last", "completion", "all"),
+    "completion": (None, "completion", "assistant", "last", "all"),
+    "text": (None, "all"),
+    "classification": (None,),
+}
+LATER = ("train_on", "chat_template", "template_of", "too_long")  # what runs of older versions do not have
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """kind of row, the text a completion follows, the length rows are cut to, and the labels by their numbers.
 
+    train_on: what of a conversation is trained, None for the assistant's turns; chat_template: the text of the template
+    conversations are written by, empty for other rows; template_of: whose it is, in words; too_long: what is done with
+    rows longer than max_length, None for what is usual for their kind.
     columns: the kind and columns chosen for the training file; they hold for a file to evaluate unless others are.
     """
 
@@ -26,7 +38,11 @@ class Recipe:
     template: str
     max_length: int
     labels: tuple[str, ...] = ()
-    columns: tuple[tuple[str, str], ...] = ()
+    columns: tuple[tuple[str, Any], ...] = ()
+    train_on: str | None = None
+    chat_template: str = ""
+    template_of: str = ""
+    too_long: str | None = None
 
     def prompt(self, text: str) -> str:
         """What the model reads before it answers `text`."""
@@ -34,7 +50,55 @@ class Recipe:
 
     def as_json(self) -> dict[str, Any]:
         """The recipe as JSON values."""
-        return {**asdict(self), "labels": list(self.labels), "columns": dict(self.columns)}
+        found = {**asdict(self), "labels": list(self.labels), "columns": dict(self.columns)}
+        return {**found, "chat_template_hash": template_hash(self.chat_template)} if self.chat_template else found
+
+
+def make_recipe(
+    settings: DataSettings,
+    kind: Kind,
+    tokenizer: Any,
+    max_length: int,
+    labels: tuple[str, ...],
+    trained: "Recipe | None" = None,
+) -> Recipe:
+    """How rows of this kind become tokens by these settings. trained: the recipe of an adapter that is asked again.
+
+    Warns where the tokenizer's chat template is no longer the one that the adapter was trained with. Raises ConfigError
+    for a choice of what is trained that the kind does not have.
+    """
+    if settings.train_on not in TRAIN_ON[kind]:
+        allowed = ", ".join(name for name in TRAIN_ON[kind] if name)
+        raise ConfigError(f"--train-on {settings.train_on}: of rows of kind {kind} one trains {allowed or 'the label'}")
+    named = ("kind", *(f"{role}_column" for role in ("prompt", "completion", "text", "text_pair", "label")))
+    columns = [(name, value) for name in named if (value := getattr(settings, name)) is not None]
+    columns += [("columns", settings.columns)] if settings.columns else []
+    text, whose = _chat_template(settings, tokenizer, trained) if kind == "chat" else ("", "")
+    return Recipe(
+        kind,
+        settings.template,
+        max_length,
+        labels,
+        tuple(columns),
+        settings.train_on,
+        text,
+        whose,
+        settings.too_long,
+    )
+
+
+def _chat_template(settings: DataSettings, tokenizer: Any, trained: Recipe | None) -> tuple[str, str]:
+    found, whose = template_text(tokenizer, settings.chat_template)
+    if trained is None or not trained.chat_template or settings.chat_template is not None:
+        return found, whose
+    if trained.chat_template != found and tokenizer.chat_template:
+        warnings.warn(
+            f"the tokenizer's chat template ({template_hash(found)}) is not the one the adapter was trained with "
+            f"({template_hash(trained.chat_template)}), which is used here; a server would use the other",
+            LowrankWarning,
+            stacklevel=2,
+        )
+    return trained.chat_template, trained.template_of
 
 
 def read_recipe(folder: str | Path) -> Recipe | None:
@@ -62,7 +126,8 @@ def read_recipe(folder: str | Path) -> Recipe | None:
             template=found["template"],
             max_length=found["max_length"],
             labels=tuple(map(str, found["labels"])),
-            columns=tuple((str(name), str(column)) for name, column in found["columns"].items()),
+            columns=tuple(found["columns"].items()),
+            **{name: found[name] for name in LATER if isinstance(found.get(name), str)},
         )
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(

@@ -34,6 +34,13 @@ class DataSettings(Settings):
     template: Annotated[str, BeforeValidator(unescape)] = Field(
         "{prompt}\\n", description="The text a completion follows; \\n is a new line"
     )
+    train_on: Literal["assistant", "last", "completion", "all"] | None = Field(
+        None, description="What of a chat is trained: every answer (the default), the last, the completion's, or all"
+    )
+    chat_template: str | None = Field(None, description="File of a chat template; the tokenizer's where not given")
+    too_long: Literal["cut", "drop", "split", "error"] | None = Field(
+        None, description="Rows over the longest length: chats lose old turns, prompts their beginning, text is split"
+    )
     max_length: int | None = Field(
         None, ge=2, description="Tokens a row is cut to; 512, or what the model holds, where not given"
     )

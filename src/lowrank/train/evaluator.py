@@ -6,7 +6,7 @@ from typing import Any
 
 from lowrank.checkpoint import load_adapter
 from lowrank.data.dataset import read_dataset
-from lowrank.data.recipe import Recipe, read_recipe
+from lowrank.data.recipe import Recipe, make_recipe, read_recipe
 from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
 from lowrank.data.sources import TEST, TRAIN, VALID
@@ -54,7 +54,8 @@ def evaluate(settings: EvalSettings) -> EvalResult:
     if adapter is not None:
         load_adapter(loaded.model, adapter)
     longest = longest_row(loaded.model, loaded.tokenizer, data_settings.max_length)
-    encoded = encode(data, loaded.tokenizer, Recipe(data.kind, data_settings.template, longest, labels))
+    recipe = make_recipe(data_settings, data.kind, loaded.tokenizer, longest, labels, trained)
+    encoded = encode(data, loaded.tokenizer, recipe)
     scores = score(loaded.model, encoded.examples, loaded.measure(data.kind), settings.batch_size)
     return EvalResult(data.kind, scores, len(encoded.examples), encoded.cut, encoded.dropped)
 
@@ -65,7 +66,7 @@ def _data_settings(settings: EvalSettings, trained: Recipe | None) -> DataSettin
     known: dict[str, Any] = {}
     if trained:
         known = {"template": trained.template, "max_length": trained.max_length}
-        known |= dict(trained.columns)
+        known |= dict(trained.columns) | {"train_on": trained.train_on, "too_long": trained.too_long}
     return DataSettings.model_validate({**known, **said})
 
 

@@ -2,7 +2,9 @@
 
 import warnings
 
+from lowrank.data.chat.template import template_hash
 from lowrank.data.dataset import Dataset
+from lowrank.data.recipe import Recipe
 from lowrank.data.tokens import Encoded
 from lowrank.errors import LowrankWarning
 from lowrank.kernels.processor import warning_of_slow_products
@@ -19,6 +21,7 @@ def summarise(
     rows: Dataset,
     data: Encoded,
     evaluated: Encoded | None,
+    recipe: Recipe,
     steps: int,
 ) -> list[tuple[str, str]]:
     """(what, value) pairs. Warns of what will probably not go as meant."""
@@ -38,11 +41,19 @@ def summarise(
         held = f"{settings.eval_split:.0%} of the data, held out" if settings.eval_split else "the folder's own part"
         where = settings.eval_data or held
         lines.insert(4, ("evaluation", f"{where}: {len(evaluated.examples):,} rows{_cut(evaluated)}"))
+    if recipe.chat_template:
+        lines.insert(3, ("template", _template(recipe)))
     if rows.unused:
         lines.insert(3, ("not used", _unused(rows)))
     if loaded.fresh and not settings.full:
         lines.insert(2, ("new", f"{', '.join(loaded.fresh)} starts from the seed, trained and saved in full"))
     return lines
+
+
+def _template(recipe: Recipe) -> str:
+    """Whose words are put around a conversation; a date among them makes tomorrow's rows other rows."""
+    dated = "; it writes the date of the day" if "strftime_now" in recipe.chat_template else ""
+    return f"{recipe.template_of} ({template_hash(recipe.chat_template)}){dated}"
 
 
 def _unused(rows: Dataset) -> str:
@@ -53,7 +64,14 @@ def _unused(rows: Dataset) -> str:
 
 
 def _cut(data: Encoded) -> str:
-    return f", {data.cut:,} cut to the longest length" if data.cut else ""
+    """What was done with rows that are too long, or that their template would write in another way later."""
+    done = {
+        "cut to the longest length": data.cut,
+        "split into pieces of it": data.split,
+        "left out": data.dropped,
+        "conversations became several rows, since the template rewrites earlier turns": data.rewritten,
+    }
+    return "".join(f", {count:,} {what}" for what, count in done.items() if count)
 
 
 def _tokens(rows: Dataset, data: Encoded) -> str:
@@ -79,12 +97,16 @@ def _warn(settings: TrainSettings, rows: Dataset, data: Encoded, loaded: Loaded)
         )
     if data.dropped:
         warnings.warn(
-            f"{rows.path}: {data.dropped} of {len(rows.rows)} rows have nothing to train within the longest length "
-            "and are left out; raise --max-length, or shorten them",
+            f"{rows.path}: {data.dropped} of {len(rows.rows)} rows are left out: what is trained in them is longer "
+            "than the longest length, or nothing; raise --max-length, or shorten them",
             LowrankWarning,
             stacklevel=2,
         )
-    if rows.kind == "completion" and all(len(e.ids) == e.trained + 1 for e in data.examples):
+    if (
+        rows.kind == "completion"
+        and settings.train_on != "all"
+        and all(len(e.ids) == e.trained + 1 for e in data.examples)
+    ):
         warnings.warn(
             f"{rows.path}: every token is trained, the prompts have become no tokens at all; is --template right?",
             LowrankWarning,

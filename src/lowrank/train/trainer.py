@@ -16,7 +16,7 @@ from lowrank.checkpoint import save_adapter
 from lowrank.checkpoint.outputs import Inputs, check_room, claimed
 from lowrank.data.dataset import Dataset, label_names, read_dataset, split
 from lowrank.data.names import read_targets
-from lowrank.data.recipe import Recipe
+from lowrank.data.recipe import Recipe, make_recipe
 from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
 from lowrank.data.sources import TEST, VALID, has_part
@@ -35,7 +35,6 @@ from lowrank.train.summary import summarise
 from lowrank.train.task import Loaded, load
 
 LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how launchers say how many processes there are
-COLUMNS = ("kind", "prompt_column", "completion_column", "text_column", "text_pair_column", "label_column")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
         begin(folder, settings.resolved())
         steps = steps_of(settings, len(data.examples))
         listener = Several(Log(folder / LOG), reporter)
-        listener.started(summarise(settings, loaded, adapted, rows, data, evaluated, steps), steps)
+        listener.started(summarise(settings, loaded, adapted, rows, data, evaluated, recipe, steps), steps)
         state = _train(loaded, rows.kind, data, evaluated, settings, listener)
     complete(folder, _record(recipe, state, loaded) | sources, lambda place: _save(loaded, settings, place))
     return _result(Path(settings.out), state)
@@ -180,9 +179,8 @@ def labels_of(base: Path, rows: Dataset) -> tuple[str, ...]:
 
 def recipe_of(settings: DataSettings, rows: Dataset, labels: tuple[str, ...], loaded: Loaded) -> Recipe:
     """How the rows become tokens."""
-    columns = tuple((name, value) for name in COLUMNS if (value := getattr(settings, name)) is not None)
     longest = longest_row(loaded.model, loaded.tokenizer, settings.max_length)
-    return Recipe(rows.kind, settings.template, longest, labels, columns)
+    return make_recipe(settings, rows.kind, loaded.tokenizer, longest, labels)
 
 
 def _adapt(loaded: Loaded, settings: TrainSettings) -> str:

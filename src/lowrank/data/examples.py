@@ -1,0 +1,49 @@
+"""Rows as tokens, and what of them is trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+IGNORED = -100  # the label of a token that is not trained, in torch and transformers alike
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as tokens. labels: per token (IGNORED where not trained), or the one class of a row to classify.
+
+    type_ids: which text of a pair a token belongs to, for tokenizers that say so.
+    """
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    type_ids: Sequence[int] | None = None
+
+    @property
+    def trained(self) -> int:
+        """How many of the labels count."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A data set as tokens.
+
+    cut: rows shortened to max_length; dropped: those left out, too long or with nothing to train; split: rows that
+    became several for their length; rewritten: conversations that became several rows, since their template writes
+    earlier turns in another way than it wrote them when they were answers.
+    """
+
+    examples: list[Example]
+    cut: int = 0
+    dropped: int = 0
+    split: int = 0
+    rewritten: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, those of the prompts included."""
+        return sum(len(example.ids) for example in self.examples)
+
+    @property
+    def trained(self) -> int:
+        """The labels that count: tokens to predict, or rows to classify."""
+        return sum(example.trained for example in self.examples)
