@@ -13,6 +13,8 @@ import models
 from layer_cases import chain
 from lowrank import LoraConfig
 from lowrank.errors import CheckpointError, LowrankError, LowrankWarning
+from lowrank.injection.presence import has_changed
+from lowrank.injection.state import require_state
 from snapshots import assert_same, same_bits, snapshot
 
 LONGER, SHORTER = models.VOCABULARY + 8, models.VOCABULARY - 1
@@ -155,7 +157,9 @@ def test_a_wrapped_module_works_and_is_not_saved_under_another_name(tmp_path: Pa
     model, x = chain("one")
     wanted, plain = model(x), model.second
     model.second = Wrapper(plain)
+    assert has_changed(model, require_state(model))
     assert same_bits(model(x), wanted)
+    assert not has_changed(model, require_state(model))  # not looked for at every forward
     with pytest.raises(
         CheckpointError, match=r"put into second, but is not found there now \(it is in second\.inner\)"
     ):

@@ -95,6 +95,8 @@ def settle(model: nn.Module) -> None:
             "inject once modules are replaced"
         )
     if not replaced:
+        now = {id(module): path for path, module in modules.items()}  # what was wrapped hangs elsewhere
+        state.places = {path: _place(modules, now[id(place.module)]) for path, place in state.places.items()}
         return
     check_unfolded(model, f"{', '.join(replaced)} changed")
     with state.turnstile.change(model):
