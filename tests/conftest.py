@@ -40,6 +40,13 @@ def _no_rows_are_few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("lowrank.kernels.order.FEW_ROWS", 0)
 
 
+@pytest.fixture(autouse=True)
+def _no_pulse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands do not say where they are, however slow the machine is: tests look at what else they say."""
+    monkeypatch.setattr("lowrank.cli.pulse.FIRST", 3600.0)
+    monkeypatch.setattr("lowrank.cli.pulse.EVERY", 3600.0)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of models and data beside the project; tests that need it are skipped where it is not."""

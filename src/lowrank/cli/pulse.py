@@ -15,7 +15,7 @@ FIRST, EVERY = 5.0, 30.0  # seconds: a stage that takes less says nothing, nor a
 class Pulse:
     """Lines on standard error, from a thread of its own. Use it as a context manager."""
 
-    def __init__(self, first: float = FIRST, every: float = EVERY, stream: TextIO | None = None) -> None:
+    def __init__(self, first: float, every: float, stream: TextIO | None = None) -> None:
         self.first, self.every, self.stream = first, every, stream
         self._what, self._done, self._total = "starting", None, None  # type: tuple[str, int | None, int | None]
         self._since = self._began = time.monotonic()
@@ -87,7 +87,7 @@ def pulsing() -> Iterator[None]:
     """A pulse for the block; displays find it by `spoke` and `muted`."""
     global pulse
     before = pulse
-    with Pulse() as pulse:
+    with Pulse(FIRST, EVERY) as pulse:
         try:
             yield
         finally:
