@@ -2,13 +2,16 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from lowrank.checkpoint.one_scale import common_scale
 from lowrank.core.scaling import alpha_of, lora_scale
+from lowrank.injection.regex import Table
 
 Number = TypeVar("Number", int, float)
+PLAIN = re.compile(r"[\w.-]+")
 
 
 class Ranks(NamedTuple):
@@ -52,17 +55,25 @@ def describe(modules: Mapping[str, tuple[int, float]], rslora: bool = False) -> 
 
 
 def _pattern(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
-    return {exact_key(path, values): value for path, value in sorted(values.items()) if value != default}
+    other = {path: value for path, value in sorted(values.items()) if value != default}
+    return dict(zip(exact_keys(list(other), values), other.values(), strict=True))
 
 
 def exact_key(path: str, paths: Iterable[str]) -> str:
-    """A key that means this one of `paths` alone, under PEFT's reading of it as a regex for the end of a path.
+    """`exact_keys` of one path."""
+    return exact_keys([path], paths)[0]
 
-    The plain path where that is unique, which PEFT before 0.14 understands too; anchored and escaped otherwise.
+
+def exact_keys(wanted: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """For each of `wanted` a key that means this one of `paths` alone, under PEFT's reading of it as a regex for the
+
+    end of a path: the plain path where that is unique, which PEFT before 0.14 understands too; anchored and escaped
+    otherwise.
     """
-    if [other for other in paths if re.match(rf"(.*\.)?({path})$", other)] == [path]:
-        return path
-    return "^" + re.escape(path)
+    plain = [path for path in wanted if PLAIN.fullmatch(path)]
+    table = Table(plain)
+    meant = Counter(plain[number] for path in paths for number in table.words_in(path))
+    return [path if meant[path] == 1 else "^" + re.escape(path) for path in wanted]
 
 
 def target_names(adapted: Iterable[str], all_paths: Iterable[str]) -> list[str] | str:

@@ -4,6 +4,7 @@ An adapter of ours may name 4,000 modules by their paths, in one expression or a
 in a few look-ups. Dots in a plain word mean any character, as they do in PEFT's reading of it.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Words
 from operator import itemgetter
 from typing import Any
@@ -62,13 +63,19 @@ class Table:
         if "\n" in name:  # `.` and `$` mean something else there
             return self._tried(name, starts, list(enumerate(self._trees)), whole)
         found = self._tried(name, starts, self._others, whole)
+        return min((number for number in (found, *self._looked_up(name, starts)) if number is not None), default=None)
+
+    def words_in(self, name: str) -> list[int]:
+        """The numbers of the expressions that are plain words and match the end of `name` after any dot."""
+        return list(self._looked_up(name, _starts(name)))
+
+    def _looked_up(self, name: str, starts: list[int]) -> Iterator[int]:
         for start in starts:
             rest = name[start:]
             for (dots, anchored), words in self._words.get(len(rest), {}).items():
                 number = words.get(_without(rest, dots)) if not (anchored and start) else None
-                if number is not None and (found is None or number < found):
-                    found = number
-        return found
+                if number is not None:
+                    yield number
 
     def _tried(self, name: str, starts: list[int], trees: list[tuple[int, Node]], whole: bool) -> int | None:
         if not trees:
