@@ -116,8 +116,8 @@ def _factors(files: AdapterFiles, path: str, module: nn.Module) -> LoraFactors:
     factors = factors.to(device=weight.device, dtype=torch.promote_types(factors.a.dtype, weight.dtype))
     if abs(factors.scale) > torch.finfo(factors.a.dtype).max:
         raise CheckpointError(
-            f"{files.folder}: the scale of {path} is {factors.scale:g}, more than {factors.a.dtype} holds: its lora_alpha "
-            "cannot be meant"
+            f"{files.folder}: the scale of {path} is {factors.scale:g}, more than {factors.a.dtype} holds: its "
+            "lora_alpha cannot be meant"
         )
     if files.config.moved_base is not None and kind.supports_dora:
         return with_moved_base(factors, files.config.moved_base, kind.matrix(weight))
