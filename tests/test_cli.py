@@ -46,7 +46,7 @@ GIVEN = "train --model llama --data skill.jsonl --out x"
 WRONG = [
     ("trian", "there is no command 'trian', did you mean `lowrank train`?"),
     ("finetune --model nano", "did you mean `lowrank train`?"),
-    ("frobnicate", "there is no command 'frobnicate', only demo, train, eval"),
+    ("frobnicate", "there is no command 'frobnicate', only demo, train, data"),
     ("train --rnk 4", "`lowrank train` has no --rnk, did you mean --rank?"),
     ("train --foo 4", "`lowrank train` has no --foo; `lowrank train --help` lists what there is"),
     ("merge --dat x", "`lowrank merge` has no --dat; `lowrank merge --help`"),

@@ -23,6 +23,7 @@ from lowrank.errors import LowrankError, LowrankWarning, printable, short
 COMMANDS = {
     "demo": "The whole story in a minute, offline: teach a small decoder a skill, merge it, prove the merge.",
     "train": "Teach a model from a file of examples, and save the adapter.",
+    "data": "See what a data file becomes: which tokens are trained, how long rows are, what is cut.",
     "eval": "Measure a model, with or without an adapter, on a file of examples.",
     "generate": "Let a model write, with or without an adapter.",
     "dimension": "Measure how few numbers a task needs: its intrinsic dimension, d90.",

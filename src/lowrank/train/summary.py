@@ -31,8 +31,7 @@ def summarise(
     lines = [
         ("model", f"{settings.model} ({kind}, {dtype}, {loaded.device})"),
         ("trained", adapted),
-        ("data", f"{rows.path}: {len(data.examples):,} rows of {rows.kind}{_cut(data)}"),
-        ("tokens", _tokens(rows, data)),
+        *data_lines(rows, data, recipe),
         ("steps", f"{steps:,} of {settings.batch_size} rows{_passes(settings, len(data.examples), steps)}"),
         ("rate", f"{settings.lr:g}, {settings.schedule} after {round(settings.warmup * steps)} steps of warm-up"),
         ("out", settings.out),
@@ -40,14 +39,20 @@ def summarise(
     if evaluated:
         held = f"{settings.eval_split:.0%} of the data, held out" if settings.eval_split else "the folder's own part"
         where = settings.eval_data or held
-        lines.insert(4, ("evaluation", f"{where}: {len(evaluated.examples):,} rows{_cut(evaluated)}"))
-    if recipe.chat_template:
-        lines.insert(3, ("template", _template(recipe)))
-    if rows.unused:
-        lines.insert(3, ("not used", _unused(rows)))
+        lines.insert(-3, ("evaluation", f"{where}: {len(evaluated.examples):,} rows{_cut(evaluated)}"))
     if loaded.fresh and not settings.full:
         lines.insert(2, ("new", f"{', '.join(loaded.fresh)} starts from the seed, trained and saved in full"))
     return lines
+
+
+def data_lines(rows: Dataset, data: Encoded, recipe: Recipe) -> list[tuple[str, str]]:
+    """What the rows are, what is not used of them, by whose template they are written, what is trained."""
+    lines = [("data", f"{rows.path}: {len(data.examples):,} rows of {rows.kind}{_cut(data)}")]
+    if rows.unused:
+        lines.append(("not used", _unused(rows)))
+    if recipe.chat_template:
+        lines.append(("template", _template(recipe)))
+    return [*lines, ("tokens", _tokens(rows, data))]
 
 
 def _template(recipe: Recipe) -> str:

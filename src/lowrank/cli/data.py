@@ -1,0 +1,70 @@
+"""`lowrank data show`."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Group, Parameter
+
+from lowrank.data.settings import DataSettings
+
+command = App(
+    name="data",
+    help="See what a data file becomes: which tokens are trained, how long rows are, what is cut.",
+    help_epilogue="""Examples:
+  lowrank data show --model nano --data chats.jsonl
+  lowrank data show --model llama/ --data chats/ --train-on last --rows 10 --html rows.html""",
+)
+
+
+@command.command
+def show(
+    *,
+    model: str,
+    data: str,
+    rows: int = 3,
+    tokens: Annotated[bool, Parameter(negative=())] = False,
+    html: Path | None = None,
+    force: Annotated[bool, Parameter(negative=())] = False,
+    settings: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=1))] = None,
+) -> None:
+    """Show rows with what is trained of them: green on a terminal, ⟦in brackets⟧ elsewhere.
+
+    Parameters
+    ----------
+    model
+        The model whose tokenizer and chat template make the rows; its weights are not read
+    data
+        A file of rows, several with commas, or a folder with train.*
+    rows
+        So many rows are shown, spread evenly over the data
+    tokens
+        Put a bar between two tokens
+    html
+        Write them as a page too
+    force
+        Replace the file that --html names, where there is one
+    """
+    from lowrank.checkpoint.atomic import write_file
+    from lowrank.cli.claim import claimed_file
+    from lowrank.cli.data_display import page
+    from lowrank.cli.data_display import show as display
+    from lowrank.data.survey import runs, survey
+    from lowrank.train.preview import preview
+
+    seen = preview(model, data, settings or DataSettings.model_validate({}))
+    examples = seen.encoded.examples
+    places = [number * len(examples) // rows for number in range(min(rows, len(examples)))] if rows > 0 else []
+    if rows >= len(examples):
+        places = list(range(len(examples)))
+    shown = [
+        (
+            f"row {n + 1} of {len(examples)}: {len(examples[n].ids)} tokens, {examples[n].trained} trained",
+            runs(examples[n], seen.tokenizer, "|" if tokens else ""),
+        )
+        for n in places
+    ]
+    found = survey(seen.encoded, seen.tokenizer)
+    with claimed_file(html, {"data": data, "model": model}, force) as place:
+        if place is not None:
+            write_file(place, page(seen.summary, found, shown).encode())
+    display(seen.summary, found, shown)

@@ -1,0 +1,59 @@
+"""`lowrank data show`: what is trained, in brackets or marked, and nothing of the data is obeyed."""
+
+import json
+
+from lowrank.cli import main
+from lowrank.data.examples import IGNORED, Encoded, Example
+from lowrank.data.survey import printable, runs, survey
+from train_models import WORDS, tokenizer
+
+
+def ids(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
+ROW = Example(ids("what is red ? the cat </s>"), [*[IGNORED] * 4, *ids("the cat </s>")])
+OTHER = Example(ids("what is red ? a dog </s>"), [*[IGNORED] * 4, *ids("a dog </s>")])
+
+
+def test_runs_are_cut_where_training_begins_and_ends():
+    assert runs(ROW, tokenizer()) == [("what is red ?", False), ("the cat </s>", True)]
+    assert runs(ROW, tokenizer(), "|")[1] == ("the|cat|</s>", True)
+    assert runs(Example(ids("the cat"), [1]), tokenizer()) == [("the cat", False)]
+
+
+def test_figures():
+    found = survey(Encoded([ROW, ROW, OTHER, Example(ids("the cat"), [IGNORED, ids("cat")[0]])]), tokenizer())
+    assert sum(count for _, count in found.lengths) == 4
+    assert found.lengths[-1] == (7, 3)
+    assert found.first == (("the", 2), ("a", 1), ("cat", 1))
+    assert found.last == (("</s>", 3), ("cat", 1))
+    assert found.duplicates == 1
+    assert printable("a\x1b[31m\n\tb") == "a\\x1b[31m\n\tb"
+
+
+def test_the_command(tmp_path, capsys):
+    data = tmp_path / "d.jsonl"
+    said = [{"role": "user", "content": "hi <b>"}, {"role": "assistant", "content": "yo <i> \x1b[31m"}]
+    data.write_text((json.dumps({"messages": said, "id": 3}) + "\n") * 2)
+    page = tmp_path / "rows.html"
+    call = ["data", "show", "--model", "nano", "--data", str(data), "--html", str(page)]
+    assert main(call) == 0
+    shown = capsys.readouterr().out
+    assert "⟦yo <i> \\x1b[31m<|end|>⟧" in shown
+    assert "not used:   columns 'id' (2 rows)" in shown
+    assert "template:   the plain one of lowrank" in shown
+    assert "rows that stand in it once more: 1" in shown
+    assert "last trained tokens: '<|end|>' 2" in shown
+    assert "\x1b" not in shown
+    text = page.read_text(encoding="utf-8")
+    assert "<mark>yo &lt;i&gt;" in text
+    assert "<i>" not in text
+    assert main(call) == 2  # the page is there
+    assert main([*call[:-1], str(data), "--force"]) == 2  # the data itself
+    assert main([*call, "--force", "--rows", "0", "--tokens"]) == 0
+
+
+def test_a_wrong_call_is_one_sentence(tmp_path, capsys):
+    assert main(["data", "show", "--model", "nano", "--data", str(tmp_path / "none.jsonl")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
