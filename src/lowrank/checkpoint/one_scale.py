@@ -31,7 +31,7 @@ def common_scale(scales: Iterable[float]) -> float:
 
 def folded(b: Tensor, own: float, written: float) -> Tensor:
     """B' with written·B'·A = own·B·A, for a `written` scale ≠ 0; `folded(b', written, own)` is the way back."""
-    factor = _quotient(own, written)
+    factor = 1.0 if own == written else _quotient(own, written)  # an adapter may have no scale but 0
     return b if factor == 1 else (b.double() * factor).to(b.dtype)
 
 

@@ -1,7 +1,5 @@
 """From the factors of a file to those of training: parts and start factors as they were before saving folded them."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -48,7 +46,7 @@ def unfold(factors: LoraFactors, path: str, companion: Companion) -> LoraFactors
 
 def _with_own_scale(factors: LoraFactors, own: float) -> LoraFactors:
     """The same ΔW at the scale the module had before it was saved; `factors` where that cannot be."""
-    if own == factors.scale or not math.isfinite(own) or own == 0 or factors.scale == 0:
+    if own == factors.scale or not 0 < abs(own) <= torch.finfo(factors.a.dtype).max or factors.scale == 0:
         return factors
     b = folded(factors.b.detach(), factors.scale, own)
     if not all_finite(b):
