@@ -294,5 +294,7 @@ def test_texts_are_split_and_prompts_cut_from_the_left():
     (example,) = encode(row, tokenizer, Recipe("completion", "{prompt}", 5)).examples
     assert tokenizer.decode(example.ids) == "efxy</s>"
     assert trained(tokenizer, example) == ["xy</s>"]
+    with pytest.raises(DataError, match="no row has a token to train within 3 tokens"):
+        encode(row, tokenizer, Recipe("completion", "{prompt}", 3))  # nothing would stand before the answer
     everything = encode(row, tokenizer, replace(Recipe("completion", "{prompt}", 50), train_on="all")).examples[0]
     assert trained(tokenizer, everything) == ["bcdefxy</s>"]
