@@ -222,7 +222,7 @@ def test_full_trains_a_language_model(home, tmp_path):
 WRONG = [
     ({"rank": 0}, ConfigError, "r must be a whole number of at least 1"),
     ({"rank": 1000}, ConfigError, "r is above min"),
-    ({"alpha_pattern": {"q_proj": float("nan")}}, ConfigError, "must be a finite number"),
+    ({"alpha_pattern": {"q_proj": float("inf")}}, ConfigError, "must be a finite number"),
     ({"targets": "q_prj"}, TargetError, "'q_prj' matches no module"),
     ({"init": "magic"}, ConfigError, "magic"),
     ({"model": "no/such"}, CheckpointError, "no/such: there is no such folder here"),

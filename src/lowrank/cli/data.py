@@ -10,8 +10,10 @@ from lowrank.data.settings import DataSettings
 command = App(
     name="data",
     help="See what a data file becomes: which tokens are trained, how long rows are, what is cut.",
-    help_epilogue="""Examples:
-  lowrank data show --model nano --data chats.jsonl
+    help_epilogue="""Example, after `lowrank demo`:
+  lowrank data show --model nano --data demo-out/data/train.jsonl
+
+Chats in a folder, the last answer of each trained, as a page:
   lowrank data show --model llama/ --data chats/ --train-on last --rows 10 --html rows.html""",
 )
 
