@@ -33,18 +33,23 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+# these two patch by themselves: what a test undoes of its own (`monkeypatch.undo()`) is not the suite's
 @pytest.fixture(autouse=True)
-def _no_rows_are_few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_rows_are_few(request: pytest.FixtureRequest) -> Iterator[None]:
     """The tests' batches are small; where the module does not say `FEW_ROWS = True` they go through the kernels."""
-    if not getattr(request.module, "FEW_ROWS", False):
-        monkeypatch.setattr("lowrank.kernels.order.FEW_ROWS", 0)
+    with pytest.MonkeyPatch.context() as suite:
+        if not getattr(request.module, "FEW_ROWS", False):
+            suite.setattr("lowrank.kernels.order.FEW_ROWS", 0)
+        yield
 
 
 @pytest.fixture(autouse=True)
-def _no_pulse(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_pulse() -> Iterator[None]:
     """Commands do not say where they are, however slow the machine is: tests look at what else they say."""
-    monkeypatch.setattr("lowrank.cli.pulse.FIRST", 3600.0)
-    monkeypatch.setattr("lowrank.cli.pulse.EVERY", 3600.0)
+    with pytest.MonkeyPatch.context() as suite:
+        suite.setattr("lowrank.cli.pulse.FIRST", 3600.0)
+        suite.setattr("lowrank.cli.pulse.EVERY", 3600.0)
+        yield
 
 
 @pytest.fixture

@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from lowrank import train
+from lowrank.kernels import order
+from lowrank.train.settings import TrainSettings
 from seeded_training import digests, forget
+from train_models import completion_rows, save_llama, write_jsonl
 
 PROGRAM = Path(__file__).with_name("seeded_training.py")
 FEW_ROWS = True  # as users have it: the batches here have more
@@ -46,6 +51,30 @@ def in_fresh_process(hash_seed, **settings):
 def test_a_fresh_process_with_another_heap_gives_the_same_bytes(dtype):
     here = digests(dtype, dropout=0.3)
     assert in_fresh_process(7, dtype=dtype, dropout=0.3, junk=3001) == here
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("few", [0, 128])
+def test_a_training_from_files_gives_the_same_file(tmp_path, monkeypatch, few, dropout):
+    """The whole way, from a folder and rows to a saved adapter, by the kernels and by plain operations.
+
+    Between the two another adapter is trained, by other layers at the same ids or not, and memory lies elsewhere.
+    """
+    monkeypatch.setattr(order, "FEW_ROWS", few)
+    model, data = save_llama(tmp_path / "llama"), write_jsonl(tmp_path / "rows.jsonl", completion_rows(24))
+    targets = {"rank": 3, "targets": "all-linear"}
+
+    def trained(out, **changes):
+        basic = {"model": str(model), "data": str(data), "out": str(tmp_path / out), "device": "cpu", "steps": 4}
+        train.run(TrainSettings.model_validate({**basic, **targets, "dropout": dropout, **changes}))
+        return (tmp_path / out / "adapter_model.safetensors").read_bytes()
+
+    first = trained("first")
+    assert trained("other", seed=1) != first
+    heap = [torch.empty(37 * i % 4099 + 1) for i in range(3001)][::2]
+    trained("narrower", targets="q_proj,v_proj", rank=5)
+    assert trained("second") == first
+    del heap
 
 
 @pytest.mark.slow

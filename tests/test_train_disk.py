@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lowrank import load_adapter, train
 from lowrank.checkpoint import atomic, outputs
@@ -86,8 +85,8 @@ def test_a_disk_that_is_full_at_the_end(
     assert set(os.listdir(kept)) == DONE and read_recipe(kept) is not None
     assert set(snapshot(tmp_path / "disk")) == {"run", "run/train.yaml", "run/log.jsonl"}
     train.run(settings(home, out))
-    there, here = (load_file(folder / "adapter_model.safetensors") for folder in (kept, out))
-    torch.testing.assert_close(there, here)
+    there, here = ((folder / "adapter_model.safetensors").read_bytes() for folder in (kept, out))
+    assert there == here
     load_adapter(load_causal(home / "llama", torch.float32), kept)
 
 
