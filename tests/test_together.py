@@ -178,6 +178,23 @@ def test_what_changes_between_two_calls_is_seen(what):
     torch.testing.assert_close(h, again)
 
 
+def test_a_new_bias_at_the_id_of_the_old_is_seen():
+    """No graph holds a frozen bias: only the waiting answer keeps its id from being given to another."""
+    model, x = adapted(), batch()
+    model.k.bias = nn.Parameter(torch.zeros(32), requires_grad=False)  # as new ones, never written to
+    results(model, x)
+    hidden = x * 1
+    model.q(hidden)
+    waiting, old = together._local.calls.ready[id(model.k)].h.detach().clone(), id(model.k.bias)
+    ones = torch.ones(32)
+    model.k.bias = None
+    others = [nn.Parameter(ones, requires_grad=False) for _ in range(1000)]
+    model.k.bias = next((one for one in others if id(one) == old), others[0])
+    got = model.k(hidden)
+    assert not torch.equal(got, waiting)
+    assert torch.equal(got, by_itself(model.k, hidden, model.k.operands()))
+
+
 def test_a_follower_that_does_not_come_is_let_go_and_not_waited_for_again(monkeypatch):
     model, x = adapted(), batch()
     results(model, x)

@@ -45,11 +45,16 @@ class Operands(NamedTuple):
     scale: float
     dropout: float = 0.0
 
-    def stamp(self) -> tuple[int, ...]:
-        """Which tensors these are, and how often they were written to."""
+    def versions(self) -> tuple[int, ...]:
+        """How often the tensors were written to."""
         weight, bias, a, b, *_ = self
-        stamp = (id(weight), weight._version, id(a), a._version, id(b), b._version)
-        return stamp if bias is None else (*stamp, id(bias), bias._version)
+        versions = (weight._version, a._version, b._version)
+        return versions if bias is None else (*versions, bias._version)
+
+    def are(self, others: "Operands") -> bool:
+        """Whether these are the very same tensors, and equal numbers."""
+        same = self.weight is others.weight and self.bias is others.bias and self.a is others.a and self.b is others.b
+        return same and self[4:] == others[4:]
 
 
 class Site(Protocol):
@@ -61,8 +66,8 @@ class Site(Protocol):
 class _Ready(NamedTuple):
     """An answer that waits for the call of its layer."""
 
-    stamp: tuple[int, ...]
-    numbers: tuple[float, float]  # scale and dropout
+    operands: Operands  # held: the id of a tensor that is gone may be another's
+    versions: tuple[int, ...]
     h: Tensor
     group: Group
     at: int  # in the group
@@ -139,7 +144,7 @@ def projection(layer: Site, x: Tensor, own: Operands, share_mask: bool = True) -
             return _compute(calls, x, _group(layer, x, own, followers), _mask(layer, x, own, share_mask))
     elif (ready := calls.ready.pop(id(layer), None)) is not None:
         current = is_current(ready.group.shared, x)  # else it would add to another sum, were it computed alone
-        if current and ready.numbers == own[4:] and ready.stamp == own.stamp():
+        if current and ready.operands.are(own) and ready.versions == own.versions():
             ready.group.hand_out(ready.at)
             _mask(layer, x, own, share_mask)  # it has read x: were it to come again, it would get another mask
             return ready.h
@@ -192,5 +197,5 @@ def _compute(calls: _Calls, x: Tensor, group: list[tuple[Site, Operands]], mask:
     together.hand_out(0)
     for index, ((layer, one), h) in enumerate(zip(group[1:], answers[1:], strict=True), 1):
         calls.layers.append(weakref.ref(layer))
-        calls.ready[id(layer)] = _Ready(one.stamp(), one[4:], h, together, index)
+        calls.ready[id(layer)] = _Ready(one, one.versions(), h, together, index)
     return answers[0]
