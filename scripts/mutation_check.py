@@ -164,7 +164,9 @@ MUTATIONS: dict[str, Mutation] = {
     "together: dB not scaled": Mutation(
         "kernels/group.py", "laid_out_as_b(dbt, ctx.scales[i],", "laid_out_as_b(dbt, 1.0,", TOGETHER
     ),
-    "together: answers out of date": Mutation("kernels/together.py", "ready.versions == own.versions()", "True", TOGETHER),
+    "together: answers out of date": Mutation(
+        "kernels/together.py", "ready.versions == own.versions()", "True", TOGETHER
+    ),
     "together: an answer of another scale": Mutation(
         "kernels/together.py", "same and self[4:] == others[4:]", "same", TOGETHER
     ),
