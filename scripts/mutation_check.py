@@ -212,7 +212,7 @@ MUTATIONS: dict[str, Mutation] = {
         "kernels/together.py", "            _mask(layer, x, own, share_mask)  #", "            pass  #", TOGETHER
     ),
     "accelerate: one mask for all": Mutation("peft/layer.py", "share_mask=False", "share_mask=True", ACCELERATE),
-    "dropout: one mask for ever": Mutation("kernels/dropout.py", " or id(reader) in last.readers", "", DROPOUT),
+    "dropout: one mask for ever": Mutation("kernels/dropout.py", " or me in last.readers", "", DROPOUT),
     "dropout: a mask for every projection": Mutation(
         "kernels/together.py", "dropout.shared(own.dropout, x, layer)", "dropout.draw(own.dropout, x)", DROPOUT
     ),

@@ -12,6 +12,7 @@ one layer with one dropout (`MergedLinear` of github.com/microsoft/LoRA). For ea
 mask of its own, and an entry is drawn, kept and applied once instead of three times.
 """
 
+import weakref
 from dataclasses import dataclass
 from functools import cache
 
@@ -80,7 +81,7 @@ class _Shared:
     """A mask, and who has read x through it."""
 
     mask: Mask
-    readers: set[int]
+    readers: "set[weakref.ref[object]]"  # not their ids, which go to others when they are gone
 
 
 _shared: Remembered[_Shared] = Remembered()
@@ -97,10 +98,10 @@ def shared(probability: float, x: Tensor, reader: object) -> Mask:
     if given or x.is_inference():  # of a tensor made in inference mode torch does not say whether it was written to
         return draw(probability, x)
     key = (probability, watcher())
-    last = _shared.of(x, key)
-    if last is None or id(reader) in last.readers:
+    last, me = _shared.of(x, key), weakref.ref(reader)
+    if last is None or me in last.readers:
         last = _shared.keep(x, key, _Shared(draw(probability, x), set()))
-    last.readers.add(id(reader))
+    last.readers.add(me)
     return last.mask
 
 
