@@ -72,7 +72,7 @@ def test_bfloat16_errors_are_of_peft_s_size(kind):
         errors.append(torch.stack([_error(plain, *reference), _error(fast, *reference)]))
     by_peft, ours = torch.stack(errors).mean(0)
     assert (ours < 1.5 * by_peft).all(), (ours, by_peft)
-    assert (ours < 0.03).all(), ours
+    assert (ours < 0.04).all(), ours  # 0.0301 where sums are not vectorised (ATEN_CPU_CAPABILITY=default)
 
 
 def test_several_active_adapters_add_up(monkeypatch):
