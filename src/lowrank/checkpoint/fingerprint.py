@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.checkpoint.gather import own_class
+from lowrank.core.stored.of_module import frozen_shape
 
 # What differs between two loads of one base: where it came from, how it runs, which head it got.
 VOLATILE = {
@@ -63,7 +64,7 @@ class Fingerprint:
 
 def fingerprint(model: nn.Module, paths: Iterable[str] = ()) -> Fingerprint:
     """The fingerprint of `model`, with the shapes of the weights at `paths`."""
-    shapes = {path: list(cast(Tensor, model.get_submodule(path).weight).shape) for path in sorted(paths)}
+    shapes = {path: list(frozen_shape(model.get_submodule(path))) for path in sorted(paths)}
     return Fingerprint(own_class(model).__name__, config_digest(getattr(model, "config", None)), shapes)
 
 

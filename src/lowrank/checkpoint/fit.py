@@ -9,6 +9,7 @@ from lowrank.checkpoint.keys import MAGNITUDE, Key, full_key, low_rank_key
 from lowrank.checkpoint.layout import pair_roles, wanted_shapes
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.checkpoint.renaming import Renaming, lies_in
+from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import TargetError
 from lowrank.injection.patterns import layer_index, matches, suggestion
 from lowrank.injection.targets import check_adaptable
@@ -42,7 +43,7 @@ def fit_faults(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Re
 def _pair_faults(files: AdapterFiles, path: str, module: nn.Module) -> list[str]:
     kind = kind_of(module)
     assert kind is not None
-    weight = tuple(cast(Tensor, module.weight).shape)
+    weight = tuple(frozen_shape(module))
     shapes = dict(zip(pair_roles(kind.kind), _wanted(files, path, kind, module), strict=True))
     if kind.supports_dora:
         shapes[MAGNITUDE] = (shapes[pair_roles(kind.kind)[1]][0],)
@@ -62,7 +63,7 @@ def _wanted(
     files: AdapterFiles, path: str, kind: type[LoraLayer], module: nn.Module
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     groups = cast(int, getattr(module, "groups", 1)) if kind.kind == "conv" else 1
-    return wanted_shapes(kind.kind, tuple(cast(Tensor, module.weight).shape), files.config.rank(path), groups)
+    return wanted_shapes(kind.kind, tuple(frozen_shape(module)), files.config.rank(path), groups)
 
 
 def _full_name(key: Key, rename: Renaming) -> str:

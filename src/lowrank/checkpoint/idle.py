@@ -42,5 +42,6 @@ def _is_idle(layer: LoraLayer, factors: LoraFactors) -> bool:
         idle = factors.scale == 0 or not a.any() or not b.any()
     if not idle or factors.magnitude is None:
         return idle
-    norms = row_norms(layer.matrix(layer.base_weight), a, b, 0.0)
+    weight = layer.dense(layer)
+    norms = row_norms(weight.t() if layer.transposed else weight, a, b, 0.0)
     return torch.allclose(factors.magnitude.to(norms.dtype), norms, rtol=1e-3)

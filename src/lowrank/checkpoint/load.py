@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,8 @@ from lowrank.checkpoint.report import LoadReport
 from lowrank.checkpoint.restore import unfold, with_moved_base
 from lowrank.checkpoint.unanswered import unanswered
 from lowrank.core.factors import LoraFactors
+from lowrank.core.stored import dense
+from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import CheckpointError, LowrankWarning
 from lowrank.injection.apply import attach, check_new_name
 from lowrank.injection.config import LoraConfig
@@ -111,8 +112,8 @@ def _sharded(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Rena
 def _factors(files: AdapterFiles, path: str, module: nn.Module) -> LoraFactors:
     kind = kind_of(module)
     assert kind is not None
-    weight = cast(Tensor, module.weight).detach()
-    factors = files.factors(path, tuple(weight.shape))
+    weight = kind.frozen(module)
+    factors = files.factors(path, tuple(frozen_shape(module)))
     factors = factors.to(device=weight.device, dtype=torch.promote_types(factors.a.dtype, weight.dtype))
     if abs(factors.scale) > torch.finfo(factors.a.dtype).max:
         raise CheckpointError(
@@ -120,7 +121,7 @@ def _factors(files: AdapterFiles, path: str, module: nn.Module) -> LoraFactors:
             "lora_alpha cannot be meant"
         )
     if files.config.moved_base is not None and kind.supports_dora:
-        return with_moved_base(factors, files.config.moved_base, kind.matrix(weight))
+        return with_moved_base(factors, files.config.moved_base, dense(weight, weight.dtype))
     return unfold(factors, path, files.companion)
 
 

@@ -17,6 +17,7 @@ from lowrank.checkpoint.one_scale import Scales, folded, written_scales
 from lowrank.checkpoint.read import SAFETENSORS
 from lowrank.checkpoint.write_config import config_bytes
 from lowrank.core.factors import LoraFactors
+from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import CheckpointError, some
 from lowrank.injection.adapters import lora_layers, override_modules
 from lowrank.injection.config import LoraConfig
@@ -85,7 +86,7 @@ def _low_rank_tensors(parts: dict[str, _Part]) -> Iterator[tuple[str, Tensor]]:
     for path, part in parts.items():
         a, b = (tensor.detach() for tensor in part.factors.effective())
         b = folded(b, part.factors.scale, part.scale)
-        pair = to_file(part.layer.kind, a, b, tuple(part.layer.weight.shape), part.groups)
+        pair = to_file(part.layer.kind, a, b, tuple(frozen_shape(part.layer)), part.groups)
         for role, tensor in zip(pair_roles(part.layer.kind), pair, strict=True):
             yield low_rank_key(path, role), tensor
         if part.factors.magnitude is not None:

@@ -117,9 +117,9 @@ def merge_block(base: Tensor, changes: Sequence[Change], rows: slice, memory: Te
     return total
 
 
-def merge_weight(weight: Tensor, changes: Sequence[Change]) -> Tensor:
-    """W0 + Σ ΔW as a new tensor of `weight`'s dtype, rounded once: weight (n, m) as stored."""
-    merged = torch.empty_like(weight)
+def merge_weight(weight: Tensor, changes: Sequence[Change], dtype: torch.dtype | None = None) -> Tensor:
+    """W0 + Σ ΔW as a new tensor of `dtype` (`weight`'s where not given), rounded once: weight (n, m) as stored."""
+    merged = torch.empty_like(weight, dtype=dtype)
     memory = None
     for rows in row_blocks(*weight.shape):
         memory = merge_block(weight[rows], changes, rows, memory)

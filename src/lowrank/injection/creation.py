@@ -1,7 +1,6 @@
 """The factors of a plan's entry at step 0."""
 
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,8 @@ def create_factors(entry: PlanEntry, module: nn.Module, config: LoraConfig, init
     """A and B as `init` starts them, one pair per part of a fused projection, stacked; float32 or wider."""
     if issubclass(entry.kind, LoraEmbedding) and config.init_lora_weights in NOT_FOR_LOOKUPS:
         init = embedding
-    matrix = entry.kind.matrix(cast(Tensor, module.weight).detach())
+    weight = entry.kind.dense(module)
+    matrix = weight.t() if entry.kind.transposed else weight
     with named(entry.path):
         starts = [init(site) for site in _sites(entry, matrix)]
     a, b = starts[0].a, starts[0].b

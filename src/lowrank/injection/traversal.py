@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from lowrank.core.factors import LoraFactors
+from lowrank.core.stored.of_module import frozen_shape, is_readable
 from lowrank.layers.overrides import CHILD, Overrides
 
 
@@ -36,6 +37,11 @@ def _holds_adapters_alone(module: nn.Module) -> bool:
 
 
 def parameter_count(modules: Iterable[nn.Module]) -> int:
-    """How many numbers the modules hold themselves, shared weights counted once."""
-    parameters = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
-    return sum(p.numel() for p in parameters.values())
+    """How many numbers the modules hold themselves, shared weights counted once, packed ones as the matrix they are."""
+    counts = {
+        id(p): frozen_shape(module).numel() if name == "weight" and is_readable(module) else p.numel()
+        for module in modules
+        for name, p in module._parameters.items()
+        if p is not None
+    }
+    return sum(counts.values())

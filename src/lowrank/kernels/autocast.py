@@ -25,6 +25,11 @@ def under_autocast(x: Tensor) -> Tensor:
     dtype = dtype_for(x)
     if dtype is None or x.dtype is dtype:
         return x
+    return cast_once(x, dtype)
+
+
+def cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`, the same tensor for every call with x while it lives."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None or x.is_inference():
         return x.to(dtype)
     key = (dtype, x.requires_grad, torch.is_grad_enabled())

@@ -11,7 +11,7 @@ Per T×d output that is 6·r·T·(k + d) operations beyond the frozen layer's, t
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lowrank.core.stored import Stored, Weight, dense
 from lowrank.kernels import pieces, products
 from lowrank.kernels.autocast import dtype_for
 from lowrank.kernels.dropout import Mask
@@ -26,13 +27,24 @@ from lowrank.kernels.hooks import are_saved_tensors_watched
 from lowrank.kernels.order import choose_order, few_rows, thin_products_are_slow
 from lowrank.kernels.shared_input import Part, SharedInput, shared_input
 
+Held = TypeVar("Held", bound=Weight)
 
-def reason_against(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why this call must take the reference path, or None where the fused function gives the same."""
+
+def is_transformed() -> str | None:
+    """Who takes the plain operations to make something else of them, in words; None where nobody does."""
     if torch.compiler.is_compiling():
         return "torch.compile fuses the plain operations itself"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms the plain operations"
+    return None
+
+
+def reason_against(x: Tensor, weight: Weight, bias: Tensor | None) -> str | None:
+    """Why this call must take the reference path, or None where the fused function gives the same."""
+    if (why := is_transformed()) is not None:
+        return why
+    if isinstance(weight, Stored):
+        return None if x.is_floating_point() and type(x) is Tensor else f"its input is {x.dtype}"
     if weight.requires_grad:
         return "the base weight is trained too"
     if x.is_meta:
@@ -46,11 +58,13 @@ def reason_against(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None
     return None
 
 
-def in_dtype_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The weight and the bias in x's dtype, which under autocast may not be theirs."""
+def in_dtype_of(x: Tensor, weight: Held, bias: Tensor | None) -> tuple[Held, Tensor | None]:
+    """The weight and the bias in x's dtype, which under autocast may not be theirs; a stored weight is read in it."""
+    if isinstance(weight, Stored):
+        return weight, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)
     if weight.dtype is x.dtype:
         return weight, bias
-    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return cast(Held, weight.to(x.dtype)), None if bias is None else bias.to(x.dtype)
 
 
 def stacked(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tensor, float]:
@@ -61,20 +75,21 @@ def stacked(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, Tens
 
 
 def fused_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float = 1.0, mask: Mask | None = None
+    x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Tensor, scale: float = 1.0, mask: Mask | None = None
 ) -> Tensor:
     """W0·x + bias + s/q·B·A·(mask∘x): x (..., k), weight (d, k), a (r, k), b (d, r), q the share that the mask keeps.
 
     a and s·b are rounded to x's dtype, inside of the function, so that autograd sees one node; under autocast weight
-    and bias are, before it. `weight` may be a transposed view (Conv1D): no copy is made. The dropout mask is kept at
+    and bias are, before it. `weight` may be a transposed view (Conv1D): no copy is made. A stored form is read
+    for each product and let go: its dense matrix is never kept. The dropout mask is kept at
     one bit an entry. Second derivatives are refused by autograd, but for few rows, where it gives them itself.
     """
     weight, bias = in_dtype_of(x, weight, bias)
     if mask is not None:
         scale /= mask.kept
     tracked = is_tracked(x, bias, a, b)
-    if mask is None and (few_rows(x) if tracked else thin_products_are_slow(x)):
-        return _plain(x, weight, bias, a, b, scale)
+    if mask is None and (few_rows(x) and not isinstance(weight, Stored) if tracked else thin_products_are_slow(x)):
+        return _plain(x, dense(weight, x.dtype), bias, a, b, scale)
     if not tracked:
         a, (b, scale), rows = a.to(x.dtype), beside(x, b, scale), x.reshape(-1, x.shape[-1])
         s, fold = _down(rows, weight, a, mask, keep=False)
@@ -114,7 +129,7 @@ def laid_out_as_b(dbt: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return torch.mul(dbt.to(dtype).t(), scale, out=dbt.new_empty(dbt.shape[::-1], dtype=dtype))
 
 
-def _down(rows: Tensor, weight: Tensor, a: Tensor, mask: Mask | None, keep: bool) -> tuple[Tensor | None, bool]:
+def _down(rows: Tensor, weight: Weight, a: Tensor, mask: Mask | None, keep: bool) -> tuple[Tensor | None, bool]:
     """(S, whether W0 + s·B·A is formed first): S (T, r), None where it is neither kept nor needed."""
     fold = folds(rows, weight, a, mask)
     return products.down(seen_by_a(rows, mask), a) if keep or not fold else None, fold
@@ -125,7 +140,7 @@ def seen_by_a(rows: Tensor, mask: Mask | None) -> Tensor:
     return rows if mask is None else mask.of(rows)
 
 
-def folds(rows: Tensor, weight: Tensor, a: Tensor, mask: Mask | None) -> bool:
+def folds(rows: Tensor, weight: Weight, a: Tensor, mask: Mask | None) -> bool:
     """Whether W0 + s·B·A is formed first: rows (T, k), weight (d, k), a (r, k). It cannot be where A sees mask∘x."""
     d, k = weight.shape
     return mask is None and choose_order(rows.shape[0], k, d, a.shape[0], rows.dtype, rows.device.type).fold
@@ -134,7 +149,7 @@ def folds(rows: Tensor, weight: Tensor, a: Tensor, mask: Mask | None) -> bool:
 def forward_part(
     x: Tensor,
     rows: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -144,10 +159,13 @@ def forward_part(
     out: Tensor | None = None,
 ) -> Tensor:
     """h = W0·x + bias + scale·B·A·x from S = x·Aᵀ, (T, r), or folded: x (..., k) → (..., d), into `out` if given."""
+    matrix = dense(weight, x.dtype)
     if s is None or fold:
-        h = pieces.base(x, torch.addmm(weight, b, a, alpha=scale), bias, out)
+        own = isinstance(weight, Stored)  # then its copy is ours to write to
+        folded = matrix.addmm_(b, a, alpha=scale) if own else torch.addmm(matrix, b, a, alpha=scale)
+        h = pieces.base(x, folded, bias, out)
     else:
-        h = products.plus_low_rank(x, rows, weight, bias, s, b, scale, out)
+        h = products.plus_low_rank(x, rows, matrix, bias, s, b, scale, out)
     # a view made in a Function may not be written to by the caller (ReLU(inplace=True)): this one counts as no view
     return torch.ops.aten._unsafe_view.default(h, h.shape) if h._is_view() else h
 
@@ -158,7 +176,7 @@ class _FusedLinear(Function):
         ctx: Any,
         _token: Tensor,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -176,7 +194,8 @@ class _FusedLinear(Function):
         a, (b, scale) = a.to(x.dtype), beside(x, b, scale)
         rows = x.reshape(-1, x.shape[-1])  # (T, k)
         s, fold = _down(rows, weight, a, mask, keep=True)
-        ctx.save_for_backward(rows, s, weight, a, b, None if mask is None else mask.bits)
+        ctx.stored = weight if isinstance(weight, Stored) else None
+        ctx.save_for_backward(rows, s, None if ctx.stored else weight, a, b, None if mask is None else mask.bits)
         ctx.mask = None if mask is None else replace(mask, bits=None)
         ctx.scale_beside = scale
         fill = partial(forward_part, x, rows, weight, bias, a, b, scale, s, fold)
@@ -200,5 +219,5 @@ class _FusedLinear(Function):
         db = None if dbt is None else laid_out_as_b(dbt, ctx.scale, b_dtype)  # (d, r)
         dbias = dh.sum(0) if needs_bias else None
         if ctx.shared.needs_gradient:
-            ctx.shared.add({ctx.place: Part(dh, weight, ds, a, mask)}, ())
+            ctx.shared.add({ctx.place: Part(dh, ctx.stored or weight, ds, a, mask)}, ())
         return None, None, None, dbias, da, db, None, None, None, None

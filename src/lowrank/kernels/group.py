@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from lowrank.core.stored import Stored
 from lowrank.kernels import products
 from lowrank.kernels.dropout import Mask
 from lowrank.kernels.fused import beside, folds, forward_part, laid_out_as_b, seen_by_a
@@ -38,8 +39,9 @@ class FusedGroup(Function):
         group: Group,
         scales: tuple[float, ...],
         mask: Mask | None,
-        *tensors: Tensor,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
+        """`tensors`: all weights, which may be stored forms, then all biases, all A and all B."""
         n = len(scales)
         weights, biases, masters_a, masters_b = (tensors[i * n : (i + 1) * n] for i in range(4))
         ctx.group, ctx.scales = group, scales
@@ -56,7 +58,9 @@ class FusedGroup(Function):
             for weight, bias, one_a, (b, scale), one_s in zip(weights, biases, a, pairs, s, strict=True)
         )
         ctx.beside = [scale for _, scale in pairs]
-        ctx.save_for_backward(rows, None if mask is None else mask.bits, *s, *weights, *a, *(b for b, _ in pairs))
+        ctx.stored = [one if isinstance(one, Stored) else None for one in weights]
+        numbers = [None if isinstance(one, Stored) else one for one in weights]
+        ctx.save_for_backward(rows, None if mask is None else mask.bits, *s, *numbers, *a, *(b for b, _ in pairs))
         return answers
 
     @staticmethod
@@ -79,6 +83,7 @@ class FusedGroup(Function):
         for i, one in ds.items():
             grads[2][i] = products.weight_gradient(one, seen).to(ctx.masters[i][0]) if needs_a[i] else None
         if shared.needs_gradient:
-            parts = {places[i]: Part(dh, weights[i], ds[i], a[i], mask) for i, dh in live.items()}
+            frozen = [stored or weight for stored, weight in zip(ctx.stored, weights, strict=True)]
+            parts = {places[i]: Part(dh, frozen[i], ds[i], a[i], mask) for i, dh in live.items()}
             shared.add(parts, places.values())
         return None, None, None, None, None, *grads[0], *grads[1], *grads[2], *grads[3]

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lowrank.core.stored import Weight, dense
 from lowrank.kernels.dropout import Mask
 from lowrank.kernels.products import add_product_, are_widened, input_gradient, one_kernel
 
@@ -17,13 +18,14 @@ class InputGradient:
         self._dx: Tensor | None = None
         self._parts: dict[int | None, tuple[Mask | None, list[tuple[Tensor, Tensor]]]] = {}  # by the mask's seed
 
-    def add(self, dy: Tensor, weight: Tensor, ds: Tensor, a: Tensor, mask: Mask | None) -> None:
+    def add(self, dy: Tensor, weight: Weight, ds: Tensor, a: Tensor, mask: Mask | None) -> None:
         """dX += dY·W0 + mask∘(dS·A): dy (T, d), weight (d, k), ds (T, r), a (r, k)."""
-        kernel = one_kernel(dy, weight, a.shape[0], onto=self._dx is not None) if mask is None else None
+        matrix = dense(weight, dy.dtype)
+        kernel = one_kernel(dy, matrix, a.shape[0], onto=self._dx is not None) if mask is None else None
         if kernel is not None:
-            self._dx = kernel(dy, weight, ds, a, onto=self._dx)
+            self._dx = kernel(dy, matrix, ds, a, onto=self._dx)
             return
-        self._dx = input_gradient(dy, weight, onto=self._dx)
+        self._dx = input_gradient(dy, matrix, onto=self._dx)
         _, parts = self._parts.setdefault(None if mask is None else mask.seed, (mask, []))
         parts.append((ds, a))
 

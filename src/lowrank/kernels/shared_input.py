@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lowrank.core.stored import Weight
 from lowrank.kernels.dropout import Mask
 from lowrank.kernels.input_gradient import InputGradient
 
@@ -28,7 +29,7 @@ class Part(NamedTuple):
     """What one projection adds to dX, dY·W0 + mask∘(dS·A): dy (T, d), weight (d, k), ds (T, r), a (r, k)."""
 
     dy: Tensor
-    weight: Tensor
+    weight: Weight
     ds: Tensor
     a: Tensor
     mask: Mask | None

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from lowrank.core.stored import Weight
 from lowrank.kernels import dropout
 from lowrank.kernels.dropout import Mask
 from lowrank.kernels.fused import fused_linear, in_dtype_of, is_tracked, reason_against
@@ -38,7 +39,7 @@ class Operands(NamedTuple):
     Weight and bias are as the layer has them, also where autocast casts them for the product.
     """
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
     a: Tensor
     b: Tensor

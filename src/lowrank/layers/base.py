@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lowrank.core.factors import LoraFactors
 from lowrank.core.merging import Change, adapted_weight, merge_weight, prepare
+from lowrank.core.stored import Weight
+from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import TargetError
 from lowrank.layers.reading import AdaptedWeight, own_weight, say_dropout
 
@@ -79,6 +81,17 @@ class LoraLayer(nn.Module):
         """The weight as W0 of h = W0·x, a view: (d, k)."""
         return cls.stored(weight).t() if cls.transposed else cls.stored(weight)
 
+    @classmethod
+    def frozen(cls, module: nn.Module) -> Weight:
+        """W0 of a module of this kind, (d, k), a view of it; where that is stored otherwise, what reads it."""
+        return cls.matrix(cast(Tensor, module.weight).detach())
+
+    @classmethod
+    def dense(cls, module: nn.Module) -> Tensor:
+        """W0 of a module of this kind as numbers, a matrix as stored: its own weight where it has one, else a copy."""
+        weight = module._parameters.get("weight")
+        return cls.stored(cast(Tensor, module.weight if weight is None else weight)).detach()
+
     def factors(self, adapter: str) -> LoraFactors:
         """The factors of one adapter."""
         return cast(LoraFactors, self._modules[_attribute(adapter)])
@@ -104,17 +117,16 @@ class LoraLayer(nn.Module):
         self.adapter_names = tuple(name for name in self.adapter_names if name not in adapters)
         self.activate(tuple(name for name in self.active_adapters if name not in adapters))
 
-    def change(self, adapter: str, weighting: float = 1.0) -> Change:
-        """ΔW of one adapter, ready to be merged."""
-        return prepare(
-            self.factors(adapter), self.stored(self.base_weight), transposed=self.transposed, weighting=weighting
-        )
+    def change(self, adapter: str, weight: Tensor) -> Change:
+        """ΔW of one adapter, ready to be merged; weight: W0 as `dense` gives it."""
+        return prepare(self.factors(adapter), weight, transposed=self.transposed)
 
     @torch.no_grad()
-    def merged_weight(self, adapters: tuple[str, ...]) -> Tensor:
-        """W0 + Σ ΔW over `adapters`, a new tensor of the weight's own shape and dtype, rounded once."""
-        changes = [self.change(name) for name in adapters]
-        return merge_weight(self.stored(self.base_weight.detach()), changes).view_as(self.base_weight)
+    def merged_weight(self, adapters: tuple[str, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """W0 + Σ ΔW over `adapters`, a new tensor of W0's own shape, in `dtype` (W0's if not given), rounded once."""
+        weight = self.dense(self)
+        changes = [self.change(name, weight) for name in adapters]
+        return merge_weight(weight, changes, dtype).view(frozen_shape(self))
 
     def fold(self) -> None:
         """In place: W0 + Σ ΔW over the active adapters takes W0's place, which is set aside as it is."""
@@ -211,6 +223,6 @@ def restore(layer: LoraLayer) -> nn.Module:
 
 def dimensions(mixin: type[LoraLayer], module: nn.Module) -> tuple[int, int]:
     """(d, k) of the module's W0."""
-    shape: torch.Size = cast(Tensor, module.weight).shape
+    shape = frozen_shape(module)
     rows, columns = shape[0], math.prod(shape[1:])
     return (columns, rows) if mixin.transposed else (rows, columns)

@@ -1,12 +1,13 @@
 """Which layer kind adapts which module."""
 
-import torch
 from torch import nn
 
+from lowrank.core.stored.of_module import FLOATING, is_stored
 from lowrank.layers.base import REPLACED, LoraLayer, forward_is_replaced
 from lowrank.layers.conv import LoraConv
 from lowrank.layers.embedding import LoraEmbedding
 from lowrank.layers.linear import LoraConv1D, LoraLinear
+from lowrank.layers.quantised import LoraQuantised
 
 KINDS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Linear: LoraLinear,
@@ -19,14 +20,22 @@ NAMED_KINDS: dict[tuple[str, str], type[LoraLayer]] = {  # classes of packages t
     ("transformers.pytorch_utils", "Conv1D"): LoraConv1D,
 }
 
-FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})  # what a change can be added to
+MAKERS = {  # packages whose quantised layers are no linear maps that are read here, and what they make
+    "gptqmodel": "GPTQ or AWQ (gptqmodel)", "auto_gptq": "GPTQ (auto_gptq)", "awq": "AWQ", "hqq": "HQQ",
+    "optimum": "quanto or GPTQ (optimum)", "eetq": "EETQ", "aqlm": "AQLM",
+}  # fmt: skip
 
 # Subclasses of Linear in transformers whose answer is not W0·x + bias: a tuple of scores, groups apart, more columns.
 NOT_LINEAR_MAPS = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear", "IdeficsDecoupledLinear"})
 
 
 def kind_of(module: nn.Module) -> type[LoraLayer] | None:
-    """The layer kind for `module`, by its class or the nearest parent class that has one; None where there is none."""
+    """The layer kind for `module`, by its class or the nearest parent class that has one; None where there is none.
+
+    A linear map whose weight is stored in another form than numbers is of a kind of its own.
+    """
+    if isinstance(module, nn.Linear) and is_stored(module):
+        return LoraQuantised
     for cls in type(module).__mro__:
         kind = KINDS.get(cls) or NAMED_KINDS.get((cls.__module__, cls.__name__))
         if kind is not None:
@@ -38,6 +47,12 @@ def is_linear(module: nn.Module) -> bool:
     """True for what "all-linear" means: nn.Linear, its subclasses that are linear maps, and transformers' Conv1D."""
     kind = kind_of(module)
     return kind is not None and issubclass(kind, LoraLinear) and not _answers_otherwise(module)
+
+
+def _maker(module: nn.Module) -> str | None:
+    """The package whose quantised layer this is, where it is one that nothing here reads."""
+    package = type(module).__module__.partition(".")[0]
+    return MAKERS.get(package)
 
 
 def _answers_otherwise(module: nn.Module) -> bool:
@@ -54,7 +69,7 @@ def _unfit(weight: nn.Parameter | None) -> str | None:
         return f"its weight is {weight.dtype}, and changes are real"
     if weight.is_floating_point():
         return f"its weight is {weight.dtype}, which holds a scaled copy at best: load the base in 16 or 32 bits"
-    return f"its weight is {weight.dtype}, and quantised bases are not adapted yet"
+    return f"its weight is {weight.dtype}, a stored form that is not known here: register_reader can teach it"
 
 
 OFFLOADED = (
@@ -66,11 +81,16 @@ OFFLOADED = (
 def refusal(module: nn.Module) -> str | None:
     """Why `module` cannot be adapted, in words that end a sentence, or None where it can."""
     kind = kind_of(module)
+    if kind is None and (maker := _maker(module)) is not None:
+        return (
+            f"a {type(module).__name__} holds its weight in the form of {maker}, which is not read here: load the base "
+            "in NF4 or int8 by bitsandbytes, or in 16 bits"
+        )
     if kind is None:
         return f"a {type(module).__name__} is none of Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d"
     if _answers_otherwise(module):
         return f"a {type(module).__name__} does not answer W0·x + bias, so a change of W0 cannot be added to its answer"
-    if (why := _unfit(module._parameters.get("weight"))) is not None:
+    if not issubclass(kind, LoraQuantised) and (why := _unfit(module._parameters.get("weight"))) is not None:
         return why
     if forward_is_replaced(module):
         return REPLACED

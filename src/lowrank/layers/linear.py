@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from lowrank.core.dora import row_gain
 from lowrank.core.factors import LoraFactors
+from lowrank.core.stored import Weight
 from lowrank.kernels.autocast import under_autocast
 from lowrank.kernels.fused import reason_against, stacked
 from lowrank.kernels.reference import low_rank
@@ -39,13 +40,18 @@ class LoraLinear(LoraLayer):
         if not factors:
             return self.base_forward(input)
         if self.plain_reason is None:
-            x, weight, bias = under_autocast(input), self.matrix(self.base_weight), self.bias
+            x, weight, bias = under_autocast(input), self.held(), self.bias
             if reason_against(x, weight, bias) is None:
                 a, b, scale = stacked([(*f.moved(), f.scale) for f in factors])
                 dropout = factors[0].dropout if self.training else 0.0
                 h = projection(self, x, Operands(weight, bias, a, b, scale, dropout))
                 return h if factors[0].magnitude is None else self._rescaled(h, factors[0])
         return self._plain_forward(input, factors)
+
+    def held(self) -> Weight:
+        """W0 as the fused function takes it, (d, k): a view of the parameter, or what reads a stored form."""
+        weight = self.base_weight
+        return weight.t() if self.transposed else weight
 
     def operands(self) -> Operands | None:
         """What the layer would be computed from now, where another may compute it ahead: one adapter."""
@@ -55,13 +61,17 @@ class LoraLinear(LoraLayer):
         if factors.parts or factors.start_a is not None:
             return None
         dropout = factors.dropout if self.training else 0.0
-        return Operands(self.base_weight, self.bias, factors.a, factors.b, factors.scale, dropout)
+        return Operands(self.held(), self.bias, factors.a, factors.b, factors.scale, dropout)
 
     def reason_for_plain_path(self) -> str | None:
         """Why the active adapters are computed by plain operations, or None where the fused function serves."""
         forward = next(cls for cls in plain_class(self).__mro__ if "forward" in cls.__dict__)
         if (forward.__module__, forward.__name__) not in OWN_FORWARDS:
             return f"{plain_class(self).__name__} has a forward of its own"
+        return self.reason_against_adapters()
+
+    def reason_against_adapters(self) -> str | None:
+        """Why the active adapters cannot go through the fused function together, or None."""
         factors = self.active_factors
         if any(f.magnitude is not None for f in factors) and len(factors) > 1:
             return "DoRA rescales the base's answer, but not another adapter's change"
@@ -94,7 +104,9 @@ class LoraLinear(LoraLayer):
     def _gain(self, factors: LoraFactors) -> Tensor:
         a, b = factors.effective()
         assert factors.magnitude is not None
-        return row_gain(self.matrix(self.base_weight), a.detach(), b.detach(), factors.scale, factors.magnitude)
+        weight = self.dense(self)
+        matrix = weight.t() if self.transposed else weight
+        return row_gain(matrix, a.detach(), b.detach(), factors.scale, factors.magnitude)
 
     def _dora_change(self, base: Tensor, change: Tensor, factors: LoraFactors) -> Tensor:
         """g·(W0 + ΔW)·x − W0·x with g = m / ‖W0 + ΔW‖_row."""

@@ -18,18 +18,44 @@ from lowrank.injection.tied import part_tied_weights, shared_weights
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer, restore
 from lowrank.layers.overrides import keep_override
+from lowrank.layers.quantised import LoraQuantised
 from lowrank.merge.disk.report import survival_warnings
+from lowrank.merge.onto import (
+    Onto,
+    check_onto,
+    dequantise_rest,
+    fold_plain,
+    fold_requantised,
+    is_quantised,
+    plain_dtype,
+    quantised_layers,
+    requantised,
+    require_survival,
+)
 from lowrank.merge.overflow import merge_fault
 from lowrank.merge.survival import surviving
 
 
-def merge_and_unload(model: nn.Module, adapters: Iterable[str] | None = None, progress: bool = False) -> nn.Module:
+def merge_and_unload(
+    model: nn.Module,
+    adapters: Iterable[str] | None = None,
+    progress: bool = False,
+    *,
+    onto: Onto = "16bit",
+    anyway: bool = False,
+) -> nn.Module:
     """In place: W ← W0 + Σ s·B·A over `adapters` (default: the active ones), and give the plain model back.
 
     Merging some of a model's adapters leaves the others as they were, active or not; merging the active ones drops the
     inactive ones, so that the result is one plain model with its original classes and `state_dict` keys.
     Sums are formed in float32 (float64 for a float64 base) by blocks of rows and rounded once to the weight's dtype. A
     weight that the target shared with another module gets a copy of its own first, and the model's config says so.
+
+    A quantised model becomes a plain one by default (onto="16bit"): every quantised layer is dequantised as training
+    saw it, the changes are added and rounded once to the dtype of the model's other weights. onto="quantised" puts the
+    sums into the layers' own form again, which is coarser than most changes: where less than half of a module's ‖ΔW‖²
+    would survive that, MergeError shows how much does, before anything changes; `anyway` does it all the same. (The
+    third way, "original", is to load the unquantised base and the adapter onto it, and `lowrank merge` on disk.)
 
     Warns (LowrankWarning) where rounding swallows more than half of ΔW.
 
@@ -40,17 +66,22 @@ def merge_and_unload(model: nn.Module, adapters: Iterable[str] | None = None, pr
     adapter that stays is a DoRA adapter of a merged layer (its row norms are those of the base that would be gone).
     """
     check_unfolded(model, "merge_and_unload")
+    check_onto(onto)
     names = _chosen(model, adapters)
     settle(model)
     _check(model, names, everything=adapters is None)
+    _check_onto(model, names, onto, anyway)
+    plain = plain_dtype(model) if onto == "16bit" and is_quantised(model) else None
     left: dict[str, float] = {}
     with require_state(model).turnstile.change(model):
         shared = _shared_targets(model)
         layers = [(path, layer) for path, layer in lora_layers(model) if set(names) & set(layer.adapter_names)]
-        dtypes = {str(layer.base_weight.dtype).removeprefix("torch.") for _, layer in layers}
+        dtypes = {str(plain or layer.base_weight.dtype).removeprefix("torch.") for _, layer in layers}
         for path, layer in _progress(layers, progress):
             own = tuple(name for name in names if name in layer.adapter_names)
-            left[path] = _fold(layer, own, untie=id(layer.base_weight) in shared)
+            left[path] = _fold(layer, own, id(layer.base_weight) in shared, plain)
+        if plain is not None:
+            dequantise_rest(model, plain)
         _finish(model, names, drop_rest=adapters is None)
     for text in survival_warnings(left, ", ".join(sorted(dtypes)), "model.float() before"):
         warnings.warn(text, LowrankWarning, stacklevel=2)
@@ -128,6 +159,22 @@ def _check(model: nn.Module, names: tuple[str, ...], everything: bool) -> None:
         raise MergeError(f"cannot merge: {some(faults, separator='; ')}")
 
 
+def _check_onto(model: nn.Module, names: tuple[str, ...], onto: Onto, anyway: bool) -> None:
+    """Whether the way to merge can be had for this model, found before the first weight is touched."""
+    if onto == "original":
+        raise MergeError("onto original: load the unquantised model, the adapter onto it, and merge that one")
+    if onto == "16bit":
+        return
+    stored = quantised_layers(list(lora_layers(model)))
+    if not stored:
+        raise MergeError("onto quantised: no adapted layer of this model is quantised; leave `onto` out")
+    own = {path: tuple(name for name in names if name in layer.adapter_names) for path, layer in stored.items()}
+    try:
+        require_survival({path: requantised(stored[path], some)[0] for path, some in own.items() if some}, anyway)
+    except NotImplementedError as error:
+        raise MergeError(f"onto quantised: {error}; merge onto 16bit") from error
+
+
 def _finite(factors: LoraFactors) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in factors.parameters())
 
@@ -140,8 +187,13 @@ def _shared_targets(model: nn.Module) -> set[int]:
 
 
 @torch.no_grad()
-def _fold(layer: LoraLayer, names: tuple[str, ...], untie: bool) -> float:
-    """In place: the merged values become the layer's weight, and the merged adapters leave. Returns ΔW's share left."""
+def _fold(layer: LoraLayer, names: tuple[str, ...], untie: bool, plain: torch.dtype | None) -> float:
+    """In place: the merged values become the layer's weight, and the merged adapters leave. Returns ΔW's share left.
+
+    plain: the dtype in which quantised layers become plain ones; None where they keep their form.
+    """
+    if isinstance(layer, LoraQuantised):
+        return fold_requantised(layer, names) if plain is None else fold_plain(layer, names, plain)
     merged_weight = layer.merged_weight(names)
     left = surviving(layer, names, merged_weight)
     if untie:

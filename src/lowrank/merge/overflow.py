@@ -16,17 +16,18 @@ def merge_fault(layer: LoraLayer, adapters: tuple[str, ...]) -> str | None:
     """
     if "weight" not in layer._parameters:
         return "its weight is computed by a parametrisation that was put on after injection: remove that first"
-    largest = _largest(layer.base_weight)
+    weight = layer.dense(layer)
+    largest = _largest(weight)
     if not torch.isfinite(largest):
         return "the base's weight holds values that are not finite"
     try:
-        bound = largest + sum(_bound(layer.change(name), largest) for name in adapters)
+        bound = largest + sum(_bound(layer.change(name, weight), largest) for name in adapters)
     except FloatingPointError as error:
         return str(error)
-    limit = torch.finfo(layer.base_weight.dtype).max
+    limit = torch.finfo(weight.dtype).max
     if bound < 0.99 * limit or torch.isfinite(_largest(layer.merged_weight(adapters))):
         return None
-    return f"the merged values do not fit into {layer.base_weight.dtype}, whose largest number they exceed"
+    return f"the merged values do not fit into {weight.dtype}, whose largest number they exceed"
 
 
 def _largest(tensor: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ ROWS = 256  # of a weight, evenly spaced: they tell whether the whole survives, 
 @torch.no_grad()
 def surviving(layer: LoraLayer, adapters: tuple[str, ...], merged: Tensor) -> float:
     """1 − ‖merged − (W0 + ΔW)‖² / ‖ΔW‖² over some rows, at least 0; merged: W0 + Σ ΔW over `adapters`, rounded."""
-    weight = layer.stored(layer.base_weight.detach())
+    weight = layer.dense(layer)
     wide = torch.promote_types(torch.float32, weight.dtype)
     rows = torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0]), device=weight.device).long()
     base = weight[rows].to(wide)
     exact = base.clone()
     for name in adapters:
-        layer.change(name).add_to(exact, base, rows)
+        layer.change(name, weight).add_to(exact, base, rows)
     changed = float((exact - base).square().sum())
     lost = float((layer.stored(merged)[rows].to(wide) - exact).square().sum())
     noise = (8 * torch.finfo(wide).eps) ** 2 * float(

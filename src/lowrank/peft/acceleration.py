@@ -22,26 +22,20 @@ def accelerate(peft_model: nn.Module) -> AccelerationReport:
     The report says what each layer does in its present state. Calling again is harmless, and needed only after
     `add_adapter` has adapted further modules. Raises TargetError where the model has no LoRA layer of PEFT's.
     """
-    from peft.tuners.lora.layer import Linear
-
-    from lowrank.peft.layer import FusedLinear
+    from lowrank.peft.layer import fused_class
 
     layers = _lora_layers(peft_model)
     for _, layer in layers:
-        if type(layer) is Linear:
-            layer.__class__ = FusedLinear
+        if (fused := fused_class(type(layer))) is not None:
+            layer.__class__ = fused
     return AccelerationReport(tuple(_path_of(name, layer) for name, layer in layers))
 
 
 def restore(peft_model: nn.Module) -> int:
     """Give every accelerated layer PEFT's own class back, in place; returns how many there were."""
-    from peft.tuners.lora.layer import Linear
-
-    from lowrank.peft.layer import FusedLinear
-
-    accelerated = [module for module in peft_model.modules() if type(module) is FusedLinear]
+    accelerated: list[Any] = [module for module in peft_model.modules() if "fused_over" in vars(type(module))]
     for layer in accelerated:
-        layer.__class__ = Linear
+        layer.__class__ = type(layer).fused_over
     return len(accelerated)
 
 

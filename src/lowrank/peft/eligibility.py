@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from lowrank.core.stored import Weight
+from lowrank.core.stored.of_module import is_readable, is_stored, stored_weight
 from lowrank.kernels.fused import reason_against
 
 
@@ -23,7 +25,7 @@ def reason_against_kind(layer: Any) -> str | None:
 def reason_against_tensors(layer: Any) -> str | None:
     """Why the layer's tensors keep it with PEFT, supposing an input of the weight's own dtype."""
     weight, bias = base_matrix(layer)
-    x = weight.detach().new_empty(0)
+    x = torch.empty(0, dtype=weight.dtype, device=weight.device)
     reasons = [reason_against_dtype(x, layer.lora_A[name].weight) for name in active_names(layer)]
     return reason_against(x, weight, bias) or next(filter(None, reasons), None)
 
@@ -67,9 +69,11 @@ def dropout_of(layer: Any, name: str) -> float:
     return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def base_matrix(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """(W0 as (d, k), bias) of the base: a view, never a copy."""
+def base_matrix(layer: Any) -> tuple[Weight, Tensor | None]:
+    """(W0 as (d, k), bias) of the base: a view or what reads it, never a copy."""
     base = layer.base_layer
+    if is_stored(base):
+        return stored_weight(base), base.bias
     return (base.weight if type(base) is nn.Linear else base.weight.t()), base.bias
 
 
@@ -81,7 +85,10 @@ def _plain_bases() -> tuple[type[nn.Module], ...]:
 
 
 def _reason_against_base(base: nn.Module) -> str | None:
-    if type(base) not in _plain_bases():
+    if is_stored(base):
+        if not is_readable(base):
+            return f"its base layer is a {type(base).__name__} whose weight cannot be read as it is"
+    elif type(base) not in _plain_bases():
         return f"its base layer is a {type(base).__name__}"
     if _is_watched(base):
         return "its base layer has hooks"

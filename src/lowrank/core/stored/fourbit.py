@@ -1,0 +1,80 @@
+"""bitsandbytes' four-bit forms (Dettmers et al. 2023, arXiv 2305.14314): NF4 and FP4, plain or double quantised.
+
+The matrix is flat, row after row, in blocks of `block` numbers. A number is code[i]·absmax[block], i four bits; a byte
+holds two, the first in its high half. Double quantisation stores absmax in eight bits: code₂[j]·absmax₂ + offset.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowrank.core.stored.base import Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """absmax in eight bits: absmax (n,) uint8; code (256,), scales (⌈n/block⌉,), offset in float32."""
+
+    absmax: Tensor
+    code: Tensor
+    scales: Tensor
+    offset: Tensor
+    block: int
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """absmax[start:stop] in float32."""
+        scaled = self.code[self.absmax[start:stop].int()]
+        return scaled * _spread(self.scales, self.block, start, stop) + self.offset
+
+
+@dataclass(frozen=True, eq=False)
+class FourBit(Stored):
+    """packed: uint8, flat; absmax: float32 (blocks,) or `Nested`; code: (16,) float32; kind: "nf4" or "fp4"."""
+
+    scheme: ClassVar[str] = "bitsandbytes 4-bit"
+    packed: Tensor
+    absmax: Tensor | Nested
+    code: Tensor
+    block: int
+    shape: torch.Size
+    dtype: torch.dtype
+    kind: str = "nf4"
+
+    @property
+    def held(self) -> Tensor:
+        """The packed numbers."""
+        return self.packed
+
+    def rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """W0[rows]: code·absmax in float32, rounded to the form's dtype."""
+        k = self.shape[1]
+        start, stop = rows.start * k, rows.stop * k
+        first = start // 2
+        pairs = torch.stack([self.code.repeat_interleave(16), self.code.repeat(16)], dim=1)  # (256, 2), by byte
+        numbers = F.embedding(self.packed[first : -(-stop // 2)].int(), pairs).flatten()
+        numbers = numbers[start - 2 * first : stop - 2 * first]
+        values = scaled_blocks(numbers, self.scales(start, stop), self.block, start)
+        return values.to(self.dtype).to(dtype or self.dtype).view(-1, k)
+
+    def scales(self, start: int, stop: int) -> Tensor:
+        """absmax of the blocks that hold the numbers from `start` to `stop`."""
+        first, last = start // self.block, -(-stop // self.block)
+        return self.absmax.values(first, last) if isinstance(self.absmax, Nested) else self.absmax[first:last].float()
+
+
+def scaled_blocks(numbers: Tensor, scales: Tensor, block: int, start: int) -> Tensor:
+    """numbers·scale of each one's block, in place: numbers (n,), the first of them number `start` of the whole."""
+    if start % block == 0 and len(numbers) % block == 0:
+        numbers.view(-1, block).mul_(scales.unsqueeze(1))
+        return numbers
+    return numbers.mul_(_spread(scales, block, start % block, start % block + len(numbers)))
+
+
+def _spread(scales: Tensor, block: int, start: int, stop: int) -> Tensor:
+    """The scale of every number from `start` to `stop`."""
+    first = start // block
+    some = scales[first : -(-stop // block)].repeat_interleave(block)
+    return some[start - first * block : stop - first * block]

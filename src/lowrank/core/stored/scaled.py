@@ -1,0 +1,84 @@
+"""Small numbers times scales: int8 rows, int8 and FP8 with a scale for a tensor, a channel, a group or a block."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowrank.core.stored.base import Stored
+
+PER_127 = 7.874015718698502e-3  # as bitsandbytes writes 1/127
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Rows(Stored):
+    """bitsandbytes' LLM.int8() weight: numbers (d, k) int8, absmax (d,) of every row; W0 = numbers·absmax/127.
+
+    The activations are not rounded to eight bits here, as bitsandbytes' own layer does.
+    """
+
+    scheme: ClassVar[str] = "bitsandbytes int8"
+    numbers: Tensor
+    absmax: Tensor
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """(d, k)."""
+        return self.numbers.shape
+
+    @property
+    def held(self) -> Tensor:
+        """The int8 numbers."""
+        return self.numbers
+
+    def rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """W0[rows], in the order of bitsandbytes' own product."""
+        wide = self.numbers[rows] * self.absmax[rows].view(-1, 1) * PER_127
+        return wide.to(self.dtype).to(dtype or self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(Stored):
+    """W0 = numbers·scale: numbers (d, k) int8 or FP8; scales (⌈d/rows⌉, ⌈k/columns⌉), one for each block.
+
+    block: (rows, columns) that share a scale; (1, k) is a scale for a channel, (d, k) one for the tensor. The product
+    is formed in float32 and rounded to dtype; `zero` points (of the scales' shape) are taken off first.
+    """
+
+    scheme: ClassVar[str] = "scaled"
+    numbers: Tensor
+    scales: Tensor
+    block: tuple[int, int]
+    dtype: torch.dtype
+    zero: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """(d, k)."""
+        return self.numbers.shape
+
+    @property
+    def held(self) -> Tensor:
+        """The small numbers."""
+        return self.numbers
+
+    def rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """W0[rows]."""
+        wide = self.numbers[rows].float()
+        if self.zero is not None:
+            wide -= self._spread(self.zero, rows)
+        wide *= self._spread(self.scales, rows)
+        return wide.to(self.dtype).to(dtype or self.dtype)
+
+    def _spread(self, scales: Tensor, rows: slice) -> Tensor:
+        """What every number of the rows is scaled by, as far as broadcasting does not do it."""
+        tall, wide = self.block
+        first = rows.start // tall
+        some = scales[first : -(-rows.stop // tall)].float()
+        if some.shape[1] > 1:
+            some = some.repeat_interleave(wide, 1)[:, : self.shape[1]]
+        if len(scales) == 1:
+            return some
+        return some.repeat_interleave(tall, 0)[rows.start - first * tall : rows.stop - first * tall]

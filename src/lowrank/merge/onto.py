@@ -1,0 +1,122 @@
+"""What a merge into a quantised base writes: plain weights, or the base's own form again with what is left of ΔW."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from lowrank.core.factors import LoraFactors
+from lowrank.core.stored import Stored, requantise
+from lowrank.core.stored.of_module import is_stored, stored_weight
+from lowrank.errors import ConfigError, MergeError
+from lowrank.injection.traversal import base_modules
+from lowrank.layers.base import LoraLayer, restore
+from lowrank.layers.plain import become_linear, put_stored
+from lowrank.layers.quantised import LoraQuantised
+from lowrank.merge.survival import surviving
+
+Onto = Literal["16bit", "original", "quantised"]
+LEAST = 0.5  # of ‖ΔW‖²: where less of a module's change survives requantising, most of what was learned is lost
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MARKS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")  # of a quantised model
+
+
+def check_onto(onto: str) -> None:
+    """Raise ConfigError for a word that is none of the three."""
+    if onto not in get_args(Onto):
+        raise ConfigError(f"onto={onto!r} is not known: choose one of {', '.join(get_args(Onto))}")
+
+
+def plain_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most of the parameters that are not quantised: that of plain weights beside them."""
+    counts = Counter(
+        parameter.dtype
+        for _, module in base_modules(model)
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.dtype in FLOATS and not isinstance(module, LoraFactors)
+    )
+    return counts.most_common(1)[0][0] if counts else torch.bfloat16
+
+
+@torch.no_grad()
+def fold_plain(layer: LoraQuantised, names: tuple[str, ...], dtype: torch.dtype) -> float:
+    """In place: a plain layer with W0 + Σ ΔW, W0 as training saw it, rounded once. Returns ΔW's share left."""
+    weight = layer.merged_weight(names, dtype)
+    left = surviving(layer, names, weight)
+    layer.remove_factors(names)
+    if not layer.adapter_names:
+        restore(layer)
+    become_linear(layer, weight)
+    return left
+
+
+@torch.no_grad()
+def fold_requantised(layer: LoraQuantised, names: tuple[str, ...]) -> float:
+    """In place: the layer's own form of W0 + Σ ΔW. Returns ΔW's share left."""
+    left, stored = requantised(layer, names)
+    layer.remove_factors(names)
+    if not layer.adapter_names:
+        restore(layer)
+    put_stored(layer, stored)
+    return left
+
+
+@torch.no_grad()
+def requantised(layer: LoraQuantised, names: tuple[str, ...]) -> tuple[float, Stored]:
+    """(the share of ‖ΔW‖² that survives, W0 + Σ ΔW in the layer's own form), computed from unrounded sums."""
+    like = layer.held()
+    assert isinstance(like, Stored)
+    stored = requantise(layer.merged_weight(names, torch.float32), like)
+    return surviving(layer, names, stored.matrix(torch.float32)), stored
+
+
+def require_survival(shares: Mapping[str, float], anyway: bool) -> None:
+    """Raise MergeError, with a table of modules, where a merge would lose more than half of a module's change."""
+    lost = {path: share for path, share in shares.items() if share < LEAST}
+    if not lost or anyway:
+        return
+    raise MergeError(
+        f"onto quantised: {len(lost)} of {len(shares)} modules would keep less than {LEAST:.0%} of ‖ΔW‖², since the "
+        "change is finer than the grid of the quantised weights: merge onto 16bit, keep the adapter apart, or say "
+        f"anyway\n{survival_table(shares)}"
+    )
+
+
+def survival_table(shares: Mapping[str, float], most: int = 20) -> str:
+    """A line for each module, the least first."""
+    worst = sorted(shares.items(), key=lambda item: item[1])
+    more = [f"  and {len(worst) - most} more"] if len(worst) > most else []
+    return "\n".join([*(f"  {share:7.1%} left  {path}" for path, share in worst[:most]), *more])
+
+
+@torch.no_grad()
+def dequantise_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """In place: every layer that is still quantised becomes a plain one, adapters included, and the model says so."""
+    for _, module in list(base_modules(model)):
+        if isinstance(module, nn.Linear) and is_stored(module):
+            become_linear(module, stored_weight(module).matrix(dtype))
+    _forget_quantiser(model)
+
+
+def _forget_quantiser(model: nn.Module) -> None:
+    """In place: what transformers notes about a quantised model is gone, so that it is saved as a plain one."""
+    for module in model.modules():
+        for name in MARKS:
+            module.__dict__.pop(name, None)
+        if "is_quantized" in module.__dict__:
+            module.__dict__["is_quantized"] = False
+        config: Any = getattr(module, "config", None)
+        if config is not None and getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether some linear layer of the model is in a stored form."""
+    return any(isinstance(module, nn.Linear) and is_stored(module) for _, module in base_modules(model))
+
+
+def quantised_layers(layers: list[tuple[str, LoraLayer]]) -> dict[str, LoraQuantised]:
+    """{path: layer} of those that are in a stored form."""
+    return {path: layer for path, layer in layers if isinstance(layer, LoraQuantised)}

@@ -1,0 +1,66 @@
+"""Quantised layers and models for tests, and bitsandbytes' own dense copy of their weights as the oracle."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+
+SCHEMES = ("nf4", "nf4 double", "fp4", "int8")
+
+
+def quantised_linear(scheme: str, k: int, d: int, dtype: torch.dtype, weight: Tensor | None = None) -> Any:
+    """A quantised Linear with a bias that is not zero; (d, k) = (d, k) of `weight` where that is given."""
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(d, k).div(k**0.5).to(dtype) if weight is None else weight
+    kind, _, double = scheme.partition(" ")
+    if kind == "int8":
+        layer = bnb.nn.Linear8bitLt(k, d, has_fp16_weights=False)
+        layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = bnb.nn.Linear4bit(k, d, quant_type=kind, compress_statistics=bool(double))
+        layer.weight = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type=kind, compress_statistics=bool(double), module=layer
+        )
+    layer.bias = nn.Parameter(torch.randn(d).to(dtype))
+    return layer.to("cpu").requires_grad_(False)
+
+
+def oracle(layer: Any) -> Tensor:
+    """The matrix as bitsandbytes gives it."""
+    import bitsandbytes.functional as bnb
+
+    if layer.weight.dtype is torch.int8:
+        return bnb.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    return bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+class Pair(nn.Module):
+    """Two quantised layers that read one input, and a third behind them."""
+
+    def __init__(self, scheme: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.left = quantised_linear(scheme, 64, 96, dtype)
+        self.right = quantised_linear(scheme, 64, 96, dtype)
+        self.out = quantised_linear(scheme, 96, 48, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 64) → (..., 48)."""
+        return self.out(torch.tanh(self.left(x)) * self.right(x))
+
+
+def quantise(model: nn.Module, scheme: str) -> nn.Module:
+    """In place: every Linear of the model but its head is quantised, from the weights it has."""
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and "lm_head" not in path:
+            new = quantised_linear(scheme, module.in_features, module.out_features, module.weight.dtype, module.weight)
+            new.bias = module.bias
+            model.set_submodule(path, new)
+    return model
+
+
+def llama(scheme: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A small quantised Llama whose weights fill their blocks."""
+    return quantise(models.causal("llama", hidden_size=64, intermediate_size=96).to(dtype), scheme)

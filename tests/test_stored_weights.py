@@ -1,0 +1,68 @@
+"""Every stored form gives its matrix as the format's own package does, whole and by rows."""
+
+import pytest
+import torch
+
+from lowrank.core.stored import FourBit, Int8Rows, Mxfp4, Nested, Scaled
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((37, 96), (64, 192), (10, 31), (300, 256))
+
+
+def check_rows(stored, whole):
+    """Rows are the whole's rows, and a reader in another dtype gets the format's own matrix rounded to it."""
+    for rows in (slice(0, 1), slice(3, 7), slice(1, whole.shape[0])):
+        assert torch.equal(stored.rows(rows), whole[rows])
+    for dtype in DTYPES:
+        assert torch.equal(stored.matrix(dtype), whole.to(dtype))
+    assert stored.shape == whole.shape and stored.dtype is whole.dtype
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits_are_bitsandbytes_s(kind, dtype, double, shape):
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    packed, state = bnb.quantize_4bit(torch.randn(shape).to(dtype), quant_type=kind, compress_statistics=double)
+    absmax = state.absmax
+    if double:
+        absmax = Nested(absmax, state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+    stored = FourBit(packed.flatten(), absmax, state.code, state.blocksize, state.shape, state.dtype, kind)
+    check_rows(stored, bnb.dequantize_4bit(packed, state))
+
+
+def test_int8_is_bitsandbytes_s():
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    numbers, absmax, _ = bnb.int8_vectorwise_quant(torch.randn(33, 50).half())
+    check_rows(Int8Rows(numbers, absmax), bnb.int8_vectorwise_dequant(numbers, absmax))
+
+
+@pytest.mark.parametrize("block", [(16, 32), (40, 64), (1, 64), (1, 16)])
+def test_fp8_is_transformers_s(block):
+    integration = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    numbers = torch.randn(40, 64).to(torch.float8_e4m3fn)
+    scales = torch.rand(-(-40 // block[0]), 64 // block[1]) + 0.5
+    ours = Scaled(numbers, scales, block, torch.float32)
+    wanted = integration._dequantize_fp8_weight(numbers, scales, list(block), torch.float32)
+    check_rows(ours, wanted)
+
+
+def test_a_last_block_may_be_cut():
+    numbers = torch.randint(-127, 128, (10, 20), dtype=torch.int8)
+    scales, zero = torch.rand(3, 3), torch.randint(-3, 4, (3, 3), dtype=torch.int8)
+    wanted = torch.tensor(
+        [
+            [(int(numbers[i, j]) - int(zero[i // 4, j // 8])) * scales[i // 4, j // 8] for j in range(20)]
+            for i in range(10)
+        ]
+    )
+    check_rows(Scaled(numbers, scales, (4, 8), torch.float32, zero), wanted)
+
+
+def test_mxfp4_is_transformers_s():
+    integration = pytest.importorskip("transformers.integrations.mxfp4")
+    blocks = torch.randint(0, 256, (1, 12, 3, 16), dtype=torch.uint8)
+    scales = torch.randint(110, 140, (1, 12, 3), dtype=torch.uint8)
+    wanted = integration.convert_moe_packed_tensors(blocks, scales)[0].t()
+    check_rows(Mxfp4(blocks[0], scales[0]), wanted.contiguous())
