@@ -121,7 +121,7 @@ FAULTS = [
     (
         "d.jsonl",
         '{"text": "a", "label": 0.5}\n',
-        {},
+        {"kind": "classification"},
         ["d.jsonl:1", "'label' must be a name or a whole number, not 0.5"],
     ),
     ("d.jsonl", '{"text": "a", "label": true}\n', {}, ["d.jsonl:1", "not True"]),

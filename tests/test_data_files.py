@@ -146,9 +146,8 @@ def test_files_as_people_have_them(name, settings, kind, count):
     assert (data.kind, len(data.rows)) == (kind, count)
 
 
-def test_preference_rows_say_that_they_are_not_trained(tmp_path):
+def test_preference_rows_may_be_read_for_their_chosen_answers_alone(tmp_path):
     path = write(tmp_path / "d.jsonl", [{"prompt": "p", "chosen": "good", "rejected": "bad"}])
-    with pytest.raises(DataError, match=r"d\.jsonl:1: rows that prefer one answer"):
-        read_dataset(path, DataSettings())
+    assert read_dataset(path, DataSettings()).kind == "preference"
     data = read_dataset(path, DataSettings(completion_column="chosen"))
     assert fields(data) == [{"prompt": "p", "completion": "good"}]

@@ -16,6 +16,7 @@ from lowrank.data.recipe import Recipe
 from lowrank.data.tokens import encode
 from lowrank.train.evaluation import Measure, score
 from lowrank.train.losses import LOSSES
+from lowrank.train.metrics import FIGURES
 from lowrank.train.models import load_causal, load_tokenizer
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import TrainSettings
@@ -59,7 +60,9 @@ def by_peft(asked):
     recipe = Recipe("completion", asked.template, 512)
     rows = encode(read_dataset(asked.data, asked), tokenizer, recipe).examples
     held_out = encode(read_dataset(asked.eval_data, asked).spread(312), tokenizer, recipe).examples
-    measure = Measure(lambda part: collate(part, 0, torch.device("cpu"), True), LOSSES["completion"])
+    measure = Measure(
+        lambda part: collate(part, 0, torch.device("cpu"), True), LOSSES["completion"], FIGURES["completion"]
+    )
     torch.manual_seed(0)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(load_causal(MODEL, torch.float32), config)

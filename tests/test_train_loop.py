@@ -17,9 +17,10 @@ from lowrank.data.recipe import Recipe
 from lowrank.data.rows import Row
 from lowrank.data.tokens import Example, encode
 from lowrank.errors import LowrankError
-from lowrank.train.evaluation import Measure, matthews, score
+from lowrank.train.evaluation import Measure, score
 from lowrank.train.loop import Loop, steps_of
 from lowrank.train.losses import LOSSES
+from lowrank.train.metrics import FIGURES, matthews
 from lowrank.train.models import checkpoint_activations, load_causal
 from lowrank.train.optimiser import Optimiser
 from lowrank.train.reporting import Reporter
@@ -28,7 +29,7 @@ from lowrank.train.settings import LoopSettings
 from train_models import completion_rows, save_llama, tokenizer
 
 CPU = torch.device("cpu")
-MEASURE = Measure(lambda examples: collate(examples, 0, CPU, True), LOSSES["completion"])
+MEASURE = Measure(lambda examples: collate(examples, 0, CPU, True), LOSSES["completion"], FIGURES["completion"])
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +294,7 @@ def test_a_classifier_is_scored_over_all_batches_together(batch_size):
     logits = torch.tensor([[0.0, 1], [1, 0], [0, 1], [0, 1], [1, 0]])  # taken for 1, 0, 1, 1, 0
     true = [1, 0, 0, 1, 1]
     rows = [Example([i], [label]) for i, label in enumerate(true)]
-    measure = Measure(lambda found: collate(found, 0, CPU, False), LOSSES["classification"])
+    measure = Measure(lambda found: collate(found, 0, CPU, False), LOSSES["classification"], FIGURES["classification"])
     scores = score(Remembers(logits), rows, measure, batch_size)
     assert scores.accuracy == pytest.approx(3 / 5)
     assert scores.matthews == pytest.approx(correlated(true, [1, 0, 1, 1, 0]))

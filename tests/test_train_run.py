@@ -8,7 +8,7 @@ import torch
 
 from lowrank import load_adapter, train
 from lowrank.errors import CheckpointError, ConfigError, DataError, LowrankWarning, OutputError, TargetError
-from lowrank.train.models import load_causal, load_classifier
+from lowrank.train.models import load_causal, load_judge
 from lowrank.train.settings import EvalSettings, GenerateSettings, TrainSettings
 from train_models import completion_rows, label_rows, save_bert, save_llama, tokenizer, write_jsonl
 
@@ -179,10 +179,10 @@ def test_classification_learns_and_saves_its_head(home, tmp_path):
     assert found.scores.accuracy == 1.0
 
     ids = torch.arange(3, 13)[None]
-    model, fresh = load_classifier(home / "bert", ("bad", "good"), torch.float32)
+    model, fresh = load_judge(home / "bert", ("bad", "good"), torch.float32)
     assert fresh == ("classifier",)
     load_adapter(model, tmp_path / "a")
-    other, _ = load_classifier(home / "bert", ("bad", "good"), torch.float32)  # with another random head
+    other, _ = load_judge(home / "bert", ("bad", "good"), torch.float32)  # with another random head
     theirs = peft.PeftModel.from_pretrained(other, tmp_path / "a")
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
@@ -322,7 +322,7 @@ def test_model_labels_are_kept(home, tmp_path):
     """A classifier that knows its labels by name keeps their numbers, whatever the alphabet says."""
     from lowrank.train.models import own_labels
 
-    model, _ = load_classifier(home / "bert", ("good", "bad"), torch.float32)
+    model, _ = load_judge(home / "bert", ("good", "bad"), torch.float32)
     model.save_pretrained(tmp_path / "m")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "m" / name).write_bytes((home / "bert" / name).read_bytes())

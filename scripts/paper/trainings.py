@@ -98,7 +98,8 @@ def _score(how: Task, out: Path, scores: Scores, whole: bool) -> tuple[float, fl
     """(score, its standard error over the choice of rows, rows)."""
     rows = scores.count
     if how.metric == "accuracy":
-        return scores.accuracy, math.sqrt(scores.accuracy * (1 - scores.accuracy) / rows), rows
+        share = scores.figures["accuracy"]
+        return share, math.sqrt(share * (1 - share) / rows), rows
     if how.metric == "matthews":
         found = scores.matthews or 0.0
         return found, (1 - found**2) / math.sqrt(rows - 1), rows  # as of any correlation, for many rows

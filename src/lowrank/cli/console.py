@@ -12,12 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lowrank.cli.pulse import muted, spoke
+from lowrank.data.rows import PER_TOKEN
 from lowrank.train.evaluation import Scores
 from lowrank.train.evaluator import EvalResult
 from lowrank.train.reporting import Progress as StepProgress
 from lowrank.train.reporting import Reporter
 from lowrank.train.settings import EvalSettings, TrainSettings
 from lowrank.train.trainer import TrainResult
+
+SHARES = ("accuracy", "exact_match")
 
 
 class RunDisplay(Reporter):
@@ -103,13 +106,18 @@ def _plain(text: str) -> Any:
 
 def describe(scores: Scores) -> str:
     """Scores in a line."""
-    matthews = "" if scores.matthews is None else f", Matthews {scores.matthews:.4f}"
-    return f"loss {scores.loss:.4f}, accuracy {scores.accuracy:.2%}{matthews}, over {scores.count:,}"
+    figures = "".join(f", {name.replace('_', ' ')} {shown(name, value)}" for name, value in scores.figures.items())
+    return f"loss {scores.loss:.4f}{figures}, over {scores.count:,}"
+
+
+def shown(name: str, value: float) -> str:
+    """A share as per cent, anything else as a number."""
+    return f"{value:.2%}" if name in SHARES else f"{value:.4f}"
 
 
 def show_evaluation(result: EvalResult, settings: EvalSettings, as_json: bool) -> None:
     """The figures of `lowrank eval`, as lines or as one JSON object."""
-    scores, classifies = result.scores, result.kind == "classification"
+    scores = result.scores
     figures: dict[str, Any] = {
         "model": settings.model,
         "adapter": settings.adapter,
@@ -119,11 +127,9 @@ def show_evaluation(result: EvalResult, settings: EvalSettings, as_json: bool) -
         "rows_cut": result.cut,
         "rows_dropped": result.dropped,
         "loss": scores.loss,
-        "accuracy": scores.accuracy,
+        **scores.figures,
     }
-    if classifies:
-        figures |= {"matthews": scores.matthews}
-    else:
+    if result.kind in PER_TOKEN:
         figures |= {"perplexity": min(scores.perplexity, sys.float_info.max), "tokens": scores.count}
     if as_json:
         print(json.dumps(figures))

@@ -31,6 +31,7 @@ def evaluate(
     adapter: str | None = None,
     count: Annotated[int | None, Parameter(name="--rows")] = None,
     batch_size: int | None = None,
+    beta: float | None = None,
     json: Annotated[bool, Parameter(negative=())] = False,
     rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=1))] = None,
     machine: Annotated[MachineSettings | None, Parameter(name="*", group=Group("The machine", sort_key=2))] = None,
@@ -49,10 +50,12 @@ def evaluate(
         Evaluate on so many rows, spread evenly over the file; all where not given
     batch_size
         Rows in one forward pass (16)
+    beta
+        Of preferences: DPO's β; the adapter's where not given, else 0.1
     json
         Print one JSON object, for a script to read
     """
-    single = {"model": model, "data": data, "adapter": adapter, "rows": count, "batch_size": batch_size}
+    single = {"model": model, "data": data, "adapter": adapter, "rows": count, "batch_size": batch_size, "beta": beta}
     settings = resolve(EvalSettings, given(rows, machine, **single))
 
     from lowrank.cli.console import show_evaluation

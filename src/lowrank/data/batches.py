@@ -27,7 +27,7 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device, per_tok
     length = max(len(example.ids) for example in examples)
     sizes = [len(example.ids) for example in examples]
 
-    def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    def padded(rows: Sequence[Sequence[float]], fill: int) -> Tensor:
         return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows]).to(device)
 
     inputs = {

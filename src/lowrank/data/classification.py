@@ -1,4 +1,4 @@
-"""Rows to classify: the tokenizer's own form of a text or a pair; trained: the label."""
+"""Rows with a label: the tokenizer's own form of a text or a pair; trained: the label, a class or a number."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def _unframed(text: str, tokenizer: Any) -> str:
     return text
 
 
-def encode_labelled(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
+def _classes(data: Dataset, recipe: Recipe) -> list[float]:
     numbers = {name: number for number, name in enumerate(recipe.labels)}
     for row in data.rows:
         if row.fields["label"] not in numbers:
@@ -28,6 +28,15 @@ def encode_labelled(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
                 f"{data.place(row)}: label {row.fields['label']!r} is none of the labels trained on "
                 f"({', '.join(map(repr, recipe.labels))})"
             )
+    return [numbers[row.fields["label"]] for row in data.rows]
+
+
+def _numbers(data: Dataset) -> list[float]:
+    return [float(row.fields["label"]) for row in data.rows]
+
+
+def encode_labelled(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
+    labels = _numbers(data) if data.kind == "regression" else _classes(data, recipe)
     texts = [_unframed(row.fields["text"], tokenizer) for row in data.rows]
     paired = [row.fields["text_pair"] for row in data.rows if "text_pair" in row.fields]
     if paired and len(paired) < len(texts):
@@ -41,8 +50,7 @@ def encode_labelled(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
     if policy == ERROR:
         refuse(data, sorted(long), recipe.max_length)
     examples = [
-        Example(ids, [numbers[row.fields["label"]]], type_ids)
-        for row, ids, type_ids in zip(data.rows, found["input_ids"], types, strict=True)
+        Example(ids, [label], type_ids) for label, ids, type_ids in zip(labels, found["input_ids"], types, strict=True)
     ]
     if policy == CUT:
         return Encoded(examples, cut=len(long))

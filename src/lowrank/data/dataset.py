@@ -8,7 +8,7 @@ from pathlib import Path
 from lowrank.data.faults import BadRows, settle
 from lowrank.data.readers import read_records
 from lowrank.data.readers.record import Record
-from lowrank.data.rows import Conversation, Kind, Row, RowError
+from lowrank.data.rows import Conversation, Kind, Preference, Row, RowError
 from lowrank.data.settings import DataSettings
 from lowrank.data.shapes import Fields, Shape
 from lowrank.data.sniff import columns_of, flag_of, sniff
@@ -30,6 +30,11 @@ class Dataset:
     rows: Sequence[Row]
     unused: tuple[tuple[str, int], ...] = ()
     bad_rows: BadRows = "error"
+
+    @property
+    def speaks(self) -> bool:
+        """Whether rows are conversations, which a chat template writes."""
+        return any(row.chat is not None for row in self.rows)
 
     def place(self, row: Row) -> str:
         """file:line, as editors and compilers say it."""
@@ -93,6 +98,8 @@ def _row(record: Record, shape: Shape, columns: dict[str, str]) -> Row:
     content = shape.read(Fields(record.fields, columns))
     if isinstance(content, Conversation):
         return Row(record.line, chat=content, path=record.path)
+    if isinstance(content, Preference):
+        return Row(record.line, chat=content.chosen, path=record.path, rejected=content.rejected)
     return Row(record.line, content, path=record.path)
 
 

@@ -8,13 +8,13 @@ IGNORED = -100  # the label of a token that is not trained, in torch and transfo
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as tokens. labels: per token (IGNORED where not trained), or the one class of a row to classify.
+    """One row as tokens. labels: per token (IGNORED where not trained), or the one class or number of a labelled row.
 
-    type_ids: which text of a pair a token belongs to, for tokenizers that say so.
+    type_ids: which text of a pair a token belongs to, for tokenizers that say so; which answer, in a row that prefers.
     """
 
     ids: Sequence[int]
-    labels: Sequence[int]
+    labels: Sequence[float]
     type_ids: Sequence[int] | None = None
 
     @property

@@ -20,6 +20,8 @@ TRAIN_ON: dict[Kind, tuple[str | None, ...]] = {
     "completion": (None, "completion", "assistant", "last", "all"),
     "text": (None, "all"),
     "classification": (None,),
+    "regression": (None,),
+    "preference": (None,),
 }
 LATER = ("train_on", "chat_template", "template_of", "too_long")  # what runs of older versions do not have
 
@@ -28,6 +30,7 @@ LATER = ("train_on", "chat_template", "template_of", "too_long")  # what runs of
 class Recipe:
     """kind of row, the text a completion follows, the length rows are cut to, and the labels by their numbers.
 
+    beta: how much a preference weighs against staying near the model without the adapter (DPO's β).
     train_on: what of a conversation is trained, None for the assistant's turns; chat_template: the text of the template
     conversations are written by, empty for other rows; template_of: whose it is, in words; too_long: what is done with
     rows longer than max_length, None for what is usual for their kind.
@@ -43,10 +46,11 @@ class Recipe:
     chat_template: str = ""
     template_of: str = ""
     too_long: str | None = None
+    beta: float | None = None
 
     def prompt(self, text: str) -> str:
         """What the model reads before it answers `text`."""
-        return self.template.replace("{prompt}", text) if self.kind == "completion" else text
+        return self.template.replace("{prompt}", text) if self.kind in ("completion", "preference") else text
 
     def as_json(self) -> dict[str, Any]:
         """The recipe as JSON values."""
@@ -61,8 +65,11 @@ def make_recipe(
     max_length: int,
     labels: tuple[str, ...],
     trained: "Recipe | None" = None,
+    speaks: bool | None = None,
 ) -> Recipe:
     """How rows of this kind become tokens by these settings. trained: the recipe of an adapter that is asked again.
+
+    speaks: whether the rows are conversations, as the kind says where it is not given.
 
     Warns where the tokenizer's chat template is no longer the one that the adapter was trained with. Raises ConfigError
     for a choice of what is trained that the kind does not have.
@@ -73,7 +80,8 @@ def make_recipe(
     named = ("kind", *(f"{role}_column" for role in ("prompt", "completion", "text", "text_pair", "label")))
     columns = [(name, value) for name in named if (value := getattr(settings, name)) is not None]
     columns += [("columns", settings.columns)] if settings.columns else []
-    text, whose = _chat_template(settings, tokenizer, trained) if kind == "chat" else ("", "")
+    speaks = kind == "chat" if speaks is None else speaks
+    text, whose = _chat_template(settings, tokenizer, trained) if speaks else ("", "")
     return Recipe(
         kind,
         settings.template,
@@ -128,6 +136,7 @@ def read_recipe(folder: str | Path) -> Recipe | None:
             labels=tuple(map(str, found["labels"])),
             columns=tuple(found["columns"].items()),
             **{name: found[name] for name in LATER if isinstance(found.get(name), str)},
+            beta=found["beta"] if isinstance(found.get("beta"), float) else None,
         )
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(

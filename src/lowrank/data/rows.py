@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["text", "completion", "chat", "classification"]
+Kind = Literal["text", "completion", "chat", "classification", "regression", "preference"]
+PER_TOKEN: tuple[Kind, ...] = ("text", "completion", "chat")  # what is minimised is a mean over tokens; else over rows
+JUDGES: tuple[Kind, ...] = ("classification", "regression")  # a label a row, and a head that is no language model's
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +33,26 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
+class Preference:
+    """Two conversations that begin alike (their `given` turns), of which one is better."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One checked row: the line it starts at, and its fields by meaning (prompt, completion, text, label...).
 
-    chat: the conversation, where the row is one. path: the file it stands in, where the data set has several.
+    chat: the conversation, where the row is one; rejected: the other one, where `chat` is preferred to it. path: the
+    file it stands in, where the data set has several.
     """
 
     line: int
     fields: dict[str, str] = field(default_factory=dict)
     chat: Conversation | None = None
     path: Path | None = None
+    rejected: Conversation | None = None
 
 
 class RowError(Exception):

@@ -18,7 +18,7 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """Where the rows' fields are, and how they become tokens."""
 
-    kind: Literal["text", "completion", "chat", "classification"] | None = Field(
+    kind: Literal["text", "completion", "chat", "classification", "regression", "preference"] | None = Field(
         None, description="What a row is; seen from its fields where not given"
     )
     prompt_column: str | None = Field(None, description='Column of the prompt ("prompt" where not given)')

@@ -8,9 +8,8 @@ from lowrank.data.readers.record import Record
 from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
 from lowrank.data.shapes import FLAGGED, ROLES, SHAPES, Fields, Shape
+from lowrank.data.shapes.labelled import is_fraction
 from lowrank.errors import DataError
-
-PREFERENCE = ("chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +43,18 @@ def sniff(records: Sequence[Record], columns: Columns, kind: Kind | None) -> lis
 
     A record without any shape gets that of the others, whose reader will say what it lacks.
     """
-    _refuse_preference(records[0], columns)
     usual: Shape | None = None
     first_of: dict[Kind, tuple[Record, Shape]] = {}
     found: list[Shape | None] = []
+    numbers = kind is None and _hold_fractions(records, columns)
     for record in records:
-        shapes = _shapes(record, columns, kind)
+        shapes = _one_label(_shapes(record, columns, kind), numbers)
         for shape in shapes:
             first_of.setdefault(shape.kind, (record, shape))
         usual = usual or (shapes[0] if shapes else None)
         found.append(shapes[0] if shapes else None)
     if len(first_of) > 1:
-        places = ", ".join(f"{record.place} is {shape.label}" for record, shape in first_of.values())
+        places = ", ".join(f"{record.place} is {shape.label} ({shape.kind})" for record, shape in first_of.values())
         raise DataError(f"rows of different kinds: {places}; keep one kind in a file, or choose with --kind")
     if usual is None:
         usual = _meant(columns.named, kind) or _unknown(records[0])
@@ -63,7 +62,8 @@ def sniff(records: Sequence[Record], columns: Columns, kind: Kind | None) -> lis
 
 
 def _shapes(record: Record, columns: Columns, kind: Kind | None) -> list[Shape]:
-    """The shapes this record could have. Columns the user named must be used; mere text is what nothing else fits."""
+    """The shapes this record could have. Columns the user named must be used; a row that prefers holds a
+    conversation too, and mere text is what nothing else fits."""
     fields = Fields(record.fields, columns.of)
     found = [
         shape
@@ -73,7 +73,8 @@ def _shapes(record: Record, columns: Columns, kind: Kind | None) -> list[Shape]:
         and all(fields.get(role) is not None for role in shape.needed)
         and shape.fits(fields)
     ]
-    return [shape for shape in found if shape.kind != "text"] or found
+    preferred = [shape for shape in found if shape.kind == "preference"]
+    return preferred or [shape for shape in found if shape.kind != "text"] or found
 
 
 def _meant(named: frozenset[str], kind: Kind | None) -> Shape | None:
@@ -91,9 +92,13 @@ def _unknown(record: Record) -> Shape:
     )
 
 
-def _refuse_preference(first: Record, columns: Columns) -> None:
-    if all(name in first.fields and name not in columns.of.values() for name in PREFERENCE):
-        raise DataError(
-            f"{first.place}: rows that prefer one answer (chosen) to another (rejected) are not trained yet; "
-            "--completion-column chosen learns the chosen answers to a prompt"
-        )
+def _hold_fractions(records: Sequence[Record], columns: Columns) -> bool:
+    """Whether a label of the data can only be a number to predict."""
+    return any(is_fraction(record.fields.get(columns.of["label"])) for record in records)
+
+
+def _one_label(shapes: list[Shape], numbers: bool) -> list[Shape]:
+    """A whole number may be the name of a class or a number to predict: which, the other rows say."""
+    if not {"classification", "regression"} <= {shape.kind for shape in shapes}:
+        return shapes
+    return [shape for shape in shapes if shape.kind != ("classification" if numbers else "regression")]

@@ -64,7 +64,7 @@ def _trained(example: Example) -> list[Sequence[int]]:
     if len(example.labels) != len(example.ids):
         return []
     groups = groupby(example.labels, key=lambda label: label != IGNORED)
-    return [list(group) for on, group in groups if on]
+    return [[int(token) for token in group] for on, group in groups if on]
 
 
 def _often(tokens: Sequence[int], tokenizer: Any) -> tuple[tuple[str, int], ...]:

@@ -3,7 +3,9 @@
 completion      [bos] + tokens(template with the prompt) + tokens(completion) + [eos]; trained: the completion and eos
 text            [bos] + tokens(text) + [eos]; trained: all
 chat            tokens(the chat template's text); trained: what the assistant says, each time to its end token
-classification  the tokenizer's own form of a text or a pair; trained: the label
+classification  the tokenizer's own form of a text or a pair; trained: the label, a class
+regression      the same; trained: the label, a number
+preference      two answers to one prompt, each as a completion or a chat, one behind the other (data.preference)
 
 The first token of a row is never trained: nothing predicts it. Rows that have bos or eos written out get no second one.
 Prompt and completion are made into tokens apart, so that the tokens a completion follows in training are exactly those
@@ -17,6 +19,7 @@ from lowrank.data.chat.encoding import chat_prompt, encode_chats
 from lowrank.data.classification import encode_labelled
 from lowrank.data.dataset import Dataset
 from lowrank.data.examples import IGNORED, Encoded, Example
+from lowrank.data.preference import encode_preferences
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import Kind
 from lowrank.data.too_long import CUT, ERROR, SPLIT, pieces, policy_of, refuse, without_beginning
@@ -43,7 +46,7 @@ def encode(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
 
 def prompt_ids(tokenizer: Any, recipe: Recipe, prompt: str) -> list[int]:
     """The tokens the model reads before it answers: the same as in training."""
-    if recipe.kind == "chat":
+    if recipe.chat_template:
         return chat_prompt(tokenizer, recipe, prompt)
     return _begun(_plain(tokenizer, [recipe.prompt(prompt)])[0], _bos(tokenizer))
 
@@ -85,6 +88,19 @@ def _completions(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
         given = prompt if recipe.train_on == "all" else [IGNORED] * len(prompt)
         rows.append(Example([*prompt, *answer], given + answer))
     return _fitted(data, rows, recipe, bos)
+
+
+def _preferences(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
+    bos = _bos(tokenizer)
+
+    def row(prompt: str, answer: str) -> Example:
+        given = _begun(_plain(tokenizer, [recipe.prompt(prompt)])[0] if prompt else [], bos)
+        said = _ended(_plain(tokenizer, [answer])[0], answer, tokenizer)
+        said = said[len(bos) :] if not prompt and bos and said[: len(bos)] == bos else said
+        labels = [*[IGNORED] * len(given), *said]
+        return Example([*given, *said], [IGNORED, *labels[1:]])
+
+    return encode_preferences(data, tokenizer, recipe, row, bos)
 
 
 def _texts(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
@@ -135,4 +151,6 @@ ENCODERS: dict[Kind, Callable[[Dataset, Any, Recipe], Encoded]] = {
     "completion": _completions,
     "chat": encode_chats,
     "classification": encode_labelled,
+    "regression": encode_labelled,
+    "preference": _preferences,
 }

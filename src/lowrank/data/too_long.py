@@ -8,7 +8,7 @@ from lowrank.data.rows import Kind
 from lowrank.errors import ConfigError, DataError
 
 CUT, DROP, SPLIT, ERROR = "cut", "drop", "split", "error"
-USUAL: dict[Kind, str] = {"text": SPLIT, "completion": CUT, "chat": CUT, "classification": CUT}
+USUAL: dict[Kind, str] = {"text": SPLIT}  # all others are cut
 
 
 def policy_of(kind: Kind, asked: str | None) -> str:
@@ -18,7 +18,7 @@ def policy_of(kind: Kind, asked: str | None) -> str:
             f"--too-long split is for rows of text; the parts of a row of kind {kind} would have no beginning: "
             "use cut, drop or error"
         )
-    return asked or USUAL[kind]
+    return asked or USUAL.get(kind, CUT)
 
 
 def refuse(data: Dataset, rows: Sequence[int], longest: int) -> None:

@@ -1,8 +1,8 @@
 """Measuring a model on encoded rows."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,30 @@ from torch import Tensor, nn
 from lowrank.data.batches import Batch, chunks
 from lowrank.data.tokens import Example
 from lowrank.stages import stage
-from lowrank.train.losses import Loss
+from lowrank.train.loss import LossOf
+from lowrank.train.metrics import Counted, Figures
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """loss: mean −log p per trained token, or per row to classify, over all rows; count: how many those are.
+    """loss: the mean over what is trained in all rows (`train.losses` says what it is); count: how many.
 
-    accuracy: the share of them where the likeliest answer is the right one; matthews: Matthews' correlation of the
-    labels with what they were taken for, where rows are classified (GLUE's score for CoLA).
+    figures: what else the kind of row is scored by, by name (`train.metrics` says what they are), the first one first.
     """
 
     loss: float
     count: int
-    accuracy: float
-    matthews: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of what is trained where the likeliest answer is the right one; None where numbers are."""
+        return self.figures.get("accuracy")
+
+    @property
+    def matthews(self) -> float | None:
+        """Matthews' correlation of labels with what they were taken for; None where no rows are classified."""
+        return self.figures.get("matthews")
 
     @property
     def perplexity(self) -> float:
@@ -34,10 +43,16 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Everything that turns rows and a model into a loss."""
+    """Everything that turns rows and a model into a loss, and what is counted beside it into figures."""
 
     collate: Callable[[Sequence[Example]], Batch]
-    loss: Callable[[nn.Module, Batch], Loss]
+    loss: LossOf
+    figures: Callable[[Counted, int], Figures]
+    per_row: bool = False  # what is trained is counted in rows, not in tokens
+
+    def count(self, examples: Sequence[Example]) -> int:
+        """How many things are trained in the rows: what their losses are divided by."""
+        return len(examples) if self.per_row else sum(example.trained for example in examples)
 
 
 @torch.no_grad()
@@ -46,31 +61,19 @@ def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch
     was_training = model.training
     model.eval()
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    total, right, count = 0.0, 0, 0
-    confusion: Tensor | None = None
+    total, count = 0.0, 0
+    tallies: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = {}
     try:
         for number, indices in enumerate(chunks(by_length, batch_size)):
             stage("evaluating", number * batch_size, len(examples))
             loss = measure.loss(model, measure.collate([examples[i] for i in indices]))
             total += float(loss.total)
-            right += int(loss.right)
             count += loss.count
-            if loss.confusion is not None:
-                confusion = loss.confusion if confusion is None else confusion + loss.confusion
+            tallies = {name: tallies[name] + new if tallies else new for name, new in loss.tallies.items()}
+            for name, new in loss.rows.items():
+                rows.setdefault(name, []).append(new)
     finally:
         model.train(was_training)
-    return Scores(total / count, count, right / count, None if confusion is None else matthews(confusion))
-
-
-def matthews(confusion: Tensor) -> float:
-    """Matthews' correlation coefficient for any number of classes: 1 all right, 0 no better than chance.
-
-    confusion (classes, classes): true classes down, predicted ones across. (c·n − Σ t·p)/√((n² − Σp²)(n² − Σt²)) with
-    the right ones c, all rows n, and per class the true t and predicted p (Gorodkin 2004); 0 where only one class is
-    there or predicted.
-    """
-    table = confusion.double()
-    n, right = float(table.sum()), float(table.trace())
-    true, predicted = table.sum(1), table.sum(0)
-    spread = (n * n - float(predicted.square().sum())) * (n * n - float(true.square().sum()))
-    return (right * n - float(true @ predicted)) / math.sqrt(spread) if spread > 0 else 0.0
+    counted = tallies | {name: torch.cat(parts) for name, parts in rows.items()}
+    return Scores(total / count, count, measure.figures(counted, count))

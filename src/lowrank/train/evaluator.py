@@ -50,13 +50,14 @@ def evaluate(settings: EvalSettings) -> EvalResult:
     labels = _labels(settings, base, trained) if data.kind == "classification" else ()
     loaded = load(base, data.kind, labels, settings)
     if loaded.fresh and settings.adapter is None:
-        raise ConfigError(f"model {base}: it has no trained classification head to evaluate; give the --adapter")
+        raise ConfigError(f"model {base}: it has no trained head for {data.kind} to evaluate; give the --adapter")
     if adapter is not None:
         load_adapter(loaded.model, adapter)
     longest = longest_row(loaded.model, loaded.tokenizer, data_settings.max_length)
-    recipe = make_recipe(data_settings, data.kind, loaded.tokenizer, longest, labels, trained)
+    recipe = make_recipe(data_settings, data.kind, loaded.tokenizer, longest, labels, trained, data.speaks)
     encoded = encode(data, loaded.tokenizer, recipe)
-    scores = score(loaded.model, encoded.examples, loaded.measure(data.kind), settings.batch_size)
+    measure = loaded.measure(data.kind, settings.beta or (trained.beta if trained else None))
+    scores = score(loaded.model, encoded.examples, measure, settings.batch_size)
     return EvalResult(data.kind, scores, len(encoded.examples), encoded.cut, encoded.dropped)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from lowrank.checkpoint import load_adapter
 from lowrank.data.recipe import Recipe, read_recipe
+from lowrank.data.rows import JUDGES
 from lowrank.data.tokens import prompt_ids
 from lowrank.errors import ConfigError
 from lowrank.hub import local_folder
@@ -40,8 +41,11 @@ def generate(settings: GenerateSettings, on_text: Callable[[str], None] | None =
 
 
 def _recipe(settings: GenerateSettings, trained: Recipe | None) -> Recipe:
-    if trained and trained.kind == "classification":
-        raise ConfigError(f"{settings.adapter or settings.model} classifies and does not write; use `lowrank eval`")
+    if trained and trained.kind in JUDGES:
+        raise ConfigError(
+            f"{settings.adapter or settings.model} was trained for {trained.kind} and does not write; "
+            "use `lowrank eval`"
+        )
     if settings.template is not None:
         if settings.template.count("{prompt}") != 1:
             raise ConfigError(f"--template must hold {{prompt}} once, not as in {settings.template!r}")

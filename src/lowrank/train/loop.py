@@ -112,7 +112,7 @@ class Loop:
         """One step; returns the learning rate it was taken at."""
         began = time.monotonic()
         settings, state = self.settings, self.state
-        count = sum(example.trained for example in rows)
+        count = self.measure.count(rows)
         total = self._backward(rows, count)
         if state.step == 0 and (dead := without_gradient(self.model)):
             raise LowrankError(complaint(dead))

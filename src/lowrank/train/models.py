@@ -93,8 +93,8 @@ def load_causal(folder: Path, dtype: torch.dtype) -> nn.Module:
     return _checked(model, info, folder)
 
 
-def load_classifier(folder: Path, labels: Sequence[str], dtype: torch.dtype) -> tuple[nn.Module, tuple[str, ...]]:
-    """(model, modules that start new) of a sequence classifier with these labels.
+def load_judge(folder: Path, labels: Sequence[str], dtype: torch.dtype) -> tuple[nn.Module, tuple[str, ...]]:
+    """(model, modules that start new) of a sequence classifier with these labels; without any, one that says a number.
 
     A head for other labels is replaced by a new one, made from torch's random state. The modules that start new are
     found by what the files lack; they must be trained and saved in full.
@@ -105,9 +105,7 @@ def load_classifier(folder: Path, labels: Sequence[str], dtype: torch.dtype) -> 
         model, info = AutoModelForSequenceClassification.from_pretrained(
             str(folder),
             dtype=dtype,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: number for number, label in enumerate(labels)},
+            **_answers(labels),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **OFFLINE,
@@ -119,6 +117,14 @@ def load_classifier(folder: Path, labels: Sequence[str], dtype: torch.dtype) -> 
             f"model {folder}: {len(inside)} weights of {type(model).__name__} are not in its files ({_some(inside)})"
         )
     return _checked(model, info, folder), tuple(sorted({key.rpartition(".")[0] for key in fresh}))
+
+
+def _answers(labels: Sequence[str]) -> dict[str, Any]:
+    """What a config says of the answers of a classifier, or of a regressor."""
+    if not labels:
+        return {"num_labels": 1, "problem_type": "regression"}
+    numbers = {label: number for number, label in enumerate(labels)}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}
 
 
 def head_modules(model: Any, fresh: Sequence[str]) -> tuple[str, ...]:

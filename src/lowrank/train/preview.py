@@ -31,6 +31,6 @@ def preview(model: str, data: str, settings: DataSettings) -> Preview:
     rows = read_dataset(data, settings)
     config = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
     longest = longest_row(SimpleNamespace(config=config), tokenizer, settings.max_length)
-    recipe = make_recipe(settings, rows.kind, tokenizer, longest, labels_of(base, rows))
+    recipe = make_recipe(settings, rows.kind, tokenizer, longest, labels_of(base, rows), speaks=rows.speaks)
     encoded = encode(rows, tokenizer, recipe)
     return Preview(encoded, tokenizer, data_lines(rows, encoded, recipe))

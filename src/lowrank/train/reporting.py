@@ -36,8 +36,8 @@ class Progress:
 
 def evaluation_json(step: int, scores: Scores) -> dict[str, Any]:
     """A line of the log."""
-    line = {"step": step, "eval_loss": scores.loss, "eval_accuracy": scores.accuracy, "eval_tokens": scores.count}
-    return line if scores.matthews is None else {**line, "eval_matthews": scores.matthews}
+    figures = {f"eval_{name}": value for name, value in scores.figures.items()}
+    return {"step": step, "eval_loss": scores.loss, "eval_tokens": scores.count, **figures}
 
 
 def append_whole(path: Path, line: bytes) -> None:

@@ -84,6 +84,12 @@ class StepSettings(Settings):
 class LoopSettings(StepSettings):
     """What is looked at on the way, what is kept, and what memory it may take."""
 
+    beta: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="How near preferences stay to the model without the adapter (DPO's β); 0.1 where not given",
+    )
     gradient_checkpointing: bool = Field(False, description="Compute activations twice: slower, much less memory")
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; a fifth of all if not given")
     keep: Literal["last", "best"] = Field("last", description="Save the last weights, or those of the best evaluation")
@@ -154,6 +160,7 @@ class EvalSettings(DataSettings, MachineSettings):
     )
     rows: int | None = Field(None, ge=1, description="Evaluate on so many rows, spread evenly over the file")
     batch_size: int = Field(16, ge=1, description="Rows in one forward pass")
+    beta: float | None = Field(None, gt=0, allow_inf_nan=False, description="Of preferences; what was trained with")
 
 
 class GenerateSettings(MachineSettings):

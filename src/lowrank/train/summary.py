@@ -5,9 +5,15 @@ import warnings
 from lowrank.data.chat.template import template_hash
 from lowrank.data.dataset import Dataset
 from lowrank.data.recipe import Recipe
+from lowrank.data.rows import JUDGES
 from lowrank.data.tokens import Encoded
 from lowrank.errors import LowrankWarning
 from lowrank.kernels.processor import warning_of_slow_products
+from lowrank.train.chunked import chunk_size
+from lowrank.train.evaluation import Measure
+from lowrank.train.loss import LossOf
+from lowrank.train.losses import NextToken, squared_error
+from lowrank.train.preference import PreferenceLoss
 from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
 
@@ -18,6 +24,7 @@ def summarise(
     settings: TrainSettings,
     loaded: Loaded,
     adapted: str,
+    measure: Measure,
     rows: Dataset,
     data: Encoded,
     evaluated: Encoded | None,
@@ -32,6 +39,7 @@ def summarise(
         ("model", f"{settings.model} ({kind}, {dtype}, {loaded.device})"),
         ("trained", adapted),
         *data_lines(rows, data, recipe),
+        ("loss", _loss(measure.loss, loaded, data)),
         ("steps", f"{steps:,} of {settings.batch_size} rows{_passes(settings, len(data.examples), steps)}"),
         ("rate", f"{settings.lr:g}, {settings.schedule} after {round(settings.warmup * steps)} steps of warm-up"),
         ("out", settings.out),
@@ -80,9 +88,21 @@ def _cut(data: Encoded) -> str:
 
 
 def _tokens(rows: Dataset, data: Encoded) -> str:
-    if rows.kind == "classification":
+    if rows.kind in JUDGES:
         return f"{data.tokens:,} in a pass"
     return f"{data.trained:,} trained of {data.tokens:,} in a pass ({data.trained / data.tokens:.1%})"
+
+
+def _loss(loss: LossOf, loaded: Loaded, data: Encoded) -> str:
+    if isinstance(loss, NextToken | PreferenceLoss):
+        what = f"DPO, β {loss.beta:g}" if isinstance(loss, PreferenceLoss) else "next token"
+        if loss.head is None:
+            return f"{what}, all logits at once: the head of {type(loaded.model).__name__} does not run alone"
+        return f"{what}, at most {chunk_size(loss.head.vocabulary):,} positions before the head at once"
+    if loss is squared_error:
+        labels = [example.labels[0] for example in data.examples]
+        return f"mean squared error; labels from {min(labels):g} to {max(labels):g}"
+    return "cross-entropy of the labels"
 
 
 def _passes(settings: TrainSettings, rows: int, steps: int) -> str:
@@ -94,7 +114,7 @@ def _passes(settings: TrainSettings, rows: int, steps: int) -> str:
 def _warn(settings: TrainSettings, rows: Dataset, data: Encoded, loaded: Loaded) -> None:
     if slow := warning_of_slow_products(next(loaded.model.parameters()).dtype, loaded.device.type):
         warnings.warn(slow, LowrankWarning, stacklevel=2)
-    if rows.kind != "classification" and loaded.tokenizer.eos_token_id is None:
+    if rows.kind not in JUDGES and loaded.tokenizer.eos_token_id is None:
         warnings.warn(
             f"the tokenizer of {settings.model} has no token that ends a text, so the model cannot learn to stop",
             LowrankWarning,

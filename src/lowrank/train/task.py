@@ -1,4 +1,4 @@
-"""What differs between writing and classifying: how the model is loaded, and how rows are cut, padded and scored."""
+"""What differs between kinds of rows: how the model is loaded, and how rows are padded and scored."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,19 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.data.batches import collate
-from lowrank.data.rows import Kind
+from lowrank.data.batches import Batch, collate
+from lowrank.data.preference import one_behind_the_other
+from lowrank.data.rows import JUDGES, PER_TOKEN, Kind
 from lowrank.data.tokens import Example
 from lowrank.errors import CheckpointError
 from lowrank.stages import stage
 from lowrank.train.evaluation import Measure
-from lowrank.train.losses import LOSSES
+from lowrank.train.head import find_head
+from lowrank.train.losses import loss_of
+from lowrank.train.metrics import FIGURES
 from lowrank.train.models import (
     device_of,
     dtype_of,
     head_modules,
     load_causal,
-    load_classifier,
+    load_judge,
     load_tokenizer,
     pad_token,
 )
@@ -38,14 +41,18 @@ class Loaded:
     heads: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
 
-    def measure(self, kind: Kind) -> Measure:
-        """How rows of this kind are scored."""
-        per_token = kind != "classification"
+    def measure(self, kind: Kind, beta: float | None = None) -> Measure:
+        """How rows of this kind are scored. beta: of a preference; what is usual where not given.
 
-        def together(examples: Sequence[Example]) -> Any:
-            return collate(examples, self.pad, self.device, per_token)
+        Whether the model's head can be run alone, some positions at a time, is tried here.
+        """
 
-        return Measure(together, LOSSES[kind])
+        def together(examples: Sequence[Example]) -> Batch:
+            rows = one_behind_the_other(examples) if kind == "preference" else examples
+            return collate(rows, self.pad, self.device, kind not in JUDGES)
+
+        head = None if kind in JUDGES else find_head(self.model)
+        return Measure(together, loss_of(kind, head, beta), FIGURES[kind], kind not in PER_TOKEN)
 
 
 def load(folder: Path, kind: Kind, labels: Sequence[str], settings: MachineSettings) -> Loaded:
@@ -56,8 +63,8 @@ def load(folder: Path, kind: Kind, labels: Sequence[str], settings: MachineSetti
     tokenizer = load_tokenizer(folder)
     heads: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
-    if kind == "classification":
-        model, fresh = load_classifier(folder, labels, dtype)
+    if kind in JUDGES:
+        model, fresh = load_judge(folder, labels, dtype)
         heads = head_modules(model, fresh)
     else:
         model = load_causal(folder, dtype)

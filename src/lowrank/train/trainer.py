@@ -17,7 +17,6 @@ from lowrank.checkpoint.outputs import Inputs, check_room, claimed
 from lowrank.data.dataset import Dataset, label_names, read_dataset, split
 from lowrank.data.names import read_targets
 from lowrank.data.recipe import Recipe, make_recipe
-from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
 from lowrank.data.sources import TEST, VALID, has_part
 from lowrank.data.tokens import Encoded, encode
@@ -25,9 +24,10 @@ from lowrank.errors import ConfigError, DataError, LowrankError
 from lowrank.hub import pinned
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
-from lowrank.train.evaluation import Scores
+from lowrank.train.evaluation import Measure, Scores
 from lowrank.train.loop import Loop, LoopState, steps_of
 from lowrank.train.models import checkpoint_activations, find_model, longest_row, own_labels
+from lowrank.train.preference import BETA
 from lowrank.train.reporting import Log, Reporter, Several
 from lowrank.train.run_folder import LOG, begin, complete, new_run, save_whole
 from lowrank.train.settings import RunSettings, TargetSettings, TrainSettings
@@ -70,6 +70,7 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
     if not settings.full:
         lora_config(settings, ())  # what is wrong with it should be said before minutes of reading
     rows, held_out = read_rows(settings)
+    _check_kind(settings, rows)
     labels = labels_of(base, rows)
     with seeded(settings.seed):
         loaded = load(base, rows.kind, labels, settings)
@@ -77,16 +78,31 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
         data = encode(rows, loaded.tokenizer, recipe)
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
         adapted = _adapt(loaded, settings)
+        measure = loaded.measure(rows.kind, recipe.beta)
         sources = _sources(settings, base, rows, held_out)
         settings = settings.model_copy(update=sources)
         _check_room(loaded.model, folder, settings.full)
         begin(folder, settings.resolved())
         steps = steps_of(settings, len(data.examples))
         listener = Several(Log(folder / LOG), reporter)
-        listener.started(summarise(settings, loaded, adapted, rows, data, evaluated, recipe, steps), steps)
-        state = _train(loaded, rows.kind, data, evaluated, settings, listener)
+        listener.started(summarise(settings, loaded, adapted, measure, rows, data, evaluated, recipe, steps), steps)
+        state = _train(loaded, measure, data, evaluated, settings, listener)
     complete(folder, _record(recipe, state, loaded) | sources, lambda place: _save(loaded, settings, place))
     return _result(Path(settings.out), state)
+
+
+def _check_kind(settings: TrainSettings, rows: Dataset) -> None:
+    """Raise ConfigError for settings that rows of this kind give no sense."""
+    if rows.kind == "preference" and settings.full:
+        raise ConfigError(
+            f"--full: {rows.path} has rows of preference, which are learned against the model without its adapter; "
+            "leave --full out"
+        )
+    if rows.kind != "preference" and settings.beta is not None:
+        raise ConfigError(
+            f"--beta {settings.beta:g}: {rows.path} has rows of {rows.kind}, and only preferences (chosen, rejected) "
+            "have a beta"
+        )
 
 
 def check_alone() -> None:
@@ -180,7 +196,8 @@ def labels_of(base: Path, rows: Dataset) -> tuple[str, ...]:
 def recipe_of(settings: DataSettings, rows: Dataset, labels: tuple[str, ...], loaded: Loaded) -> Recipe:
     """How the rows become tokens."""
     longest = longest_row(loaded.model, loaded.tokenizer, settings.max_length)
-    return make_recipe(settings, rows.kind, loaded.tokenizer, longest, labels)
+    recipe = make_recipe(settings, rows.kind, loaded.tokenizer, longest, labels, speaks=rows.speaks)
+    return replace(recipe, beta=getattr(settings, "beta", None) or BETA) if rows.kind == "preference" else recipe
 
 
 def _adapt(loaded: Loaded, settings: TrainSettings) -> str:
@@ -196,14 +213,14 @@ def _adapt(loaded: Loaded, settings: TrainSettings) -> str:
 
 def _train(
     loaded: Loaded,
-    kind: Kind,
+    measure: Measure,
     data: Encoded,
     evaluated: Encoded | None,
     settings: TrainSettings,
     listener: Reporter,
 ) -> LoopState:
     held_out = evaluated.examples if evaluated else []
-    loop = Loop(loaded.model, data.examples, held_out, loaded.measure(kind), settings, listener)
+    loop = Loop(loaded.model, data.examples, held_out, measure, settings, listener)
     try:
         return loop.run()
     except torch.OutOfMemoryError:
@@ -227,13 +244,7 @@ def _record(recipe: Recipe, state: LoopState, loaded: Loaded) -> dict[str, Any]:
         "tokens": state.tokens,
         "trained_tokens": state.trained,
         "evaluations": [
-            {
-                "step": step,
-                "loss": scores.loss,
-                "accuracy": scores.accuracy,
-                "tokens": scores.count,
-                **({} if scores.matthews is None else {"matthews": scores.matthews}),
-            }
+            {"step": step, "loss": scores.loss, "tokens": scores.count, **scores.figures}
             for step, scores in state.evaluations
         ],
         "best_step": state.best[0] if state.best else None,

@@ -77,7 +77,7 @@ def _one(chat: Conversation, number: int, template: ChatTemplate, recipe: Recipe
         work.dropped += 1  # the row itself says so
         return
     written = write(chat, template, turns)
-    made = _examples(written, template.tokenizer)
+    made = encoded(written, template.tokenizer)
     for row, example in zip(written, made, strict=True):
         _check(example, recipe)
         if len(example.ids) > recipe.max_length and policy == ERROR:
@@ -96,7 +96,8 @@ def _one(chat: Conversation, number: int, template: ChatTemplate, recipe: Recipe
     work.rewritten += len(written) > 1
 
 
-def _examples(written: Sequence[Written], tokenizer: Any) -> list[Example]:
+def encoded(written: Sequence[Written], tokenizer: Any) -> list[Example]:
+    """Written rows as tokens, with what is trained of them."""
     found = tokenise(tokenizer, [row.text for row in written], [row.spans for row in written])
     return [
         Example(ids, [IGNORED, *(token if on else IGNORED for token, on in zip(ids[1:], trained[1:], strict=True))])
@@ -118,7 +119,7 @@ def _shorter(
     while len(example.ids) > recipe.max_length and (rest := without_oldest(chat, row)):
         chat, turns = rest
         row = write(chat, template, turns)[-1]
-        (example,) = _examples([row], template.tokenizer)
+        (example,) = encoded([row], template.tokenizer)
     if len(example.ids) <= recipe.max_length:
         return example
     bos = template.tokenizer.bos_token_id

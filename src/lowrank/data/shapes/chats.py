@@ -12,27 +12,33 @@ from lowrank.data.shapes.turns import check_order, read_turns
 
 
 def _messages(fields: Fields) -> Content:
-    return _conversation(fields, _turns(fields, "messages"))
+    return _conversation(fields, as_turns(fields, "messages"))
 
 
 def _conversations(fields: Fields) -> Content:
-    turns = _turns(fields, "conversations")
-    system = fields.optional_text("system")
-    if system and turns[0].role not in ("system", "developer"):
-        turns = (Message({"role": "system", "content": system}), *turns)
-    return _conversation(fields, turns)
+    return _conversation(fields, with_system(fields, as_turns(fields, "conversations")))
 
 
 def _completion(fields: Fields) -> Content:
-    prompt, completion = _turns(fields, "prompt", "user"), _turns(fields, "completion", "assistant")
+    prompt, completion = as_turns(fields, "prompt", "user"), as_turns(fields, "completion", "assistant")
     return _conversation(fields, (*prompt, *completion), len(prompt))
 
 
-def _turns(fields: Fields, role: str, speaker: str | None = None) -> tuple[Message, ...]:
-    """The turns a field holds. speaker: who says it, where it is a mere string."""
+def with_system(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns after what the column `system` says, unless they begin with a system's words themselves."""
+    system = fields.optional_text("system")
+    if system and turns[0].role not in ("system", "developer"):
+        return (Message({"role": "system", "content": system}), *turns)
+    return turns
+
+
+def as_turns(fields: Fields, role: str, speaker: str | None = None) -> tuple[Message, ...]:
+    """The turns a field holds. speaker: who says it, where it is a mere string; then a single turn will do too."""
     value: Any = fields.get(role)
     if speaker and isinstance(value, str):
         value = [{"role": speaker, "content": value}]
+    if speaker and isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list):
         raise RowError(f"{fields.name(role)} must be a list of messages, not {type(value).__name__} ({shown(value)})")
     if not value:

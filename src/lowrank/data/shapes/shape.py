@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowrank.data.rows import Conversation, Kind, RowError
+from lowrank.data.rows import Conversation, Kind, Preference, RowError
 
 
 class Fields:
@@ -39,7 +39,7 @@ class Fields:
         return "" if value is None or value == "" else self.text(role) if str(value).strip() else ""
 
 
-Content = dict[str, str] | Conversation
+Content = dict[str, str] | Conversation | Preference
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 from lowrank.checkpoint.atomic import write_file
 from lowrank.checkpoint.outputs import Check, claimed, new_folder
 from lowrank.data.dataset import Dataset
+from lowrank.data.rows import PER_TOKEN
 from lowrank.data.tokens import encode
 from lowrank.errors import CheckpointError, ConfigError, DataError
 from lowrank.stages import under
@@ -101,6 +102,11 @@ def _task(settings: DimensionSettings) -> Task:
 def _rows(settings: DimensionSettings) -> tuple[Dataset, Dataset]:
     wanted = settings.model_copy(update={"eval_split": settings.share_held_out})
     rows, held_out = read_rows(wanted)
+    if rows.kind not in ("classification", *PER_TOKEN):
+        raise ConfigError(
+            f"{rows.path}: the dimension of rows of {rows.kind} is not measured, which have no accuracy "
+            "or no model to be compared with; give rows to classify or to write"
+        )
     if held_out is None or len(held_out.rows) < 2 or len(rows.rows) < settings.batch_size:
         found = len(held_out.rows) if held_out is not None else 0
         raise DataError(

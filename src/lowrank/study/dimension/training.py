@@ -76,10 +76,11 @@ class Task:
                 Loop(model, self.data.examples, [], measure, how, reporter or Reporter()).run()
             size = self.settings.micro_batch or self.settings.batch_size
             scores: Scores = score(model, self.evaluated.examples, measure, size)
-        best = scores.accuracy if self.recipe.kind == "classification" else -scores.loss
+        accuracy = scores.figures["accuracy"]
+        best = accuracy if self.recipe.kind == "classification" else -scores.loss
         if not math.isfinite(scores.loss):
             raise Diverged(f"the loss after training is {scores.loss}; try a smaller --lr")
-        return Point(name, seed, moving, rate, scores.loss, scores.accuracy, best)
+        return Point(name, seed, moving, rate, scores.loss, accuracy, best)
 
     def _moving(self, loaded: Loaded, name: str, seed: int) -> tuple[nn.Module, int, int]:
         """(what is trained, how many numbers of it move, how many θ has)."""

@@ -79,7 +79,7 @@ def measured(
 ) -> dict[str, list[Sketch]]:
     """{path: a sketch of every part} of the gradient of the mean loss over all examples."""
     sketches = {entry.path: [Sketch(rows, entry.k, directions) for rows in entry.rows] for entry in planned.entries}
-    count = sum(example.trained for example in examples)
+    count = measure.count(examples)
     model.eval()  # without dropout, so that the gradient is that of the loss and not of one of its samples
     with watched(model, planned.entries, sketches):
         done = 0
