@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import dpo_model
 import lowrank
 from families import build
 from lowrank import LoraConfig, inject
@@ -16,6 +18,7 @@ from lowrank.data.recipe import make_recipe
 from lowrank.data.settings import DataSettings
 from lowrank.data.tokens import IGNORED, Example, encode
 from lowrank.errors import DataError
+from lowrank.injection.adapters import lora_layers
 from lowrank.train.head import find_head
 from lowrank.train.metrics import of_preferences
 from lowrank.train.preference import PreferenceLoss
@@ -204,3 +207,37 @@ def test_the_reference_leaves_the_model_as_it_was():
     assert model.training
     assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
     assert all(dict(model.named_parameters())[name].grad is not None for name in trained)
+
+
+TRL = json.loads((Path(__file__).parent / "goldens" / "trl_dpo.json").read_text())  # scripts/trl_dpo.py made it
+
+
+def test_tokens_and_masks_are_those_of_trl(tmp_path):
+    found = examples(read(tmp_path, *dpo_model.ROWS), template="{prompt}").examples
+    for number, row in enumerate(one_behind_the_other(found)):
+        real = sum(TRL["attention"][number])
+        assert list(row.ids) == TRL["ids"][number][:real]
+        assert [int(label != IGNORED) for label in row.labels] == TRL["trained"][number][:real]
+
+
+def test_loss_figures_and_gradients_are_those_of_trl(tmp_path):
+    model = dpo_model.plain_model()
+    inject(model, LoraConfig(r=dpo_model.RANK, lora_alpha=4 * dpo_model.RANK, target_modules=dpo_model.TARGETS))
+    factors = {}
+    for path, layer in lora_layers(model):
+        own = layer.factors("default")
+        factors |= {f"{path}.A": own.a, f"{path}.B": own.b}
+    with torch.no_grad():
+        for name, factor in factors.items():
+            factor.copy_(dpo_model.wave(factor.shape, name))
+    rows = examples(read(tmp_path, *dpo_model.ROWS), template="{prompt}").examples
+    loss_of = PreferenceLoss(dpo_model.BETA, find_head(model), 4)
+    loss = loss_of(model.train(), collate(one_behind_the_other(rows), 0, CPU, True))
+    (loss.total / loss.count).backward()
+    assert float(loss.total) / loss.count == pytest.approx(TRL["loss"], rel=1e-5)
+    figures = of_preferences(loss.tallies, loss.count)
+    for ours, theirs in {"accuracy": "accuracies", "margin": "margins", "chosen_reward": "chosen"}.items():
+        assert figures[ours] == pytest.approx(TRL["figures"][f"rewards/{theirs}"], rel=1e-4)
+    assert set(factors) == set(TRL["gradient_norms"])
+    for name, factor in factors.items():
+        assert float(factor.grad.norm()) == pytest.approx(TRL["gradient_norms"][name], rel=1e-3)
