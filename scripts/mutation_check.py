@@ -69,7 +69,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "merge: stays tied": Mutation("merge/memory.py", "    part_tied_weights(model)\n", "", TIED),
     "merge: a tied weight is written for both": Mutation(
-        "merge/memory.py", "untie=id(layer.base_weight) in shared", "untie=False", TIED
+        "merge/memory.py", "id(layer.base_weight) in shared, plain", "False, plain", TIED
     ),
     "merged: base not put back": Mutation(
         "layers/base.py",
@@ -136,8 +136,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "fused: no bias": Mutation(
         "kernels/fused.py",
-        "plus_low_rank(x, rows, weight, bias, s,",
-        "plus_low_rank(x, rows, weight, None, s,",
+        "plus_low_rank(x, rows, matrix, bias, s,",
+        "plus_low_rank(x, rows, matrix, None, s,",
         ANSWERS,
     ),
     "fused: no mask in backward": Mutation(
@@ -145,8 +145,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "fused: input gradient of the base alone": Mutation(
         "kernels/fused.py",
-        "Part(dh, weight, ds, a, mask)",
-        "Part(dh, weight, 0 * ds, a, mask)",
+        "Part(dh, ctx.stored or weight, ds, a, mask)",
+        "Part(dh, ctx.stored or weight, 0 * ds, a, mask)",
         GRADIENTS,
     ),
     "together: no scale": Mutation(
@@ -159,7 +159,7 @@ MUTATIONS: dict[str, Mutation] = {
         "kernels/group.py", "forward_part(x, rows, weight, bias,", "forward_part(x, rows, weight, None,", TOGETHER
     ),
     "together: input gradient of the base alone": Mutation(
-        "kernels/group.py", "Part(dh, weights[i], ds[i],", "Part(dh, weights[i], 0 * ds[i],", TOGETHER
+        "kernels/group.py", "Part(dh, frozen[i], ds[i],", "Part(dh, frozen[i], 0 * ds[i],", TOGETHER
     ),
     "together: dB not scaled": Mutation(
         "kernels/group.py", "laid_out_as_b(dbt, ctx.scales[i],", "laid_out_as_b(dbt, 1.0,", TOGETHER
@@ -188,7 +188,7 @@ MUTATIONS: dict[str, Mutation] = {
         "kernels/fused.py", "= [] if are_saved_tensors_watched() else None", "= None", CHECKPOINTING
     ),
     "few rows: no scale": Mutation("kernels/fused.py", "a.to(wide)) * scale", "a.to(wide))", FEW),
-    "few rows: never": Mutation("kernels/fused.py", "few_rows(x) if tracked else", "False if tracked else", FEW),
+    "few rows: never": Mutation("kernels/fused.py", "few_rows(x) and not isinstance", "False and not isinstance", FEW),
     "dropout: what is kept not scaled": Mutation("kernels/fused.py", "scale /= mask.kept", "pass", DROPOUT),
     "dropout: digits from the first to the last": Mutation(
         "kernels/dropout.py", "for digit in reversed(digits):", "for digit in digits:", DROPOUT

@@ -158,7 +158,7 @@ BASES: dict[Callable[[Path], None], str] = {
     cut: "5 bytes too short",
     cut_in_header: "ends inside its header",
     not_finite: r"q_proj.weight of the base holds values that are not finite",
-    quantised: "stored as F8_E4M3: a quantised base",
+    quantised: "stored as F8_E4M3, a form that is not read here",
     link_out: "is a link out of the model's folder",
     link_side_file_out: "is a link out of the model's folder",
     pickled: r"only as pickles \(pytorch_model.bin\).*lowrank convert",

@@ -13,6 +13,7 @@ from lowrank.files.safetensors import FLOATS
 from lowrank.modelfiles.base import BaseFiles, Source
 from lowrank.modelfiles.blocks import mapped
 from lowrank.modelfiles.names import resolve
+from lowrank.modelfiles.tensors import StoredEntry
 from lowrank.modelfiles.tied import has_head, head_of, may_be_tied
 
 
@@ -77,6 +78,8 @@ class Difference:
         if one.shape != other.shape:
             return False
         if one.dtype != other.dtype:
+            return self.comparable and not any(block.any() for block in self.blocks())
+        if isinstance(one, StoredEntry) or isinstance(other, StoredEntry):
             return self.comparable and not any(block.any() for block in self.blocks())
         return one.nbytes == 0 or torch.equal(_bytes(self.base), _bytes(self.tuned))
 

@@ -45,8 +45,8 @@ def find_base_weights(files: AdapterFiles, location: str | os.PathLike[str]) -> 
         name = found.heads.get(result_name, result_name)
         if (dtype := base.tensors[name][1].dtype) not in FLOATS:
             raise CheckpointError(
-                f"{base.folder}: {name} is stored as {dtype}, and a quantised base cannot be measured: give the one it "
-                "was made from"
+                f"{base.folder}: {name} is stored as {dtype}, a form that is not read here: give the base that it was "
+                "made from"
             )
         sources[contribution.path] = name, contribution.transposed
     return BaseWeights(base, dict(sorted(sources.items(), key=lambda item: order[item[1][0]])))

@@ -13,6 +13,7 @@ from lowrank.cli.pulse import muted
 from lowrank.errors import LowrankError
 from lowrank.merge.disk import MergeReport, merge_checkpoint
 from lowrank.merge.disk.merge import Untouched, Verify
+from lowrank.merge.onto import Onto
 
 SHOWN = [name for name in MergeReport.__slots__ if name != "out"]
 
@@ -38,6 +39,8 @@ def merge(
     verify: Verify = "sample",
     untouched: Untouched = "copy",
     threads: int | None = None,
+    onto: Onto = "16bit",
+    anyway: Annotated[bool, Parameter(negative="")] = False,
     allow_pickle: Annotated[bool, Parameter(negative="")] = False,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -62,6 +65,11 @@ def merge(
         How weight files without a change get into the result, where the disk can; hard links are never to be edited
     threads
         Threads to merge with, 16 at most; as many as cores where not given
+    onto
+        Of a quantised base: 16bit (plain weights, as training saw them), quantised (its own form again, refused where
+        that loses the change), original (--model is the unquantised model instead)
+    anyway
+        Merge onto quantised though less than half of the change survives
     allow_pickle
         Read an old adapter's .bin file, with weights_only
     as_json
@@ -79,6 +87,8 @@ def merge(
             threads=threads,
             allow_pickle=allow_pickle,
             progress=bar,
+            onto=onto,
+            anyway=anyway,
         )
     if as_json:
         print(json.dumps({name: getattr(report, name) for name in SHOWN} | {"out": str(report.out)}))

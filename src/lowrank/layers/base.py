@@ -117,15 +117,16 @@ class LoraLayer(nn.Module):
         self.adapter_names = tuple(name for name in self.adapter_names if name not in adapters)
         self.activate(tuple(name for name in self.active_adapters if name not in adapters))
 
-    def change(self, adapter: str, weight: Tensor) -> Change:
-        """ΔW of one adapter, ready to be merged; weight: W0 as `dense` gives it."""
-        return prepare(self.factors(adapter), weight, transposed=self.transposed)
+    def change(self, adapter: str, weighting: float = 1.0, weight: Tensor | None = None) -> Change:
+        """ΔW of one adapter, ready to be merged; weight: W0 as `dense` gives it, read anew where not given."""
+        weight = self.dense(self) if weight is None else weight
+        return prepare(self.factors(adapter), weight, transposed=self.transposed, weighting=weighting)
 
     @torch.no_grad()
     def merged_weight(self, adapters: tuple[str, ...], dtype: torch.dtype | None = None) -> Tensor:
         """W0 + Σ ΔW over `adapters`, a new tensor of W0's own shape, in `dtype` (W0's if not given), rounded once."""
         weight = self.dense(self)
-        changes = [self.change(name, weight) for name in adapters]
+        changes = [self.change(name, weight=weight) for name in adapters]
         return merge_weight(weight, changes, dtype).view(frozen_shape(self))
 
     def fold(self) -> None:

@@ -105,11 +105,17 @@ def _forget_quantiser(model: nn.Module) -> None:
     for module in model.modules():
         for name in MARKS:
             module.__dict__.pop(name, None)
+        if (steps := module.__dict__.get("_weight_conversions")) is not None:  # from files to the model and back
+            module.__dict__["_weight_conversions"] = [step for step in steps if not _quantises(step)]
         if "is_quantized" in module.__dict__:
             module.__dict__["is_quantized"] = False
         config: Any = getattr(module, "config", None)
         if config is not None and getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
+
+
+def _quantises(step: Any) -> bool:
+    return any(hasattr(operation, "hf_quantizer") for operation in getattr(step, "operations", ()))
 
 
 def is_quantised(model: nn.Module) -> bool:

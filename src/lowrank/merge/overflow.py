@@ -21,7 +21,7 @@ def merge_fault(layer: LoraLayer, adapters: tuple[str, ...]) -> str | None:
     if not torch.isfinite(largest):
         return "the base's weight holds values that are not finite"
     try:
-        bound = largest + sum(_bound(layer.change(name, weight), largest) for name in adapters)
+        bound = largest + sum(_bound(layer.change(name, weight=weight), largest) for name in adapters)
     except FloatingPointError as error:
         return str(error)
     limit = torch.finfo(weight.dtype).max

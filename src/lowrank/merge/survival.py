@@ -17,7 +17,7 @@ def surviving(layer: LoraLayer, adapters: tuple[str, ...], merged: Tensor) -> fl
     base = weight[rows].to(wide)
     exact = base.clone()
     for name in adapters:
-        layer.change(name, weight).add_to(exact, base, rows)
+        layer.change(name, weight=weight).add_to(exact, base, rows)
     changed = float((exact - base).square().sum())
     lost = float((layer.stored(merged)[rows].to(wide) - exact).square().sum())
     noise = (8 * torch.finfo(wide).eps) ** 2 * float(

@@ -8,8 +8,10 @@ from typing import Any
 
 from lowrank.errors import CheckpointError, some
 from lowrank.files.json_file import read_object
-from lowrank.files.safetensors import Entry, Layout, read_layout
+from lowrank.files.safetensors import Entry, read_layout
 from lowrank.hub import local_folder, origin
+from lowrank.modelfiles.forms import find_forms
+from lowrank.modelfiles.tensors import Shard, Source
 
 SINGLE = "model.safetensors"
 INDEX_ENDING = ".safetensors.index.json"
@@ -17,21 +19,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 OTHER_WEIGHTS = (".safetensors", *PICKLES, ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot")
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One weight file of the base: its name in the folder, where its bytes really lie, and its layout."""
-
-    name: str
-    path: Path
-    layout: Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A tensor of the base."""
-
-    shard: Shard
-    entry: Entry
+__all__ = ["BaseFiles", "Shard", "Source", "inside", "read_base", "read_json"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +38,16 @@ class BaseFiles:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Shard, Entry]]:
-        """{name: (its shard, its entry)} in the order of files and offsets."""
+        """{name: (its shard, its entry)} of the model's weights, in the order of files and offsets.
+
+        A quantised weight is one tensor (a `StoredEntry`), of the shape and dtype that it is read in.
+        """
+        sources = {name: Source(*place) for name, place in self.in_files.items()}
+        return {name: (found.shard, found.entry) for name, found in find_forms(sources, self.config).items()}
+
+    @cached_property
+    def in_files(self) -> dict[str, tuple[Shard, Entry]]:
+        """The same, tensor by tensor as the files have them: a quantised weight is several."""
         return {entry.name: (shard, entry) for shard in self.shards for entry in shard.layout.entries}
 
     @property
@@ -78,7 +75,9 @@ def read_base(base: str | os.PathLike[str]) -> BaseFiles:
     if index is not None:
         _check_index(folder / str(index_name), index, shards)
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else None
-    return BaseFiles(folder, shards, index_name, index, config)
+    files = BaseFiles(folder, shards, index_name, index, config)
+    _ = files.tensors  # forms whose parts do not fit are said here
+    return files
 
 
 def read_json(path: Path) -> dict[str, Any]:

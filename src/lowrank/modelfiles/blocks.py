@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lowrank.files.regular import TruncatedError, read_into
-from lowrank.files.safetensors import DTYPES
-from lowrank.modelfiles.base import Source
+from lowrank.files.safetensors import DTYPES, READABLE
+from lowrank.modelfiles.tensors import Source, StoredEntry
 
 CACHE_LINE = 64  # bytes; arithmetic is slower where a tensor does not begin with one
 
@@ -55,6 +55,8 @@ def read_entry_rows(
     source: Source, descriptor: int, columns: int, rows: slice, workspace: Workspace, role: str
 ) -> Tensor:
     """Rows (n', m) of a tensor of the base, in its own dtype."""
+    if isinstance(source.entry, StoredEntry):
+        return source.entry.form.rows(rows)
     dtype = DTYPES[source.entry.dtype]
     block, memory = workspace.take(role, (rows.stop - rows.start, columns), dtype)
     offset = source.entry.offset + rows.start * columns * dtype.itemsize
@@ -63,14 +65,30 @@ def read_entry_rows(
 
 
 def mapped(source: Source) -> Tensor:
-    """The tensor mapped from its file, (n, m): pages of the file, no memory of ours. For what needs all rows."""
+    """The tensor mapped from its file, (n, m): pages of the file, no memory of ours. For what needs all rows.
+
+    A weight in a stored form is read instead: its whole matrix, in memory.
+    """
     entry = source.entry
-    dtype = DTYPES[entry.dtype]
+    if isinstance(entry, StoredEntry):
+        return entry.form.rows(slice(0, entry.shape[0])).view(entry.shape[0], -1)
+    return mapped_flat(source).view(entry.shape[0], -1)
+
+
+def mapped_flat(source: Source) -> Tensor:
+    """The tensor's numbers, (n,), mapped from its file."""
+    entry = source.entry
+    dtype = READABLE[entry.dtype]
+    if not entry.nbytes:
+        return torch.empty(0, dtype=dtype)
+    start = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
+    end = entry.offset + entry.nbytes
     with open(source.shard.path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < entry.offset + entry.nbytes:
+        if os.fstat(file.fileno()).st_size < end:
             raise TruncatedError(source.shard.path)
-        pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    flat = torch.frombuffer(pages, dtype=torch.uint8, offset=entry.offset, count=entry.nbytes)
+        both = mmap.PROT_READ | mmap.PROT_WRITE
+        pages = mmap.mmap(file.fileno(), end - start, flags=mmap.MAP_PRIVATE, prot=both, offset=start)
+    flat = torch.frombuffer(pages, dtype=torch.uint8, offset=entry.offset - start, count=entry.nbytes)
     if entry.offset % dtype.itemsize:
         flat = flat.clone()  # a header of odd length puts its tensors where they cannot be read in place
-    return flat.view(dtype).view(entry.shape[0], -1)
+    return flat.view(dtype)

@@ -18,9 +18,9 @@ from torch import Tensor
 from lowrank.core.merging import row_blocks
 from lowrank.files.safetensors import DTYPES
 from lowrank.merge.disk.adapters import Contribution
+from lowrank.merge.disk.changes import compute_dtype
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.merge.disk.stored_rows import read_rows
-from lowrank.merge.disk.write import compute_dtype
 from lowrank.modelfiles.blocks import Workspace, mapped, opened
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}

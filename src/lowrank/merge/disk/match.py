@@ -9,7 +9,7 @@ from torch import Tensor
 from lowrank.checkpoint.keys import Key
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.core.finite import all_finite
-from lowrank.errors import CheckpointError, short, some
+from lowrank.errors import CheckpointError, some
 from lowrank.files.safetensors import DTYPE_NAMES
 from lowrank.injection.patterns import matches, matches_name, suggestion
 from lowrank.merge.disk.adapters import Adapter, Contribution
@@ -19,7 +19,7 @@ from lowrank.modelfiles.base import BaseFiles
 from lowrank.modelfiles.dialects import translations
 from lowrank.modelfiles.names import resolve
 from lowrank.modelfiles.orientation import kinds_that_fit, shape_fault, stores_transposed
-from lowrank.modelfiles.quantised import quantisation
+from lowrank.modelfiles.quantised import unread_form
 from lowrank.modelfiles.tied import has_head, head_of, may_be_tied
 
 LARGEST_SCALE = torch.finfo(torch.float32).max
@@ -70,10 +70,10 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
             places[path], embedding = shared
             found.heads[f"{places[path]}.weight"] = embedding
     faults = _changes(base, adapter, places, found, modules) + _full(base, adapter, places, found)
-    if faults and (method := quantisation(base)):
+    if faults and (method := unread_form(base)):
         raise CheckpointError(
-            f"{base.label} is quantised ({short(method, 60)}), and nothing can be merged into such weights exactly: "
-            "give the model that it was made from, in float16, bfloat16, float32 or float64"
+            f"{base.label} is quantised ({method}), a form that is not read here: give the model it was made from, "
+            "in float16, bfloat16, float32 or float64"
         )
     if faults:
         raise CheckpointError(

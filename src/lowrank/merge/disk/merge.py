@@ -6,7 +6,7 @@ import time
 import warnings as python_warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +24,11 @@ from lowrank.merge.disk.report import MergeReport, survival_warnings
 from lowrank.merge.disk.sidefiles import corrected_config, kept_recipe, side_files, write_synced
 from lowrank.merge.disk.verify import Findings, verify_files
 from lowrank.merge.disk.write import link_or_clone, sync_data, write_files
+from lowrank.merge.onto import Onto, check_onto
 from lowrank.modelfiles.base import BaseFiles, read_base
 from lowrank.modelfiles.pool import MOST_THREADS, core_count, one_core
 from lowrank.modelfiles.staging import staging
+from lowrank.modelfiles.tensors import StoredEntry
 
 Verify = Literal["sample", "full"]
 Untouched = Literal["copy", "reflink", "hardlink"]
@@ -41,6 +43,8 @@ class _Options:
     full: bool
     untouched: Untouched
     threads: int
+    onto: Onto = "16bit"
+    anyway: bool = False
 
     @property
     def dtype_name(self) -> str | None:
@@ -70,6 +74,8 @@ def merge_checkpoint(
     threads: int | None = None,
     allow_pickle: bool = False,
     progress: bool = False,
+    onto: Onto = "16bit",
+    anyway: bool = False,
 ) -> MergeReport:
     """Write W0 + Σ weight·s·B·A of every tensor to the new folder `out`: files alone, no model is built.
 
@@ -82,6 +88,11 @@ def merge_checkpoint(
     untouched: how weight files that stay as they are get into the result: "copy", or where the file system can,
         "reflink" (shared until one side is written) or "hardlink" (one file under two names: never edit it in place).
     threads: how many work at once, one for each core by default, 16 at most.
+    onto: what becomes of a quantised base. "16bit": quantised weights are read as training saw them, and the result is
+        plain, in the dtype of the base's other weights. "quantised": merged weights go back into the base's own form;
+        before a byte is written the share of ‖ΔW‖² that survives that is computed, weight by weight, and MergeError
+        shows it where it is less than half, unless `anyway`. "original": `base` is the unquantised model that the
+        adapter's base was made from.
     allow_pickle: read an old adapter's `adapter_model.bin`, with weights_only.
 
     The folder gets its name when everything in it is verified and on the disk; killed before, it leaves no result.
@@ -89,7 +100,10 @@ def merge_checkpoint(
     not fit, ConfigError for a weight that cannot be meant, MergeError for a merge that cannot be exact, OutputError for
     a place that cannot be written.
     """
-    options = _options(dtype, verify, untouched, threads)
+    options = replace(_options(dtype, verify, untouched, threads), onto=onto, anyway=anyway)
+    check_onto(onto)
+    if onto == "quantised" and dtype is not None:
+        raise MergeError("dtype cannot be given with onto quantised, which keeps the form that the base has")
     clock = _Clock()
     with one_core():
         read = read_adapters(adapters, allow_pickle)
@@ -135,7 +149,9 @@ def _reading(base: str | os.PathLike[str]) -> Iterator[None]:
 def _prepare(files: BaseFiles, adapters: list[Adapter], place: Path, options: _Options) -> _Job:
     """Everything that can be found wrong before a byte is written."""
     with _reading(files.folder):
-        plan = plan_merge(files, adapters, options.dtype)
+        if options.onto == "original" and any(isinstance(entry, StoredEntry) for _, entry in files.tensors.values()):
+            raise MergeError(f"onto original: {files.label} is quantised itself: give the model that it was made from")
+        plan = plan_merge(files, adapters, options.dtype, options.onto, options.anyway)
     new = [file for file in plan.files if options.untouched == "copy" or not file.unchanged]
     check_room(place.parent, sum(file.layout.size for file in new))
     return _Job(files, adapters, plan, place, options)
@@ -194,7 +210,8 @@ def _write_side_files(job: _Job, folder: Path) -> list[str]:
     if recipe is not None:
         write_synced(folder / RUN_FILE, recipe)
     if job.base.config is not None:
-        config = corrected_config(job.base.config, job.options.dtype_name, job.plan.untie)
+        plain = any(recipe.was_stored for recipe in job.plan.recipes)
+        config = corrected_config(job.base.config, job.options.dtype_name, job.plan.untie, plain)
         if config is not None:
             write_synced(folder / "config.json", config)
     if job.base.index_name is not None:
@@ -237,18 +254,20 @@ def _report(
 ) -> MergeReport:
     recipes = job.plan.recipes
     dtypes = {recipe.dtype for recipe in recipes if recipe.contributions}
+    surviving = findings.surviving | dict(job.plan.shares)
     return MergeReport(
         out=out,
-        merged=sum(bool(recipe.contributions) for recipe in recipes),
-        replaced=sum(recipe.replacement is not None for recipe in recipes),
+        merged=sum(bool(recipe.contributions) or recipe.repacked is not None for recipe in recipes),
+        replaced=sum(recipe.replacement is not None for recipe in recipes) - job.plan.small_parts,
         moved=sum(recipe.moved for recipe in recipes),
         bytes=job.plan.nbytes,
         linked=linked,
         renamed=job.plan.renamed,
         notes=(*job.plan.notes, *notes),
-        warnings=tuple(survival_warnings(findings.surviving, ", ".join(sorted(dtypes)))),
-        surviving=findings.surviving,
+        warnings=tuple(survival_warnings(surviving, ", ".join(sorted(dtypes)) or "the base's stored form")),
+        surviving=surviving,
         rows=findings.rows,
         worst=findings.worst,
         seconds=clock.seconds,
+        repacked=len(job.plan.shares),
     )

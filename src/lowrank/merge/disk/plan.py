@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,21 +12,28 @@ from lowrank.files.safetensors import DTYPE_NAMES, DTYPES, FLOATS, build_layout
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.match import Match, match
 from lowrank.merge.disk.recipe import Recipe, ResultFile
-from lowrank.merge.disk.tie import settle_ties
+from lowrank.merge.disk.requantised import requantised_recipes, survey
+from lowrank.merge.disk.tie import Ties, settle_ties
+from lowrank.merge.onto import Onto
 from lowrank.modelfiles.base import BaseFiles, Shard, Source
+from lowrank.modelfiles.tensors import StoredEntry
 
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
     """files: what to write; untie: whether config.json must say that embedding and head are two tensors now;
 
-    renamed: leading parts of names that were exchanged, per adapter; notes: what a careful reader would want to know.
+    renamed: leading parts of names that were exchanged, per adapter; notes: what a careful reader would want to know;
+
+    shares: of weights that go back into a stored form, how much of ‖ΔW‖² that holds.
     """
 
     files: tuple[ResultFile, ...]
     untie: bool
     renamed: tuple[str, ...]
     notes: tuple[str, ...]
+    shares: Mapping[str, float] = field(default_factory=dict)
+    replaced: frozenset[str] = frozenset()
 
     @property
     def recipes(self) -> list[Recipe]:
@@ -34,12 +41,23 @@ class MergePlan:
         return [recipe for file in self.files for recipe in file.recipes]
 
     @property
+    def small_parts(self) -> int:
+        """How many tensors are scales and descriptions of weights that go back into a stored form."""
+        return sum(recipe.replacement is not None and recipe.name not in self.replaced for recipe in self.recipes)
+
+    @property
     def nbytes(self) -> int:
         """The size of all weight files."""
         return sum(file.layout.size for file in self.files)
 
 
-def plan_merge(base: BaseFiles, adapters: Sequence[Adapter], dtype: torch.dtype | None) -> MergePlan:
+def plan_merge(
+    base: BaseFiles,
+    adapters: Sequence[Adapter],
+    dtype: torch.dtype | None,
+    onto: Onto = "16bit",
+    anyway: bool = False,
+) -> MergePlan:
     """Decide the result's every tensor.
 
     Raises CheckpointError for an adapter that does not fit, MergeError for a merge that cannot be meant.
@@ -49,7 +67,19 @@ def plan_merge(base: BaseFiles, adapters: Sequence[Adapter], dtype: torch.dtype 
     changed = _changed(matches)
     heads = {head: embedding for found in matches for head, embedding in found.heads.items()}
     ties = settle_ties(base, changed, replaced, heads)
-    recipes = {name: _recipe(name, Source(*place), changed, replaced, dtype) for name, place in base.tensors.items()}
+    if onto == "quantised":
+        return _requantised(base, adapters, matches, changed, replaced, ties, anyway)
+    plain = dtype or _commonest_float(base)
+    recipes = {
+        name: _recipe(
+            name,
+            Source(*place),
+            changed,
+            replaced,
+            plain if isinstance(place[1], StoredEntry) else dtype,
+        )
+        for name, place in base.tensors.items()
+    }
     for head, embedding in ties.heads.items():
         recipes[head] = _recipe(head, Source(*base.tensors[embedding]), changed, replaced, dtype)
     for name, tensor in replaced.items():
@@ -57,7 +87,30 @@ def plan_merge(base: BaseFiles, adapters: Sequence[Adapter], dtype: torch.dtype 
             recipes[name] = _new(name, tensor, dtype or _commonest_float(base))
     files = _files(base, recipes, ties.heads)
     notes = [note for found in matches for note in found.notes] + list(ties.notes)
-    return MergePlan(files, ties.untie, tuple(_renamings(adapters, matches)), tuple(notes))
+    replacing = frozenset(recipe.name for file in files for recipe in file.recipes if recipe.replacement is not None)
+    return MergePlan(files, ties.untie, tuple(_renamings(adapters, matches)), tuple(notes), replaced=replacing)
+
+
+def _requantised(
+    base: BaseFiles,
+    adapters: Sequence[Adapter],
+    matches: Sequence[Match],
+    changed: Mapping[str, tuple[Contribution, ...]],
+    replaced: Mapping[str, Tensor],
+    ties: Ties,
+    anyway: bool,
+) -> MergePlan:
+    """The plan for a base that keeps its stored form."""
+    if ties.heads or ties.dropped:
+        raise MergeError("onto quantised: the adapter changes a head that the base stores as its embedding: use 16bit")
+    recipes = requantised_recipes(base, changed, replaced)
+    for name, tensor in replaced.items():
+        if name not in recipes:
+            recipes[name] = _new(name, tensor, _commonest_float(base))
+    shares = survey(recipes, anyway)
+    notes = [note for found in matches for note in found.notes] + list(ties.notes)
+    renamed = tuple(_renamings(adapters, matches))
+    return MergePlan(_files(base, recipes, {}), ties.untie, renamed, tuple(notes), shares, frozenset(replaced))
 
 
 def _changed(matches: Sequence[Match]) -> dict[str, tuple[Contribution, ...]]:
@@ -91,8 +144,8 @@ def _recipe(
     entry, contributions = source.entry, changed.get(name, ())
     if (contributions and entry.dtype not in FLOATS) or (name in replaced and entry.dtype not in DTYPES):
         raise MergeError(
-            f"{name} is stored as {entry.dtype}: a quantised base cannot be merged into exactly, give the model in "
-            "float16, bfloat16, float32 or float64"
+            f"{name} is stored as {entry.dtype}, a form that is not read here: give the model that it was made from, "
+            "in float16, bfloat16, float32 or float64"
         )
     converted = DTYPE_NAMES[dtype] if dtype is not None and entry.dtype in FLOATS else entry.dtype
     return Recipe(name, converted, entry.shape, source, replaced.get(name), contributions)
@@ -105,15 +158,16 @@ def _new(name: str, tensor: Tensor, dtype: torch.dtype) -> Recipe:
 
 def _commonest_float(base: BaseFiles) -> torch.dtype:
     """The dtype of most of the base's floating tensors."""
-    counts = Counter(entry.dtype for _, entry in base.tensors.values() if entry.dtype in FLOATS)
-    return FLOATS[counts.most_common(1)[0][0]] if counts else torch.float32
+    floats = [entry for _, entry in base.tensors.values() if entry.dtype in FLOATS]
+    counts = Counter(entry.dtype for entry in floats if not isinstance(entry, StoredEntry))
+    return FLOATS[counts.most_common(1)[0][0]] if counts else torch.bfloat16 if floats else torch.float32
 
 
 def _files(base: BaseFiles, recipes: Mapping[str, Recipe], heads: Mapping[str, str]) -> tuple[ResultFile, ...]:
     """The result's files: the base's, tensor for tensor, and what is new behind the tensors of one of them."""
     placed: dict[str, list[Recipe]] = {shard.name: [] for shard in base.shards}
     for name, recipe in recipes.items():
-        home = base.tensors.get(name) or base.tensors.get(heads.get(name, ""))
+        home = base.in_files.get(name) or base.tensors.get(name) or base.tensors.get(heads.get(name, ""))
         placed[(home[0] if home else base.shards[-1]).name].append(recipe)
     return tuple(_file(shard, placed[shard.name]) for shard in base.shards)
 

@@ -2,20 +2,34 @@
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lowrank.files.safetensors import FLOATS, Layout, nbytes_of
 from lowrank.merge.disk.adapters import Contribution
-from lowrank.modelfiles.base import Shard, Source
+from lowrank.modelfiles.tensors import Shard, Source, StoredEntry
+
+
+class Repacked(Protocol):
+    """A merged weight that goes back into the base's stored form."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that hold it, by role, computed anew."""
+        ...
+
+    def check(self, written: Tensor) -> None:
+        """Raise MergeError where its packed numbers are not what they should be."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """One tensor of the result: (replacement, else source) + Σ ΔW, rounded once to `dtype`.
 
-    dtype: the format's word; replacement: the adapter's own full copy; contributions: what is added, in order.
+    dtype: the format's word; replacement: the adapter's own full copy; contributions: what is added, in order;
+    repacked: what computes the packed numbers of a weight that goes back into a stored form, instead of all that.
     """
 
     name: str
@@ -24,6 +38,7 @@ class Recipe:
     source: Source | None = None
     replacement: Tensor | None = None
     contributions: tuple[Contribution, ...] = ()
+    repacked: Repacked | None = None
 
     @property
     def moved(self) -> bool:
@@ -32,8 +47,15 @@ class Recipe:
             self.source is not None
             and self.replacement is None
             and not self.contributions
+            and self.repacked is None
             and self.source.entry.dtype == self.dtype
+            and not isinstance(self.source.entry, StoredEntry)
         )
+
+    @property
+    def was_stored(self) -> bool:
+        """True where the base has the tensor in a stored form, and the result as numbers."""
+        return self.source is not None and isinstance(self.source.entry, StoredEntry)
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ class MergeReport:
     size of the weights; linked: weight files that share the base's blocks; renamed: leading parts of names that were
     exchanged; notes, warnings: what a careful reader would want to know; surviving: {tensor: share of ‖ΔW‖² left after
     rounding}; rows: merged rows recomputed in float64; worst: the largest error in parts of what is allowed;
-    seconds: how long each stage took.
+    seconds: how long each stage took; repacked: merged weights that went back into the base's stored form.
     """
 
     out: Path
@@ -32,6 +32,7 @@ class MergeReport:
     rows: int
     worst: float
     seconds: dict[str, float]
+    repacked: int = 0
 
     def summary(self) -> str:
         """One line for the result, one for its verification, one for each finding; the warnings are left out."""
@@ -39,7 +40,7 @@ class MergeReport:
         lines = [
             f"{self.out}: {self.merged} tensors merged, {self.replaced} replaced, {self.moved} unchanged, "
             f"{self.bytes / 1e9:.2f} GB in {seconds:.1f} s",
-            f"verified: {self.rows} merged rows recomputed in float64, every element within one rounding",
+            *self._verified(),
         ]
         if self.surviving:
             least = min(self.surviving, key=lambda name: self.surviving[name])
@@ -47,6 +48,12 @@ class MergeReport:
         lines += [f"names exchanged, {text}" for text in self.renamed]
         lines += [f"{some(self.linked)}: shared with the base"] if self.linked else []
         return "\n".join([*lines, *self.notes])
+
+    def _verified(self) -> list[str]:
+        """What was recomputed, and how near it is."""
+        step = f"verified: {self.repacked} requantised weights, every element within a step of the quantiser"
+        rounding = f"verified: {self.rows} merged rows recomputed in float64, every element within one rounding"
+        return ([step] if self.repacked else []) + ([rounding] if self.rows or not self.repacked else [])
 
     def __str__(self) -> str:
         """The summary and the warnings."""

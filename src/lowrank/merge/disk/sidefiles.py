@@ -63,9 +63,13 @@ def kept_recipe(folders: Iterable[Path]) -> tuple[bytes | None, str | None]:
     )
 
 
-def corrected_config(config: dict[str, Any], dtype: str | None, untie: bool) -> bytes | None:
-    """config.json with another dtype, or saying that embedding and head are no longer tied; None if nothing changes."""
+def corrected_config(config: dict[str, Any], dtype: str | None, untie: bool, plain: bool = False) -> bytes | None:
+    """config.json with another dtype, or saying that embedding and head are no longer tied; None if nothing changes.
+
+    plain: the quantised weights became numbers, so that nothing is said of a quantiser any more.
+    """
     changed = untied(config) if untie else config
+    changed = {key: value for key, value in changed.items() if key != "quantization_config"} if plain else changed
     changed = changed if dtype is None else _with_dtype(changed, dtype)
     if changed == config:
         return None

@@ -88,7 +88,9 @@ class _Verifier:
             result = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, result)
             source = stack.enter_context(opened(check.recipe.source))
-            if check.recipe.moved:
+            if check.recipe.repacked is not None:
+                self._repacked(check, result)
+            elif check.recipe.moved:
                 self._compare(check, source, result)
             elif check.recipe.contributions:
                 self._recompute(check, source, result)
@@ -109,6 +111,10 @@ class _Verifier:
             compared += count
         with self._lock:
             self._findings.compared += compared
+
+    def _repacked(self, check: _Check, result: int) -> None:
+        assert check.recipe.repacked is not None
+        check.recipe.repacked.check(self._written(check, result, slice(0, check.recipe.matrix[0])))
 
     def _convert(self, check: _Check, source: int, result: int) -> None:
         for rows in chain.from_iterable(_pieces(check.recipe, self._full)):

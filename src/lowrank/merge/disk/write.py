@@ -14,9 +14,10 @@ from lowrank.core.finite import all_finite
 from lowrank.core.merging import Change, merge_block, row_blocks
 from lowrank.errors import MergeError
 from lowrank.files.safetensors import DTYPES
+from lowrank.merge.disk.changes import compute_dtype, make_changes
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.stored_rows import read_rows
-from lowrank.modelfiles.blocks import Workspace, mapped, opened
+from lowrank.modelfiles.blocks import Workspace, opened
 from lowrank.modelfiles.bytes import clone, move, write_from
 from lowrank.modelfiles.pool import run_tasks
 
@@ -31,6 +32,15 @@ class Changes:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe, self._lock = recipe, threading.Lock()
         self._made: tuple[Change, ...] | None = None
+        self._packed: Tensor | None = None
+
+    def packed(self, recipe: Recipe) -> Tensor:
+        """The packed numbers of a weight that goes back into a stored form, made once for all of its rows."""
+        with self._lock:
+            if self._packed is None:
+                assert recipe.repacked is not None
+                self._packed = recipe.repacked.parts()["weight"].reshape(recipe.matrix)
+            return self._packed
 
     def get(self) -> tuple[Change, ...]:
         """One Change per contribution, in order."""
@@ -38,24 +48,6 @@ class Changes:
             if self._made is None:
                 self._made = make_changes(self._recipe)
             return self._made
-
-
-def compute_dtype(recipe: Recipe) -> torch.dtype:
-    """What the stored rows are widened to before merging: the wider of what they have and what they get."""
-    return torch.promote_types(recipe.stored_dtype, DTYPES[recipe.dtype])
-
-
-def make_changes(recipe: Recipe) -> tuple[Change, ...]:
-    """One Change per contribution of the recipe; W0 is read only where a contribution depends on it."""
-    dtype = compute_dtype(recipe)
-    weight = torch.empty(0, dtype=dtype)
-    if any(contribution.reads_weight for contribution in recipe.contributions):
-        if recipe.replacement is not None:
-            weight = recipe.replacement.reshape(recipe.matrix).to(recipe.stored_dtype).to(dtype)
-        else:
-            assert recipe.source is not None
-            weight = mapped(recipe.source).to(dtype)
-    return tuple(contribution.change(recipe.shape, weight) for contribution in recipe.contributions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +175,15 @@ class _Writer:
         self._written(task.file, task.count)
 
     def _merge(self, task: Rows, result: int) -> None:
-        changes, recipe = task.changes.get(), task.recipe
+        recipe = task.recipe
+        changes = task.changes.get() if recipe.repacked is None else ()
         row_bytes = recipe.matrix[1] * DTYPES[recipe.dtype].itemsize
         with opened(recipe.source) as source:
             for rows in task.blocks:
-                stored = read_rows(recipe, source, rows, self._workspace)
+                if recipe.repacked is None:
+                    stored = read_rows(recipe, source, rows, self._workspace)
+                else:
+                    stored = task.changes.packed(recipe)[rows]
                 rounded, memory = self._round(recipe, stored, changes, rows)
                 check_finite(recipe, stored, rounded)
                 with self._turns[task.file.name]:

@@ -1,0 +1,134 @@
+"""A merged weight that goes back into the base's own stored form: its parts, and how much of ΔW they hold."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank.core.merging import merge_block, row_blocks
+from lowrank.core.stored import FourBit, Stored, requantise
+from lowrank.errors import MergeError
+from lowrank.files.safetensors import DTYPES
+from lowrank.merge.disk.adapters import Contribution
+from lowrank.merge.disk.changes import compute_dtype, make_changes
+from lowrank.merge.disk.recipe import Recipe
+from lowrank.merge.onto import require_survival
+from lowrank.modelfiles.base import BaseFiles, Source
+from lowrank.modelfiles.tensors import Form, StoredEntry
+
+WIDEST_GAP = {"nf4": 0.31, "fp4": 0.34}  # between neighbouring numbers of the code, in parts of a block's scale
+
+
+@dataclass(eq=False)
+class Requantised:
+    """W0 + Σ ΔW of one weight, summed in float32, in the form that the base has it in. small: parts that are ready."""
+
+    name: str
+    sums: Recipe
+    form: Form
+    small: dict[str, Tensor]
+
+    @property
+    def like(self) -> Stored:
+        """The base's own."""
+        found = self.form.stored()
+        assert found is not None
+        return found
+
+    def total(self) -> Tensor:
+        """W0 + Σ ΔW, (n, m) in float32, in the blocks and order of every merge."""
+        total = torch.empty(self.sums.matrix)
+        changes, dtype, memory = make_changes(self.sums), compute_dtype(self.sums), None
+        for rows in row_blocks(*self.sums.matrix):
+            memory = merge_block(self.form.rows(rows).to(dtype), changes, rows, memory)
+            total[rows] = memory
+        return total
+
+    def parts(self) -> dict[str, Tensor]:
+        """What the files hold of it, by role."""
+        return self.form.parts_of(requantise(self.total(), self.like))
+
+    def survey(self) -> float:
+        """In place: keep the small parts. Returns the share of ‖ΔW‖² that the form holds."""
+        total = self.total()
+        stored = requantise(total, self.like)
+        lost = changed = 0.0
+        for rows in row_blocks(*self.sums.matrix):
+            lost += float((stored.rows(rows, torch.float32) - total[rows]).square().sum())
+            changed += float((total[rows] - self.form.rows(rows).float()).square().sum())
+        self.small = {role: tensor for role, tensor in self.form.parts_of(stored).items() if role != "weight"}
+        return max(0.0, 1 - lost / changed) if changed else 1.0
+
+    def check(self, written: Tensor) -> None:
+        """Raise MergeError where the packed numbers that were written are not W0 + ΔW within a step of the form."""
+        total, stored = self.total(), self.like_written(written)
+        step = _steps(stored)
+        for rows in row_blocks(*self.sums.matrix):
+            if not bool(((stored.rows(rows, torch.float32) - total[rows]).abs() <= step[rows] + 1e-6).all()):
+                raise MergeError(f"verification: {self.name} is not W0 + ΔW within a step of its quantiser")
+
+    def like_written(self, written: Tensor) -> Stored:
+        """The stored form that the written parts make up."""
+        return self.form.assembled({**self.small, "weight": written})
+
+
+def _steps(stored: Stored) -> Tensor:
+    """How far a number may be from the nearest of the form, row by row: (n, 1)."""
+    if isinstance(stored, FourBit):
+        largest = stored.scales(0, stored.shape.numel()).abs().max() * 1.05  # double quantisation moves it a little
+        return largest.mul(WIDEST_GAP[stored.kind] / 2 + 0.05).expand(stored.shape[0], 1)
+    return stored.matrix(torch.float32).abs().amax(1, keepdim=True) / 127
+
+
+def requantised_recipes(
+    base: BaseFiles, changed: Mapping[str, tuple[Contribution, ...]], replaced: Mapping[str, Tensor]
+) -> dict[str, Recipe]:
+    """Every tensor of the files: what a change reaches is computed, everything else is taken over.
+
+    Raises MergeError for full copies of quantised weights and for forms that are only read.
+    """
+    files = base.in_files.items()
+    recipes = {name: Recipe(name, entry.dtype, entry.shape, Source(shard, entry)) for name, (shard, entry) in files}
+    for name, (shard, entry) in base.tensors.items():
+        if not isinstance(entry, StoredEntry):
+            recipes[name] = Recipe(
+                name, entry.dtype, entry.shape, Source(shard, entry), replaced.get(name), changed.get(name, ())
+            )
+        elif name in replaced:
+            raise MergeError(
+                f"onto quantised: the adapter brings {name} in full, and it is quantised: merge onto 16bit"
+            )
+        elif name in changed:
+            packed = _weight(name, Source(shard, entry), entry.form, changed[name])
+            recipes[packed.name] = packed
+    return recipes
+
+
+def _weight(name: str, source: Source, form: Form, contributions: tuple[Contribution, ...]) -> Recipe:
+    """The recipe of its packed numbers."""
+    entry, part = source.entry, form.parts["weight" if "weight" in form.parts else next(iter(form.parts))]
+    if part.entry.dtype not in DTYPES or form.stored() is None:
+        raise MergeError(f"onto quantised: {name} is in a form that is read here, and not written: merge onto 16bit")
+    lazy = Requantised(name, Recipe(name, entry.dtype, entry.shape, source, None, contributions), form, {})
+    return Recipe(part.entry.name, part.entry.dtype, part.entry.shape, part, repacked=lazy)
+
+
+def survey(recipes: dict[str, Recipe], anyway: bool) -> dict[str, float]:
+    """In place: the small parts of all that is requantised are there. Returns {weight: the share of ‖ΔW‖² left}.
+
+    Raises MergeError, with the table, where a weight keeps less than half.
+    """
+    lazy = [recipe.repacked for recipe in recipes.values() if isinstance(recipe.repacked, Requantised)]
+    if not lazy:
+        raise MergeError("onto quantised: no weight that the adapter changes is quantised in this base; leave it out")
+    try:
+        shares = {one.name: one.survey() for one in lazy}
+    except NotImplementedError as error:
+        raise MergeError(f"onto quantised: {error}: merge onto 16bit") from error
+    require_survival(shares, anyway)
+    for one in lazy:
+        for role, tensor in one.small.items():
+            entry, home = one.form.parts[role].entry, one.form.parts[role]
+            recipes[entry.name] = Recipe(entry.name, entry.dtype, tuple(tensor.shape), home, tensor)
+    return shares

@@ -1,0 +1,189 @@
+"""bitsandbytes in files: four bits (`W.absmax`, `W.quant_map`, `W.quant_state.bitsandbytes__nf4`), int8 (`SCB`)."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.core.stored import FourBit, Int8Rows, Nested, Stored
+from lowrank.errors import CheckpointError
+from lowrank.files.json_file import parse_json
+from lowrank.files.safetensors import DTYPES as DTYPES_IN_FILES
+from lowrank.modelfiles.blocks import mapped_flat
+from lowrank.modelfiles.forms.found import Found, check_shape, part, refuse
+from lowrank.modelfiles.tensors import Source
+
+STATE = ".quant_state.bitsandbytes__"
+KINDS = ("nf4", "fp4")
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+LARGEST_STATE = 2**16  # bytes
+
+
+@dataclass(eq=False)
+class FourBitForm:
+    """state: the JSON that says kind, block, dtype, shape and, where the scales are quantised too, theirs."""
+
+    parts: dict[str, Source]
+    state: dict[str, Any]
+    scheme: str = "bitsandbytes 4-bit"
+
+    @cached_property
+    def _whole(self) -> FourBit:
+        return self.assembled({})
+
+    def parts_of(self, stored: Stored) -> dict[str, Tensor]:
+        """The packed numbers, their scales, and what describes these."""
+        assert isinstance(stored, FourBit)
+        weight = self.parts["weight"].entry
+        found = {"weight": stored.packed.view(DTYPES_IN_FILES[weight.dtype]).view(weight.shape)}
+        if isinstance(stored.absmax, Tensor):
+            return found | {"absmax": stored.absmax}
+        said = self.state | {"nested_offset": float(stored.absmax.offset)}
+        state = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+        return found | {"absmax": stored.absmax.absmax, "nested_absmax": stored.absmax.scales, "state": state}
+
+    def assembled(self, parts: dict[str, Tensor]) -> FourBit:
+        """What reads these parts."""
+        own = {role: source for role, source in self.parts.items() if role != "state" and role not in parts}
+        tensors = {role: mapped_flat(source) for role, source in own.items()}
+        tensors |= {role: part.flatten() for role, part in parts.items() if role != "state"}
+        said = json.loads(bytes(parts["state"].tolist())) if "state" in parts else self.state
+        absmax: Tensor | Nested = tensors["absmax"]
+        if "nested_absmax" in self.parts:
+            offset = torch.tensor(float(said["nested_offset"]))
+            code, scales = tensors["nested_quant_map"], tensors["nested_absmax"]
+            absmax = Nested(tensors["absmax"], code, scales, offset, self.state["nested_blocksize"])
+        dtype = getattr(torch, self.state["dtype"])
+        packed, shape = tensors["weight"].view(torch.uint8), torch.Size(self.state["shape"])
+        return FourBit(
+            packed, absmax, tensors["quant_map"], self.state["blocksize"], shape, dtype, self.state["quant_type"]
+        )
+
+    def stored(self) -> Stored:
+        """What reads the whole."""
+        return self._whole
+
+    def rows(self, rows: slice) -> Tensor:
+        """Rows of the matrix."""
+        return self._whole.rows(rows)
+
+
+@dataclass(eq=False)
+class Int8Form:
+    """int8 numbers and absmax (SCB) of every row."""
+
+    parts: dict[str, Source]
+    scheme: str = "bitsandbytes int8"
+
+    @cached_property
+    def _whole(self) -> Int8Rows:
+        return self.assembled({})
+
+    def parts_of(self, stored: Stored) -> dict[str, Tensor]:
+        """The numbers and the rows' scales."""
+        assert isinstance(stored, Int8Rows)
+        return {"weight": stored.numbers, "SCB": stored.absmax}
+
+    def assembled(self, parts: dict[str, Tensor]) -> Int8Rows:
+        """What reads these parts."""
+        numbers, scales = (
+            parts[role] if role in parts else mapped_flat(self.parts[role]) for role in ("weight", "SCB")
+        )
+        return Int8Rows(numbers.view(self.parts["weight"].entry.shape), scales)
+
+    def stored(self) -> Stored:
+        """What reads the whole."""
+        return self._whole
+
+    def rows(self, rows: slice) -> Tensor:
+        """Rows of the matrix."""
+        return self._whole.rows(rows)
+
+
+def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -> Found:  # noqa: ARG001
+    """Every weight in a form of bitsandbytes'."""
+    found = Found()
+    for name, source in tensors.items():
+        weight, _, kind = name.rpartition(STATE)
+        if weight:
+            _add_four_bit(tensors, weight, kind, source, found)
+        elif name.endswith(".SCB"):
+            _add_int8(tensors, name.removesuffix(".SCB"), found)
+        elif name.endswith(".weight.absmax") and not _has_state(tensors, name.removesuffix(".absmax")):
+            refuse(name.removesuffix(".absmax"), "its part quant_state is missing: copy the model again")
+    return found
+
+
+def _has_state(tensors: Mapping[str, Source], weight: str) -> bool:
+    return any(f"{weight}{STATE}{kind}" in tensors for kind in KINDS)
+
+
+def _add_four_bit(tensors: Mapping[str, Source], weight: str, kind: str, state: Source, found: Found) -> None:
+    if kind not in KINDS:
+        refuse(weight, f"its four-bit kind {kind!r} is not known, only {' and '.join(KINDS)}")
+    said = _state(weight, kind, state)
+    parts = {"weight": part(tensors, weight, weight, ("U8", "BF16", "F16", "F32")), "state": state}
+    shape, block = tuple(said["shape"]), said["blocksize"]
+    numbers = math.prod(shape)
+    blocks = -(-numbers // block)
+    if parts["weight"].entry.nbytes != -(-numbers // 2):
+        refuse(weight, f"it has {parts['weight'].entry.nbytes} bytes for {numbers} numbers of four bits")
+    nested = "nested_blocksize" in said
+    parts["absmax"] = part(tensors, f"{weight}.absmax", weight, ("U8",) if nested else ("F32",))
+    parts["quant_map"] = part(tensors, f"{weight}.quant_map", weight, ("F32",))
+    check_shape(parts["absmax"].entry, (blocks,))
+    check_shape(parts["quant_map"].entry, (16,))
+    if nested:
+        parts["nested_absmax"] = part(tensors, f"{weight}.nested_absmax", weight, ("F32",))
+        parts["nested_quant_map"] = part(tensors, f"{weight}.nested_quant_map", weight, ("F32",))
+        check_shape(parts["nested_absmax"].entry, (-(-blocks // said["nested_blocksize"]),))
+        check_shape(parts["nested_quant_map"].entry, (256,))
+    found.add(weight, DTYPES[said["dtype"]], shape, FourBitForm(parts, said), parts["weight"])
+
+
+def _state(weight: str, kind: str, source: Source) -> dict[str, Any]:
+    """The quant_state's JSON, every number in it checked."""
+    if source.entry.dtype != "U8" or source.entry.nbytes > LARGEST_STATE:
+        refuse(weight, "its quant_state is no text")
+    try:
+        said = parse_json(bytes(mapped_flat(source).tolist()))
+    except ValueError as error:
+        raise CheckpointError(
+            f"the quantised weight {weight} cannot be read: its quant_state is no JSON ({error})"
+        ) from error
+    faults = [] if isinstance(said, dict) else ["it is no table"]
+    if not faults:
+        shape = said.get("shape")
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+            faults.append("shape")
+        faults += [key for key in ("blocksize",) if said.get(key) not in BLOCKS]
+        faults += ["dtype"] if said.get("dtype") not in DTYPES else []
+        faults += ["quant_type"] if said.get("quant_type") != kind else []
+        if "nested_blocksize" in said:
+            good = type(said["nested_blocksize"]) is int and 0 < said["nested_blocksize"] <= 2**20
+            offset = said.get("nested_offset")
+            faults += [] if good else ["nested_blocksize"]
+            faults += [] if isinstance(offset, float | int) and math.isfinite(offset) else ["nested_offset"]
+    if faults:
+        refuse(weight, f"its quant_state says nothing that can be meant of {', '.join(faults)}")
+    return dict(said)
+
+
+def _add_int8(tensors: Mapping[str, Source], module: str, found: Found) -> None:
+    weight = f"{module}.weight"
+    parts = {
+        "weight": part(tensors, weight, weight, ("I8",)),
+        "SCB": part(tensors, f"{module}.SCB", weight, ("F32",)),
+    }
+    shape = parts["weight"].entry.shape
+    if len(shape) != 2:
+        refuse(weight, f"it has shape {list(shape)}, and should be a matrix")
+    check_shape(parts["SCB"].entry, (shape[0],))
+    idle = (f"{module}.weight_format",)
+    found.add(weight, "F32", shape, Int8Form(parts), parts["weight"], tuple(name for name in idle if name in tensors))

@@ -1,0 +1,107 @@
+"""FP8 and int8 weights with scales beside them: `weight_scale_inv` by blocks, `weight_scale` by channel or group."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.core.stored import Scaled, Stored
+from lowrank.files.safetensors import FLOATS
+from lowrank.modelfiles.blocks import mapped_flat
+from lowrank.modelfiles.forms.found import Found, part, refuse
+from lowrank.modelfiles.tensors import Source, StoredEntry
+
+NUMBERS = ("F8_E4M3", "F8_E5M2", "I8")
+SCALES = ("weight_scale_inv", "weight_scale")
+IDLE = ("input_scale", "activation_scale", "weight_shape", "output_scale")  # of activations: nothing of W0
+
+
+@dataclass(eq=False)
+class ScaledForm:
+    """block: the (rows, columns) that share a scale; dtype: what the matrix is rounded to."""
+
+    parts: dict[str, Source]
+    block: tuple[int, int]
+    grid: tuple[int, int]
+    dtype: torch.dtype
+    scheme: str = "scaled"
+
+    @cached_property
+    def _whole(self) -> Scaled:
+        return self.assembled({})
+
+    def parts_of(self, stored: Stored) -> dict[str, Tensor]:
+        """The numbers and their scales."""
+        assert isinstance(stored, Scaled)
+        return {"weight": stored.numbers, "scale": stored.scales.view(self.parts["scale"].entry.shape)}
+
+    def assembled(self, parts: dict[str, Tensor]) -> Scaled:
+        """What reads these parts."""
+        tensors = {role: mapped_flat(source) for role, source in self.parts.items() if role not in parts} | parts
+        zero = tensors["zero"].view(self.grid) if "zero" in tensors else None
+        numbers = tensors["weight"].view(self.parts["weight"].entry.shape)
+        return Scaled(numbers, tensors["scale"].view(self.grid), self.block, self.dtype, zero)
+
+    def stored(self) -> Stored:
+        """What reads the whole."""
+        return self._whole
+
+    def rows(self, rows: slice) -> Tensor:
+        """Rows of the matrix."""
+        return self._whole.rows(rows)
+
+
+def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -> Found:
+    """Every weight of small numbers with scales beside it. Raises CheckpointError where these are not there."""
+    found = Found()
+    for name, source in tensors.items():
+        module = name.removesuffix(".weight")
+        if module == name or source.entry.dtype not in NUMBERS or isinstance(source.entry, StoredEntry):
+            continue
+        scale = next((f"{module}.{word}" for word in SCALES if f"{module}.{word}" in tensors), None)
+        if scale is None and (source.entry.dtype == "I8" or not method):
+            continue  # numbers of a kind that is not known here
+        if scale is None:
+            refuse(name, "its scales are missing (weight_scale_inv or weight_scale): copy the model again")
+        _add(tensors, name, module, scale, method, plain, found)
+    return found
+
+
+def _add(
+    tensors: Mapping[str, Source],
+    name: str,
+    module: str,
+    scale: str,
+    method: Mapping[str, Any],
+    plain: str,
+    found: Found,
+) -> None:
+    parts = {"weight": tensors[name], "scale": part(tensors, scale, name, ("F32", "BF16", "F16"))}
+    shape, entry = parts["weight"].entry.shape, parts["scale"].entry
+    if len(shape) != 2:
+        refuse(name, f"it has shape {list(shape)}, and should be a matrix")
+    grid = (1, 1) if entry.shape in ((), (1,)) else (entry.shape[0], 1) if len(entry.shape) == 1 else entry.shape[:2]
+    block = _block(shape, (grid[0], grid[1]), method)
+    if block is None:
+        refuse(scale, f"its shape {list(entry.shape)} does not fit a weight of shape {list(shape)}")
+    if (zero := f"{module}.weight_zero_point") in tensors:
+        parts["zero"] = part(tensors, zero, name, ("I8", "I32"))
+        if parts["zero"].entry.shape != entry.shape:
+            refuse(zero, f"it has shape {list(parts['zero'].entry.shape)}, and its scales {list(entry.shape)}")
+    idle = tuple(n for word in IDLE if (n := f"{module}.{word}") in tensors)
+    form = ScaledForm(parts, block, (grid[0], grid[1]), FLOATS[plain])
+    found.add(name, plain, shape, form, parts["weight"], idle)
+
+
+def _block(shape: tuple[int, ...], grid: tuple[int, int], method: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The rows and columns that share a scale: the config's where it says them, else those that the grid divides."""
+    said = method.get("weight_block_size")
+    sizes = said if isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said) else None
+    if sizes and grid == (-(-shape[0] // sizes[0]), -(-shape[1] // sizes[1])):
+        return sizes[0], sizes[1]
+    if grid[0] < 1 or grid[1] < 1 or shape[0] % grid[0] or shape[1] % grid[1]:
+        return None
+    return shape[0] // grid[0], shape[1] // grid[1]

@@ -1,0 +1,56 @@
+"""Where a tensor of a base lies: in a weight file as it is, or in a form that several tensors of the files make up."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from lowrank.core.stored import Stored
+from lowrank.files.safetensors import Entry, Layout
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file of the base: its name in the folder, where its bytes really lie, and its layout."""
+
+    name: str
+    path: Path
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor of the base."""
+
+    shard: Shard
+    entry: Entry
+
+
+class Form(Protocol):
+    """How a weight is held by several tensors of the files. parts: these, by the role that they have."""
+
+    parts: dict[str, Source]
+
+    def rows(self, rows: slice) -> Tensor:
+        """Rows of the weight as a matrix of stored rows, (n', m), new memory."""
+        ...
+
+    def stored(self) -> Stored | None:
+        """What reads the whole, where that is one matrix: new tensors, mapped from the files."""
+        ...
+
+    def parts_of(self, stored: Stored) -> dict[str, Tensor]:
+        """The parts of another matrix in this form that differ from one matrix to the next, as the files have them."""
+        ...
+
+    def assembled(self, parts: dict[str, Tensor]) -> Stored:
+        """What reads these parts, and of the others this weight's own."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEntry(Entry):
+    """A weight that the files hold in a form of its own: its name, shape and dtype once it is read; no bytes."""
+
+    form: Form
