@@ -32,6 +32,7 @@ def evaluate(
     count: Annotated[int | None, Parameter(name="--rows")] = None,
     batch_size: int | None = None,
     beta: float | None = None,
+    metrics: str | None = None,
     json: Annotated[bool, Parameter(negative=())] = False,
     rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=1))] = None,
     machine: Annotated[MachineSettings | None, Parameter(name="*", group=Group("The machine", sort_key=2))] = None,
@@ -52,10 +53,20 @@ def evaluate(
         Rows in one forward pass (16)
     beta
         Of preferences: DPO's β; the adapter's where not given, else 0.1
+    metrics
+        What to give beside the usual, names with commas: bleu, chrf, f1, rouge
     json
         Print one JSON object, for a script to read
     """
-    single = {"model": model, "data": data, "adapter": adapter, "rows": count, "batch_size": batch_size, "beta": beta}
+    single = {
+        "model": model,
+        "data": data,
+        "adapter": adapter,
+        "rows": count,
+        "batch_size": batch_size,
+        "beta": beta,
+        "metrics": metrics,
+    }
     settings = resolve(EvalSettings, given(rows, machine, **single))
 
     from lowrank.cli.console import show_evaluation

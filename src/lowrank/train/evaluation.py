@@ -41,14 +41,21 @@ class Scores:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
+Written = Callable[[nn.Module, Sequence[Example], int], Figures]
+
+
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Everything that turns rows and a model into a loss, and what is counted beside it into figures."""
+    """Everything that turns rows and a model into a loss, and what is counted beside it into figures.
+
+    written: figures of what the model writes for the rows, in batches of a size; None where nothing is written.
+    """
 
     collate: Callable[[Sequence[Example]], Batch]
     loss: LossOf
     figures: Callable[[Counted, int], Figures]
     per_row: bool = False  # what is trained is counted in rows, not in tokens
+    written: Written | None = None
 
     def count(self, examples: Sequence[Example]) -> int:
         """How many things are trained in the rows: what their losses are divided by."""
@@ -73,7 +80,8 @@ def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch
             tallies = {name: tallies[name] + new if tallies else new for name, new in loss.tallies.items()}
             for name, new in loss.rows.items():
                 rows.setdefault(name, []).append(new)
+        written = measure.written(model, examples, batch_size) if measure.written else {}
     finally:
         model.train(was_training)
     counted = tallies | {name: torch.cat(parts) for name, parts in rows.items()}
-    return Scores(total / count, count, measure.figures(counted, count))
+    return Scores(total / count, count, measure.figures(counted, count) | written)

@@ -17,6 +17,7 @@ from lowrank.train.evaluation import Scores, score
 from lowrank.train.models import find_model, longest_row, own_labels
 from lowrank.train.settings import EvalSettings
 from lowrank.train.task import load
+from lowrank.train.text_metrics import check_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ def evaluate(settings: EvalSettings) -> EvalResult:
             f"{data.path}: rows of kind {data.kind}, and {settings.adapter or base} was trained on {trained.kind}; "
             "--kind chooses where rows could be either"
         )
+    check_metrics(data.kind, settings.metrics)
     labels = _labels(settings, base, trained) if data.kind == "classification" else ()
     loaded = load(base, data.kind, labels, settings)
     if loaded.fresh and settings.adapter is None:
@@ -56,7 +58,7 @@ def evaluate(settings: EvalSettings) -> EvalResult:
     longest = longest_row(loaded.model, loaded.tokenizer, data_settings.max_length)
     recipe = make_recipe(data_settings, data.kind, loaded.tokenizer, longest, labels, trained, data.speaks)
     encoded = encode(data, loaded.tokenizer, recipe)
-    measure = loaded.measure(data.kind, settings.beta or (trained.beta if trained else None))
+    measure = loaded.measure(data.kind, settings.beta or (trained.beta if trained else None), settings.metrics)
     scores = score(loaded.model, encoded.examples, measure, settings.batch_size)
     return EvalResult(data.kind, scores, len(encoded.examples), encoded.cut, encoded.dropped)
 

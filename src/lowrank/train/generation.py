@@ -12,7 +12,7 @@ from lowrank.data.tokens import prompt_ids
 from lowrank.errors import ConfigError
 from lowrank.hub import local_folder
 from lowrank.stages import stage
-from lowrank.train.models import find_model, quiet
+from lowrank.train.models import end_tokens, find_model, quiet
 from lowrank.train.settings import GenerateSettings
 from lowrank.train.task import Loaded, load
 
@@ -77,7 +77,7 @@ def _write(
         temperature=settings.temperature if sampling else None,
         top_p=settings.top_p if sampling else None,
         top_k=0 if sampling else None,
-        eos_token_id=_ends(model, loaded.tokenizer),
+        eos_token_id=end_tokens(model, loaded.tokenizer),
         pad_token_id=loaded.pad,
     )
     prompt = torch.tensor([ids], device=loaded.device)
@@ -88,13 +88,6 @@ def _write(
         streamer=_streamer(loaded.tokenizer, on_text) if on_text else None,
     )
     return str(loaded.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int] | None:
-    """Every token that ends an answer: the tokenizer's, which we train, and those the model came with."""
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
-    return sorted(ends) or None
 
 
 def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:

@@ -15,6 +15,7 @@ from lowrank.injection.dead import complaint, without_gradient
 from lowrank.stages import stage
 from lowrank.train.evaluation import Measure, Scores, score
 from lowrank.train.optimiser import Optimiser
+from lowrank.train.processes import summed
 from lowrank.train.reporting import Progress, Reporter
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import LoopSettings, StepSettings
@@ -112,7 +113,7 @@ class Loop:
         """One step; returns the learning rate it was taken at."""
         began = time.monotonic()
         settings, state = self.settings, self.state
-        count = self.measure.count(rows)
+        count = summed(self.measure.count(rows), next(self.model.parameters()).device)
         total = self._backward(rows, count)
         if state.step == 0 and (dead := without_gradient(self.model)):
             raise LowrankError(complaint(dead))

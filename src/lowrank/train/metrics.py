@@ -24,6 +24,11 @@ def of_classes(found: Counted, count: int) -> Figures:
     return {"accuracy": int(found["right"]) / count, "matthews": matthews(found["confusion"])}
 
 
+def of_classes_with_f1(found: Counted, count: int) -> Figures:
+    """F1 too, macro."""
+    return {**of_classes(found, count), "f1": macro_f1(found["confusion"])}
+
+
 def of_numbers(found: Counted, _count: int) -> Figures:
     """Pearson's and Spearman's correlation of the numbers said with those wanted (GLUE's scores for STS-B)."""
     said, wanted = found["numbers"].double().unbind(1)
@@ -48,6 +53,13 @@ def matthews(confusion: Tensor) -> float:
     true, predicted = table.sum(1), table.sum(0)
     spread = (n * n - float(predicted.square().sum())) * (n * n - float(true.square().sum()))
     return (right * n - float(true @ predicted)) / math.sqrt(spread) if spread > 0 else 0.0
+
+
+def macro_f1(confusion: Tensor) -> float:
+    """The mean over classes of 2·right/(true + predicted); classes that are never either are left out."""
+    table = confusion.double()
+    said = table.sum(0) + table.sum(1)
+    return float((2 * table.diagonal() / said)[said > 0].mean())
 
 
 def pearson(x: Tensor, y: Tensor) -> float:

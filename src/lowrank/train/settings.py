@@ -92,6 +92,9 @@ class LoopSettings(StepSettings):
     )
     gradient_checkpointing: bool = Field(False, description="Compute activations twice: slower, much less memory")
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; a fifth of all if not given")
+    metrics: Names = Field(
+        (), description="What evaluations give beside the usual, names with commas: bleu, chrf, f1, rouge"
+    )
     keep: Literal["last", "best"] = Field("last", description="Save the last weights, or those of the best evaluation")
     log_every: int = Field(10, ge=1, description="Steps between lines of the log")
 
@@ -126,9 +129,11 @@ class TrainSettings(AdapterSettings, LoopSettings, RunSettings):
         if self.eval_data is not None and self.eval_split:
             faults.append("eval_data and eval_split cannot both be given")
         evaluated = self.eval_data is not None or bool(self.eval_split) or has_part(self.data, VALID)
-        asked = {"eval_rows", "eval_every"} & self.model_fields_set
-        if not evaluated and (self.keep == "best" or any(getattr(self, name) is not None for name in asked)):
-            faults.append("keep, eval_rows and eval_every need eval_data or eval_split, or a folder with valid.*")
+        asked = {"eval_rows", "eval_every", "metrics"} & self.model_fields_set
+        if not evaluated and (self.keep == "best" or any(getattr(self, name) not in (None, ()) for name in asked)):
+            faults.append(
+                "keep, eval_rows, eval_every and metrics need eval_data or eval_split, or a folder with valid.*"
+            )
         idle = self.model_fields_set & set(AdapterSettings.model_fields)
         if self.full and idle:
             faults.append(f"full trains every weight, so {', '.join(sorted(idle))} cannot be meant")
@@ -161,6 +166,7 @@ class EvalSettings(DataSettings, MachineSettings):
     rows: int | None = Field(None, ge=1, description="Evaluate on so many rows, spread evenly over the file")
     batch_size: int = Field(16, ge=1, description="Rows in one forward pass")
     beta: float | None = Field(None, gt=0, allow_inf_nan=False, description="Of preferences; what was trained with")
+    metrics: Names = Field((), description="What to give beside the usual, names with commas: bleu, chrf, f1, rouge")
 
 
 class GenerateSettings(MachineSettings):

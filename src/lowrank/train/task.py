@@ -14,10 +14,11 @@ from lowrank.data.rows import JUDGES, PER_TOKEN, Kind
 from lowrank.data.tokens import Example
 from lowrank.errors import CheckpointError
 from lowrank.stages import stage
-from lowrank.train.evaluation import Measure
+from lowrank.train.answers import answers
+from lowrank.train.evaluation import Measure, Written
 from lowrank.train.head import find_head
 from lowrank.train.losses import loss_of
-from lowrank.train.metrics import FIGURES
+from lowrank.train.metrics import FIGURES, Figures, of_classes_with_f1
 from lowrank.train.models import (
     device_of,
     dtype_of,
@@ -28,6 +29,7 @@ from lowrank.train.models import (
     pad_token,
 )
 from lowrank.train.settings import MachineSettings
+from lowrank.train.text_metrics import of_answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,10 @@ class Loaded:
     heads: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
 
-    def measure(self, kind: Kind, beta: float | None = None) -> Measure:
+    def measure(self, kind: Kind, beta: float | None = None, metrics: Sequence[str] = ()) -> Measure:
         """How rows of this kind are scored. beta: of a preference; what is usual where not given.
+
+        metrics: by name, what they are scored by beside the usual (`train.text_metrics`).
 
         Whether the model's head can be run alone, some positions at a time, is tried here.
         """
@@ -52,7 +56,16 @@ class Loaded:
             return collate(rows, self.pad, self.device, kind not in JUDGES)
 
         head = None if kind in JUDGES else find_head(self.model)
-        return Measure(together, loss_of(kind, head, beta), FIGURES[kind], kind not in PER_TOKEN)
+        classes = kind == "classification"
+        figures = of_classes_with_f1 if classes and metrics else FIGURES[kind]
+        written = self._written(metrics) if metrics and not classes else None
+        return Measure(together, loss_of(kind, head, beta), figures, kind not in PER_TOKEN, written)
+
+    def _written(self, metrics: Sequence[str]) -> Written:
+        def written(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Figures:
+            return of_answers(answers(model, self.tokenizer, self.pad, examples, batch_size), metrics)
+
+        return written
 
 
 def load(folder: Path, kind: Kind, labels: Sequence[str], settings: MachineSettings) -> Loaded:

@@ -24,6 +24,7 @@ from lowrank.errors import ConfigError, DataError, LowrankError
 from lowrank.hub import pinned
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
+from lowrank.train.asked import check_kind
 from lowrank.train.evaluation import Measure, Scores
 from lowrank.train.loop import Loop, LoopState, steps_of
 from lowrank.train.models import checkpoint_activations, find_model, longest_row, own_labels
@@ -70,7 +71,7 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
     if not settings.full:
         lora_config(settings, ())  # what is wrong with it should be said before minutes of reading
     rows, held_out = read_rows(settings)
-    _check_kind(settings, rows)
+    check_kind(settings, rows)
     labels = labels_of(base, rows)
     with seeded(settings.seed):
         loaded = load(base, rows.kind, labels, settings)
@@ -78,7 +79,7 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
         data = encode(rows, loaded.tokenizer, recipe)
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
         adapted = _adapt(loaded, settings)
-        measure = loaded.measure(rows.kind, recipe.beta)
+        measure = loaded.measure(rows.kind, recipe.beta, settings.metrics)
         sources = _sources(settings, base, rows, held_out)
         settings = settings.model_copy(update=sources)
         _check_room(loaded.model, folder, settings.full)
@@ -89,20 +90,6 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
         state = _train(loaded, measure, data, evaluated, settings, listener)
     complete(folder, _record(recipe, state, loaded) | sources, lambda place: _save(loaded, settings, place))
     return _result(Path(settings.out), state)
-
-
-def _check_kind(settings: TrainSettings, rows: Dataset) -> None:
-    """Raise ConfigError for settings that rows of this kind give no sense."""
-    if rows.kind == "preference" and settings.full:
-        raise ConfigError(
-            f"--full: {rows.path} has rows of preference, which are learned against the model without its adapter; "
-            "leave --full out"
-        )
-    if rows.kind != "preference" and settings.beta is not None:
-        raise ConfigError(
-            f"--beta {settings.beta:g}: {rows.path} has rows of {rows.kind}, and only preferences (chosen, rejected) "
-            "have a beta"
-        )
 
 
 def check_alone() -> None:
