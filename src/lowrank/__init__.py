@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from lowrank.adapters.resize import resize_adapter
     from lowrank.checkpoint import load_adapter, read_adapter, save_adapter
     from lowrank.core.factors import LoraFactors
+    from lowrank.core.stored.of_module import register_reader
     from lowrank.injection.adapters import active_adapters, adapter_configs, delete_adapter, disabled, set_active
     from lowrank.injection.apply import inject
     from lowrank.injection.config import LoraConfig
     from lowrank.injection.plan import InjectionPlan
     from lowrank.injection.planning import plan
+    from lowrank.injection.quantise import quantise
     from lowrank.merge.disk import merge_checkpoint
     from lowrank.merge.memory import merge_and_unload, merged, unload
 
@@ -50,6 +52,8 @@ _HOMES = {
     "merge_checkpoint": "lowrank.merge.disk",
     "merged": "lowrank.merge.memory",
     "unload": "lowrank.merge.memory",
+    "quantise": "lowrank.injection.quantise",
+    "register_reader": "lowrank.core.stored.of_module",
 }
 _MODULES = ("functional", "peft")
 

@@ -4,11 +4,13 @@
      "base":  {"architecture": ..., "config_sha256": ..., "shapes": {path: [..]}},
      "fused": {path: {"names": ["q", "v"], "rows": [[start, width, stride, count], ...]}},
      "start": [path, ...],
-     "scales": {path: s}}
+     "scales": {path: s},
+     "stored": {"form": ..., "dtype": ..., "probe": {path: [..]}}}
 
 fused: modules of which only some rows are adapted, which the weights file holds padded with zeros.
 start: modules whose file factors are [A; A_start] and [B, −B_start], because training did not start at ΔW = 0.
 scales: the s of modules that the config gives another one, so that their B took the quotient (`checkpoint.one_scale`).
+stored: in which form the base was held in training (`checkpoint.stored_base`), where that was a quantised one.
 """
 
 import json
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lowrank.checkpoint.fingerprint import Fingerprint
+from lowrank.checkpoint.stored_base import StoredBase
 from lowrank.core.rows import RowBlock
 from lowrank.errors import CheckpointError, short
 from lowrank.files.json_file import read_object
@@ -43,6 +46,7 @@ class Companion:
     fused: dict[str, Fused] = field(default_factory=dict)
     start: frozenset[str] = frozenset()
     scales: dict[str, float] = field(default_factory=dict)
+    stored: StoredBase | None = None
 
     def to_bytes(self) -> bytes:
         """The file's content: same value, same bytes."""
@@ -57,7 +61,7 @@ class Companion:
             },
             "start": sorted(self.start),
             "scales": self.scales,
-        }
+        } | ({} if self.stored is None else {"stored": self.stored.as_json()})
         return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -87,6 +91,17 @@ def _parse(content: dict[str, Any]) -> Companion:
         {path: _fused(_table(entry, "fused")) for path, entry in fused.items()},
         frozenset(_items(content.get("start"), str, "start")),
         {path: _number(scale) for path, scale in _table(content.get("scales", {}), "scales").items()},
+        None if content.get("stored") is None else _stored(_table(content["stored"], "stored")),
+    )
+
+
+def _stored(stored: dict[str, Any]) -> StoredBase:
+    probe = {
+        path: tuple(_number(number) for number in _checked(numbers, list, "probe"))
+        for path, numbers in _table(stored.get("probe"), "probe").items()
+    }
+    return StoredBase(
+        short(_checked(stored.get("form"), str, "form"), 80), _checked(stored.get("dtype"), str, "dtype"), probe
     )
 
 

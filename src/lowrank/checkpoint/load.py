@@ -164,6 +164,8 @@ def _report(
 ) -> LoadReport:
     changed = {path for path in files.low_rank if rename(path) != path}
     notes = list(unsaid)
+    stored = files.companion.stored
+    elsewhere = () if stored is None else stored.renamed(rename).differences(model)
     if files.config.moved_base is not None:
         notes.append(
             f"trained from {files.config.moved_base} on a changed base; here the base stays and the start is subtracted"
@@ -174,7 +176,7 @@ def _report(
         full=tuple(full),
         unknown_fields=files.unknown_fields,
         renamed=str(rename) if changed else None,
-        base_differences=_differences(files, model),
+        base_differences=(*_differences(files, model), *elsewhere),
         changes_nothing=changes_nothing(model, name, full),
         notes=tuple(notes),
     )

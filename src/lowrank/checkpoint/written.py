@@ -15,6 +15,7 @@ from lowrank.checkpoint.keys import MAGNITUDE, full_key, low_rank_key
 from lowrank.checkpoint.layout import file_rank, pair_roles, to_file
 from lowrank.checkpoint.one_scale import Scales, folded, written_scales
 from lowrank.checkpoint.read import SAFETENSORS
+from lowrank.checkpoint.stored_base import stored_base
 from lowrank.checkpoint.write_config import config_bytes
 from lowrank.core.factors import LoraFactors
 from lowrank.core.stored.of_module import frozen_shape
@@ -156,6 +157,7 @@ def _companion(model: nn.Module, parts: dict[str, _Part], config: LoraConfig) ->
             {path: part.described for path, part in parts.items()},
             {path: part.factors.scale for path, part in parts.items()},
         ),
+        stored=stored_base((path, part.layer) for path, part in sorted(parts.items())),
     )
 
 

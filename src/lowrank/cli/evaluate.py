@@ -7,7 +7,7 @@ from cyclopts import App, Group, Parameter
 from lowrank.cli.flags import given
 from lowrank.data.settings import DataSettings
 from lowrank.train.config_file import resolve
-from lowrank.train.settings import EvalSettings, MachineSettings
+from lowrank.train.settings import EvalSettings, HeldSettings
 
 command = App(
     name="eval",
@@ -35,7 +35,7 @@ def evaluate(
     metrics: str | None = None,
     json: Annotated[bool, Parameter(negative=())] = False,
     rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=1))] = None,
-    machine: Annotated[MachineSettings | None, Parameter(name="*", group=Group("The machine", sort_key=2))] = None,
+    machine: Annotated[HeldSettings | None, Parameter(name="*", group=Group("The machine", sort_key=2))] = None,
 ) -> None:
     """Measure a model, with or without an adapter, on a file of examples.
 

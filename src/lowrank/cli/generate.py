@@ -6,7 +6,7 @@ from cyclopts import App, Group, Parameter
 
 from lowrank.cli.flags import given
 from lowrank.train.config_file import resolve
-from lowrank.train.settings import GenerateSettings, MachineSettings
+from lowrank.train.settings import GenerateSettings, HeldSettings
 
 command = App(
     name="generate",
@@ -32,7 +32,7 @@ def generate(
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    machine: Annotated[MachineSettings | None, Parameter(name="*", group=Group("The machine", sort_key=1))] = None,
+    machine: Annotated[HeldSettings | None, Parameter(name="*", group=Group("The machine", sort_key=1))] = None,
 ) -> None:
     """Let a model write, with or without an adapter.
 

@@ -8,7 +8,7 @@ from cyclopts import App, Group, Parameter
 from lowrank.cli.flags import given
 from lowrank.data.settings import DataSettings
 from lowrank.train.config_file import resolve
-from lowrank.train.settings import AdapterSettings, LoopSettings, MachineSettings, TrainSettings
+from lowrank.train.settings import AdapterSettings, HeldSettings, LoopSettings, TrainSettings
 
 command = App(
     name="train",
@@ -39,7 +39,7 @@ def train(
     adapter: Annotated[AdapterSettings | None, Parameter(name="*", group=Group("The adapter", sort_key=1))] = None,
     rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=2))] = None,
     loop: Annotated[LoopSettings | None, Parameter(name="*", group=Group("The training", sort_key=3))] = None,
-    machine: Annotated[MachineSettings | None, Parameter(name="*", group=Group("The machine", sort_key=4))] = None,
+    machine: Annotated[HeldSettings | None, Parameter(name="*", group=Group("The machine", sort_key=4))] = None,
 ) -> None:
     """Teach a model from a file of examples, and save the adapter.
 

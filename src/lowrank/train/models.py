@@ -227,6 +227,10 @@ def _loading(folder: Path, what: str) -> Iterator[None]:
     with quiet():
         try:
             yield
+        except ImportError as error:
+            hint = ": pip install 'lowrank[quant]'" if "bitsandbytes" in str(error) else ""
+            reason = f"{hint} ({' '.join(str(error).split()):.200})"
+            raise CheckpointError(f"model {folder}: a package it needs is not installed{reason}") from error
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"model {folder}: {what}: {reason:.300}") from error

@@ -34,7 +34,8 @@ class AdapterSettings(TargetSettings):
 
     dropout: float = Field(0.0, description="Dropout on the input of A while training")
     init: str = Field(
-        "gaussian", description="gaussian, kaiming, orthogonal, olora, pissa or pissa_niter_N (fast pissa)"
+        "gaussian",
+        description="gaussian, kaiming, orthogonal, olora, pissa, pissa_niter_N (fast pissa) or, with quantise, loftq",
     )
     dora: bool = Field(False, description="Learn a magnitude per output row beside the direction (DoRA)")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too")
@@ -108,6 +109,21 @@ class MachineSettings(Settings):
     device: str | None = Field(None, description="cpu, cuda, cuda:1...; a GPU if there is one, where not given")
 
 
+class HeldSettings(MachineSettings):
+    """In how many bits the frozen weights are held."""
+
+    quantise: Literal["nf4", "fp4", "int8"] | None = Field(
+        None, description="Hold the frozen linear layers in 4 or 8 bits (needs bitsandbytes); as loaded if not given"
+    )
+    double: bool = Field(False, description="With nf4 or fp4: quantise the scales too")
+
+    @model_validator(mode="after")
+    def _has_scales(self) -> Self:
+        if self.double and self.quantise not in ("nf4", "fp4"):
+            raise ValueError("double means the scales of nf4 or fp4: say quantise too")
+        return self
+
+
 class RunSettings(DataSettings, StepSettings, MachineSettings):
     """What every kind of training needs."""
 
@@ -115,7 +131,7 @@ class RunSettings(DataSettings, StepSettings, MachineSettings):
     data: str = Field(description="A file of rows, several with commas, or a folder with train.*, valid.*, test.*")
 
 
-class TrainSettings(AdapterSettings, LoopSettings, RunSettings):
+class TrainSettings(AdapterSettings, LoopSettings, RunSettings, HeldSettings):
     """Everything `lowrank.train.run` needs. `model`, `data` and `out` are required."""
 
     out: str = Field(description="The folder to make: adapter, log and resolved settings")
@@ -137,6 +153,10 @@ class TrainSettings(AdapterSettings, LoopSettings, RunSettings):
         idle = self.model_fields_set & set(AdapterSettings.model_fields)
         if self.full and idle:
             faults.append(f"full trains every weight, so {', '.join(sorted(idle))} cannot be meant")
+        if self.full and self.quantise:
+            faults.append("full trains every weight, and quantised ones are frozen: leave quantise out")
+        if self.init == "loftq" and not self.quantise:
+            faults.append("init loftq starts from what quantising takes off: say quantise too")
         if self.dtype == "float16":
             faults.append("dtype float16 overflows in training: use bfloat16 or float32")
         if faults:
@@ -155,7 +175,7 @@ def _own_first(name: str) -> bool:
     return name not in ("model", "data", *TrainSettings.__annotations__)
 
 
-class EvalSettings(DataSettings, MachineSettings):
+class EvalSettings(DataSettings, HeldSettings):
     """Everything `lowrank.train.evaluate` needs. What an adapter was trained with holds where nothing else is given."""
 
     model: str = Field(description='A model: its folder, its name on the Hub, or "nano"')
@@ -169,7 +189,7 @@ class EvalSettings(DataSettings, MachineSettings):
     metrics: Names = Field((), description="What to give beside the usual, names with commas: bleu, chrf, f1, rouge")
 
 
-class GenerateSettings(MachineSettings):
+class GenerateSettings(HeldSettings):
     """Everything `lowrank.train.generate` needs."""
 
     model: str = Field(description='A model: its folder, its name on the Hub, or "nano"')

@@ -8,6 +8,7 @@ from lowrank.data.recipe import Recipe
 from lowrank.data.rows import JUDGES
 from lowrank.data.tokens import Encoded
 from lowrank.errors import LowrankWarning
+from lowrank.injection.quantise import what_is_held
 from lowrank.kernels.processor import warning_of_slow_products
 from lowrank.train.chunked import chunk_size
 from lowrank.train.evaluation import Measure
@@ -48,6 +49,8 @@ def summarise(
         held = f"{settings.eval_split:.0%} of the data, held out" if settings.eval_split else "the folder's own part"
         where = settings.eval_data or held
         lines.insert(-3, ("evaluation", f"{where}: {len(evaluated.examples):,} rows{_cut(evaluated)}"))
+    if (form := what_is_held(loaded.model)) is not None:
+        lines.insert(1, ("held in", str(form)))
     if loaded.fresh and not settings.full:
         lines.insert(2, ("new", f"{', '.join(loaded.fresh)} starts from the seed, trained and saved in full"))
     return lines

@@ -1,6 +1,6 @@
 """What differs between kinds of rows: how the model is loaded, and how rows are padded and scored."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from lowrank.data.batches import Batch, collate
 from lowrank.data.preference import one_behind_the_other
 from lowrank.data.rows import JUDGES, PER_TOKEN, Kind
 from lowrank.data.tokens import Example
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, ConfigError
+from lowrank.injection.quantise import Watcher, quantise, what_is_held
 from lowrank.stages import stage
 from lowrank.train.answers import answers
 from lowrank.train.evaluation import Measure, Written
@@ -28,7 +29,7 @@ from lowrank.train.models import (
     load_tokenizer,
     pad_token,
 )
-from lowrank.train.settings import MachineSettings
+from lowrank.train.settings import HeldSettings, MachineSettings
 from lowrank.train.text_metrics import of_answers
 
 
@@ -68,8 +69,18 @@ class Loaded:
         return written
 
 
-def load(folder: Path, kind: Kind, labels: Sequence[str], settings: MachineSettings) -> Loaded:
-    """The model and tokenizer of a folder, on the device and in the dtype asked for."""
+def load(
+    folder: Path,
+    kind: Kind,
+    labels: Sequence[str],
+    settings: MachineSettings,
+    skip: Sequence[str] = (),
+    watch: Callable[[nn.Module, tuple[str, ...]], Watcher | None] = lambda *_: None,
+) -> Loaded:
+    """The model and tokenizer of a folder, on the device and in the dtype asked for, quantised where that is asked for.
+
+    skip: modules that are not quantised, beside the heads. watch: from the float model and its heads to what looks on.
+    """
     device = device_of(settings)
     dtype = dtype_of(settings, device)
     stage("loading the model")
@@ -83,6 +94,19 @@ def load(folder: Path, kind: Kind, labels: Sequence[str], settings: MachineSetti
         model = load_causal(folder, dtype)
     pad = pad_token(model, tokenizer)
     _check_vocabulary(folder, model, tokenizer)
+    if isinstance(settings, HeldSettings) and settings.quantise is not None:
+        if what_is_held(model) is not None:
+            raise ConfigError(f"--quantise {settings.quantise}: model {folder} comes quantised already; leave it out")
+        stage("quantising the model")
+        names = (*skip, *heads)
+        quantise(
+            model,
+            settings.quantise,
+            double=settings.double,
+            skip=names,
+            device=device,
+            watch=watch(model, heads),
+        )
     return Loaded(model.to(device), tokenizer, device, pad, heads, fresh)
 
 

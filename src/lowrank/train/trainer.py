@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
 from lowrank.train.asked import check_kind
 from lowrank.train.evaluation import Measure, Scores
+from lowrank.train.loftq import LOFTQ, LoftqStarts
 from lowrank.train.loop import Loop, LoopState, steps_of
 from lowrank.train.models import checkpoint_activations, find_model, longest_row, own_labels
 from lowrank.train.preference import BETA
@@ -74,11 +75,12 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
     check_kind(settings, rows)
     labels = labels_of(base, rows)
     with seeded(settings.seed):
-        loaded = load(base, rows.kind, labels, settings)
+        starts = LoftqStarts() if settings.init == LOFTQ else None
+        loaded = load(base, rows.kind, labels, settings, settings.modules_to_save, _watcher(settings, starts))
         recipe = recipe_of(settings, rows, labels, loaded)
         data = encode(rows, loaded.tokenizer, recipe)
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
-        adapted = _adapt(loaded, settings)
+        adapted = _adapt(loaded, settings, starts)
         measure = loaded.measure(rows.kind, recipe.beta, settings.metrics)
         sources = _sources(settings, base, rows, held_out)
         settings = settings.model_copy(update=sources)
@@ -143,7 +145,7 @@ def lora_config(settings: TrainSettings, heads: tuple[str, ...]) -> LoraConfig:
         modules_to_save=tuple(dict.fromkeys((*settings.modules_to_save, *heads))),
         bias=settings.bias,
         use_dora=settings.dora,
-        init_lora_weights=settings.init,
+        init_lora_weights="gaussian" if settings.init == LOFTQ else settings.init,
     )
 
 
@@ -187,13 +189,25 @@ def recipe_of(settings: DataSettings, rows: Dataset, labels: tuple[str, ...], lo
     return replace(recipe, beta=getattr(settings, "beta", None) or BETA) if rows.kind == "preference" else recipe
 
 
-def _adapt(loaded: Loaded, settings: TrainSettings) -> str:
+def _watcher(settings: TrainSettings, starts: LoftqStarts | None) -> Callable[..., LoftqStarts | None]:
+    """What looks on while a model is quantised: the starts, once they know what will be adapted."""
+
+    def begin(model: nn.Module, heads: tuple[str, ...]) -> LoftqStarts | None:
+        if starts is not None:
+            starts.plan(model, lora_config(settings, heads))
+        return starts
+
+    return begin
+
+
+def _adapt(loaded: Loaded, settings: TrainSettings, starts: LoftqStarts | None) -> str:
     """In place: choose what is trained. Returns it in words."""
     model: Any = loaded.model
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     if not settings.full:
-        return inject(model, lora_config(settings, loaded.heads)).summary()
+        done = inject(model, lora_config(settings, loaded.heads)).summary()
+        return done if starts is None else f"{done}; {starts.put(model)} layers start from what quantising took off"
     model.requires_grad_(True)
     return f"every weight: {sum(p.numel() for p in model.parameters()):,} trained parameters"
 

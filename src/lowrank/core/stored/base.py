@@ -34,6 +34,16 @@ class Stored(ABC):
         return self.rows(slice(0, self.shape[0]), dtype)
 
     @property
+    def form(self) -> str:
+        """The form in words, with what varies in it."""
+        return self.scheme
+
+    @property
+    def nbytes(self) -> int:
+        """The memory it takes, its scales included."""
+        return self.held.numel() * self.held.element_size()
+
+    @property
     def device(self) -> torch.device:
         """Where it lies."""
         return self.held.device

@@ -48,6 +48,18 @@ class FourBit(Stored):
         """The packed numbers."""
         return self.packed
 
+    @property
+    def form(self) -> str:
+        """Its kind, and whether its scales are quantised too."""
+        return self.kind.upper() + (", double quantised" if isinstance(self.absmax, Nested) else "")
+
+    @property
+    def nbytes(self) -> int:
+        """Packed numbers and scales."""
+        nested = isinstance(self.absmax, Nested)
+        scales = self.absmax.absmax.numel() + 4 * self.absmax.scales.numel() if nested else 4 * self.absmax.numel()  # type: ignore[union-attr]
+        return self.packed.numel() + scales
+
     def rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """W0[rows]: code·absmax in float32, rounded to the form's dtype."""
         k = self.shape[1]

@@ -33,6 +33,11 @@ class Int8Rows(Stored):
         """The int8 numbers."""
         return self.numbers
 
+    @property
+    def form(self) -> str:
+        """Its usual name."""
+        return "int8"
+
     def rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """W0[rows], in the order of bitsandbytes' own product."""
         wide = self.numbers[rows] * self.absmax[rows].view(-1, 1) * PER_127

@@ -14,7 +14,7 @@ from lowrank.files.safetensors import DTYPE_NAMES
 from lowrank.injection.patterns import matches, matches_name, suggestion
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.sidefiles import own_texts
-from lowrank.merge.disk.stored_rows import equals_stored
+from lowrank.merge.disk.stored_rows import equals_stored, first_numbers
 from lowrank.modelfiles.base import BaseFiles
 from lowrank.modelfiles.dialects import translations
 from lowrank.modelfiles.names import resolve
@@ -79,7 +79,7 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
         raise CheckpointError(
             f"{adapter.folder}: this adapter does not fit {base.label}: {some(faults, separator='; ')}"
         )
-    found.notes += _unadapted(base, adapter, found)
+    found.notes += _unadapted(base, adapter, found) + _another_base(base, adapter, found)
     return found
 
 
@@ -197,6 +197,21 @@ def _unadapted(base: BaseFiles, adapter: Adapter, found: Match) -> list[str]:
     if not missing or not named & found.changed.keys():
         return []
     return [f"{adapter.label}: target_modules names {some(missing, 1)} too, and the adapter's file has nothing for it"]
+
+
+def _another_base(base: BaseFiles, adapter: Adapter, found: Match) -> list[str]:
+    """A note where the adapter was trained over W0 in a stored form, and the base has other numbers."""
+    stored = adapter.files.companion.stored
+    if stored is None:
+        return []
+    tensors = {one.path: found.heads.get(name, name) for name, one in found.changed.items()}
+    share = stored.distance(lambda path: first_numbers(base, tensors.get(path)))
+    if not share:
+        return []
+    return [
+        f"{adapter.label} was trained over a base held in {stored.form}, from which W0 here differs by {share:.1%}: "
+        "the merged answers are not quite those of the training"
+    ]
 
 
 def _add(adapter: Adapter, key: Key, tensor: Tensor, name: str, found: Match) -> list[str]:

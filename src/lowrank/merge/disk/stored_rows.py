@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from lowrank.checkpoint.stored_base import NUMBERS
 from lowrank.core.merging import row_blocks
-from lowrank.files.safetensors import DTYPES
+from lowrank.files.safetensors import DTYPES, FLOATS
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.modelfiles.base import BaseFiles, Source
 from lowrank.modelfiles.blocks import Workspace, opened, read_entry_rows
@@ -18,6 +19,18 @@ def read_rows(recipe: Recipe, descriptor: int, rows: slice, workspace: Workspace
         return block.to(recipe.stored_dtype) if recipe.contributions else block
     assert recipe.source is not None
     return read_entry_rows(recipe.source, descriptor, columns, rows, workspace, role)
+
+
+def first_numbers(base: BaseFiles, name: str | None) -> torch.Tensor | None:
+    """The first numbers of a tensor of the base, in float64; None where it is no matrix of numbers."""
+    if name is None:
+        return None
+    source = Source(*base.tensors[name])
+    if source.entry.dtype not in FLOATS or len(source.entry.shape) != 2:
+        return None
+    with opened(source) as descriptor:
+        row = read_entry_rows(source, descriptor, source.entry.shape[1], slice(0, 1), Workspace(), "first")
+        return row.flatten()[:NUMBERS].double()
 
 
 def equals_stored(base: BaseFiles, name: str, tensor: Tensor) -> bool:
