@@ -200,6 +200,16 @@ def test_a_model_without_an_adapter_is_its_own_reference():
     assert of_preferences(loss.tallies, 2)["accuracy"] == 0.5
 
 
+def test_the_reference_has_nobodys_dropout():
+    model, batch = adapted().train(), collate(one_behind_the_other(PAIRS), 0, CPU, True)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    loss_of = PreferenceLoss()
+    assert not torch.equal(loss_of._answers(model, batch), loss_of._answers(model, batch))
+    assert torch.equal(loss_of._reference(model, batch), loss_of._reference(model, batch))
+
+
 def test_the_reference_leaves_the_model_as_it_was():
     model = adapted().train()
     trained = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -1,6 +1,7 @@
 """Laws of the loop: cutting a step up changes nothing, the schedule, the optimiser, evaluation, best weights."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy
@@ -18,8 +19,9 @@ from lowrank.data.rows import Row
 from lowrank.data.tokens import Example, encode
 from lowrank.errors import LowrankError
 from lowrank.train.evaluation import Measure, score
+from lowrank.train.head import find_head
 from lowrank.train.loop import Loop, steps_of
-from lowrank.train.losses import LOSSES
+from lowrank.train.losses import LOSSES, NextToken
 from lowrank.train.metrics import FIGURES, matthews
 from lowrank.train.models import checkpoint_activations, load_causal
 from lowrank.train.optimiser import Optimiser
@@ -190,6 +192,23 @@ def test_gradient_checkpointing_gives_the_same_weights(llama):
         weights.append(trained(model))
     for plain, checkpointed in zip(*weights, strict=True):
         torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_in_chunks_is_the_plain_one(llama, checkpointing):
+    weights, scores = [], []
+    for known in (False, True):
+        model = adapted(llama)
+        if checkpointing:
+            checkpoint_activations(model)
+        measure = replace(MEASURE, loss=NextToken(find_head(model) if known else None, 5))
+        loop = Loop(model, examples(20), examples(6), measure, LoopSettings(steps=4, batch_size=8, lr=1e-2), Reporter())
+        scores.append(loop.run().evaluations[-1][1])
+        weights.append(trained(model))
+    for plain, chunked in zip(*weights, strict=True):
+        torch.testing.assert_close(chunked, plain, rtol=1e-3, atol=1e-5)
+    assert scores[1].loss == pytest.approx(scores[0].loss, rel=1e-4)
+    assert scores[1].figures.keys() == {"perplexity", "accuracy", "exact_match"}
 
 
 def test_schedules():

@@ -1,7 +1,6 @@
 """What train, eval and generate show: a panel and a bar on a terminal, plain lines elsewhere."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
@@ -130,13 +129,14 @@ def show_evaluation(result: EvalResult, settings: EvalSettings, as_json: bool) -
         **scores.figures,
     }
     if result.kind in PER_TOKEN:
-        figures |= {"perplexity": min(scores.perplexity, sys.float_info.max), "tokens": scores.count}
+        figures |= {"tokens": scores.count}
     if as_json:
         print(json.dumps(figures))
         return
+    width = max(14, max(map(len, figures)) + 2)
     for name, value in figures.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value
-        print(f"{name.replace('_', ' ') + ':':<14}{'none' if shown is None else shown}")
+        print(f"{name.replace('_', ' ') + ':':<{width}}{'none' if shown is None else shown}")
 
 
 @contextmanager

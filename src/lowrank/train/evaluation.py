@@ -1,8 +1,9 @@
 """Measuring a model on encoded rows."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -84,4 +85,6 @@ def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch
     finally:
         model.train(was_training)
     counted = tallies | {name: torch.cat(parts) for name, parts in rows.items()}
-    return Scores(total / count, count, measure.figures(counted, count) | written)
+    scores = Scores(total / count, count)
+    tokens = {} if measure.per_row else {"perplexity": min(scores.perplexity, sys.float_info.max)}  # JSON has no inf
+    return replace(scores, figures=tokens | measure.figures(counted, count) | written)
