@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lowrank.core.stored import FourBit, Int8Rows, Mxfp4, Nested, Scaled
+import lowrank
+from lowrank.core.stored import FourBit, Int8Rows, Mxfp4, Nested, Scaled, Stored
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((37, 96), (64, 192), (10, 31), (300, 256))
@@ -66,3 +67,39 @@ def test_mxfp4_is_transformers_s():
     scales = torch.randint(110, 140, (1, 12, 3), dtype=torch.uint8)
     wanted = integration.convert_moe_packed_tensors(blocks, scales)[0].t()
     check_rows(Mxfp4(blocks[0], scales[0]), wanted.contiguous())
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_small_numbers_are_compressed_tensors_s(kind, strategy):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    numbers = torch.randint(-127, 128, (48, 64), dtype=torch.int8)
+    numbers = torch.randn(48, 64).to(torch.float8_e4m3fn) if kind == "float" else numbers
+    grid = {"tensor": (1, 1), "channel": (48, 1), "group": (48, 4)}[strategy]
+    options = {"group_size": 16} if strategy == "group" else {}
+    arguments = QuantizationArgs(num_bits=8, type=kind, strategy=strategy, **options)
+    for dtype in (torch.bfloat16, torch.float32):
+        scales = torch.rand(grid).to(dtype)
+        wanted = dequantize(numbers, scales.view(-1) if strategy == "tensor" else scales, None, arguments)
+        check_rows(Scaled(numbers, scales, (48 // grid[0], 64 // grid[1]), dtype), wanted.to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_torchao_s_tensors_are_adapted(kind):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 256))
+    if kind == "int8":
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        weight = model[0].weight.dequantize()
+    else:
+        nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+        model[0].weight = torch.nn.Parameter(nf4.to_nf4(model[0].weight.detach(), 64, 256), requires_grad=False)
+        weight = model[0].weight.get_original_weight()
+    lowrank.inject(model, lowrank.LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
+    x = torch.randn(200, 64)
+    assert isinstance(model[0].held(), Stored) and model[0].plain_reason is None
+    assert torch.equal(model(x), torch.nn.functional.linear(x, weight, model[0].bias))
+    check_rows(model[0].held(), weight.detach())

@@ -97,6 +97,7 @@ READERS: dict[str, Reader] = {
     "transformers.integrations.finegrained_fp8.FP8Linear": _fine_grained,
     "torchao.utils.TorchAOBaseTensor": lambda _, weight: AsTensor(weight),
     "torchao.dtypes.nf4tensor.NF4Tensor": lambda _, weight: AsTensor(weight),
+    "torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor": lambda _, weight: AsTensor(weight),
 }
 
 _read: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, Stored]]" = weakref.WeakKeyDictionary()

@@ -40,7 +40,7 @@ class Int8Rows(Stored):
 
     def rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """W0[rows], in the order of bitsandbytes' own product."""
-        wide = self.numbers[rows] * self.absmax[rows].view(-1, 1) * PER_127
+        wide = (self.numbers[rows] * self.absmax[rows].view(-1, 1)).mul_(PER_127)
         return wide.to(self.dtype).to(dtype or self.dtype)
 
 
