@@ -48,6 +48,7 @@ SCALE, PRETRAINED, FAILURES = "test_one_scale.py", "test_pretrained.py", "test_l
 CHECKPOINTING, CAST, DROPOUT = "test_injection_checkpointing.py", "test_autocast.py", "test_dropout.py"
 FEW, READ = "test_few_rows.py", "test_weights_read.py"
 REPLACED, THREADS = "test_replaced_modules.py", "test_nesting_and_threads.py"
+CHUNKED, PREFERENCE, PROCESSES = "test_chunked_loss.py", "test_preference.py", "test_processes.py"
 
 MUTATIONS: dict[str, Mutation] = {
     "merge: no scale": Mutation("core/merging.py", "factors.scale * weighting", "weighting", MERGE),
@@ -314,6 +315,23 @@ MUTATIONS: dict[str, Mutation] = {
         "checkpoint/pretrained.py", "if CHECKPOINT.fullmatch(folder.name):", "if False:", PRETRAINED
     ),
     "loading: nothing undone": Mutation("injection/undo.py", "delete_adapter(model, name)", "pass", FAILURES),
+    "loss: softmax without its onehot": Mutation(
+        "train/chunked.py", "errors.new_full(at.shape, -1.0)", "errors.new_full(at.shape, 0.0)", CHUNKED
+    ),
+    "loss: the head's gradient of the last chunk alone": Mutation(
+        "train/chunked.py", "summed.add_(new)", "summed.copy_(new)", CHUNKED
+    ),
+    "loss: a head that does not run alone": Mutation(
+        "train/head.py", "apart <= AGREE[logits.dtype] * wanted.abs().max()", "apart >= 0", CHUNKED
+    ),
+    "preference: no rejected answer": Mutation("train/preference.py", "chosen - rejected", "chosen", PREFERENCE),
+    "preference: the reference drops out": Mutation("train/preference.py", "model.eval()", "pass", PREFERENCE),
+    "preference: prompts cut apart": Mutation(
+        "data/preference.py", "len(side.ids) - over", "recipe.max_length", PREFERENCE
+    ),
+    "processes: each counts its own": Mutation(
+        "train/processes.py", "distributed.all_reduce(total)", "pass", PROCESSES
+    ),
 }
 LAWS = (ANSWERS, GRADIENTS, IDENTITY, MERGE)
 

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from lowrank.data.dataset import read_dataset
 from lowrank.data.preference import halves, joined, one_behind_the_other
 from lowrank.data.recipe import make_recipe
 from lowrank.data.settings import DataSettings
-from lowrank.data.tokens import IGNORED, Example, encode
+from lowrank.data.tokens import IGNORED, Example, encode, prompt_ids
 from lowrank.errors import DataError
 from lowrank.injection.adapters import lora_layers
 from lowrank.train.head import find_head
 from lowrank.train.metrics import of_preferences
 from lowrank.train.preference import PreferenceLoss
+from lowrank.train.recipes import recipe_of
+from lowrank.train.task import Loaded
 from train_models import WORDS, tokenizer
 
 TEMPLATE = (
@@ -182,10 +185,10 @@ def test_the_loss_is_the_papers_formula_and_so_is_its_gradient(beta, alone):
     head = find_head(model) if alone else None
     loss = PreferenceLoss(beta, head, 2)(model, collate(one_behind_the_other(PAIRS), 0, CPU, True))
     loss.total.backward()
-    assert float(loss.total) == pytest.approx(float(wanted), rel=1e-10)
+    assert loss.total.item() == pytest.approx(wanted.item(), rel=1e-10)
     assert loss.count == 2
     figures = of_preferences(loss.tallies, 2)
-    assert figures["margin"] == pytest.approx(float(sum(margins)) / 2, rel=1e-9)
+    assert figures["margin"] == pytest.approx(sum(margins).item() / 2, rel=1e-9)
     assert figures["margin"] == pytest.approx(figures["chosen_reward"] - figures["rejected_reward"])
     assert figures["accuracy"] == sum(float(margin > 0) for margin in margins) / 2
     assert gradients
@@ -196,7 +199,7 @@ def test_the_loss_is_the_papers_formula_and_so_is_its_gradient(beta, alone):
 
 def test_a_model_without_an_adapter_is_its_own_reference():
     loss = PreferenceLoss()(build("llama"), collate(one_behind_the_other(PAIRS), 0, CPU, True))
-    assert float(loss.total) == pytest.approx(2 * math.log(2))
+    assert loss.total.item() == pytest.approx(2 * math.log(2))
     assert of_preferences(loss.tallies, 2)["accuracy"] == 0.5
 
 
@@ -244,10 +247,20 @@ def test_loss_figures_and_gradients_are_those_of_trl(tmp_path):
     loss_of = PreferenceLoss(dpo_model.BETA, find_head(model), 4)
     loss = loss_of(model.train(), collate(one_behind_the_other(rows), 0, CPU, True))
     (loss.total / loss.count).backward()
-    assert float(loss.total) / loss.count == pytest.approx(TRL["loss"], rel=1e-5)
+    assert loss.total.item() / loss.count == pytest.approx(TRL["loss"], rel=1e-5)
     figures = of_preferences(loss.tallies, loss.count)
     for ours, theirs in {"accuracy": "accuracies", "margin": "margins", "chosen_reward": "chosen"}.items():
         assert figures[ours] == pytest.approx(TRL["figures"][f"rewards/{theirs}"], rel=1e-4)
     assert set(factors) == set(TRL["gradient_norms"])
     for name, factor in factors.items():
         assert float(factor.grad.norm()) == pytest.approx(TRL["gradient_norms"][name], rel=1e-3)
+
+
+def test_whole_texts_are_asked_without_a_template(tmp_path):
+    data = read(tmp_path, {"chosen": "what is red ? the cat", "rejected": "what is red ? a cat"})
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=64))
+    recipe = recipe_of(DataSettings(), data, (), Loaded(model, tokenizer(), CPU, 0))
+    assert (recipe.template, recipe.beta) == ("{prompt}", 0.1)
+    assert prompt_ids(tokenizer(), recipe, "what is red ?") == [
+        WORDS.index(word) for word in ["<s>", "what", "is", "red", "?"]
+    ]

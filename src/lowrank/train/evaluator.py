@@ -1,5 +1,6 @@
 """Measuring a model, with or without an adapter, on a data file."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
 from lowrank.data.sources import TEST, TRAIN, VALID
 from lowrank.data.tokens import encode
-from lowrank.errors import ConfigError, DataError
+from lowrank.errors import ConfigError, DataError, LowrankWarning
 from lowrank.hub import local_folder
 from lowrank.train.evaluation import Scores, score
 from lowrank.train.models import find_model, longest_row, own_labels
@@ -49,6 +50,12 @@ def evaluate(settings: EvalSettings) -> EvalResult:
             "--kind chooses where rows could be either"
         )
     check_metrics(data.kind, settings.metrics)
+    if data.kind == "preference" and adapter is None:
+        warnings.warn(
+            f"{base} is asked without an adapter, so it is its own reference: every margin is 0 and the loss log 2",
+            LowrankWarning,
+            stacklevel=2,
+        )
     labels = _labels(settings, base, trained) if data.kind == "classification" else ()
     loaded = load(base, data.kind, labels, settings)
     if loaded.fresh and settings.adapter is None:

@@ -9,8 +9,8 @@ from lowrank.data.recipe import make_recipe
 from lowrank.data.settings import DataSettings
 from lowrank.data.tokens import Encoded, encode
 from lowrank.train.models import find_model, load_tokenizer, longest_row
+from lowrank.train.recipes import labels_of
 from lowrank.train.summary import data_lines
-from lowrank.train.trainer import labels_of
 
 
 @dataclass(frozen=True, slots=True)

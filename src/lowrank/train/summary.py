@@ -19,6 +19,7 @@ from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
 
 NAMED = 5  # columns
+LARGE = 100  # labels to predict
 
 
 def summarise(
@@ -120,6 +121,13 @@ def _warn(settings: TrainSettings, rows: Dataset, data: Encoded, loaded: Loaded)
     if rows.kind not in JUDGES and loaded.tokenizer.eos_token_id is None:
         warnings.warn(
             f"the tokenizer of {settings.model} has no token that ends a text, so the model cannot learn to stop",
+            LowrankWarning,
+            stacklevel=2,
+        )
+    if rows.kind == "regression" and (largest := max(abs(example.labels[0]) for example in data.examples)) > LARGE:
+        warnings.warn(
+            f"{rows.path}: labels go up to {largest:g}, and a head that starts near 0 learns such numbers slowly; "
+            "divide them first",
             LowrankWarning,
             stacklevel=2,
         )

@@ -14,10 +14,9 @@ from torch import nn
 from lowrank import __version__
 from lowrank.checkpoint import save_adapter
 from lowrank.checkpoint.outputs import Inputs, check_room, claimed
-from lowrank.data.dataset import Dataset, label_names, read_dataset, split
+from lowrank.data.dataset import Dataset, read_dataset, split
 from lowrank.data.names import read_targets
-from lowrank.data.recipe import Recipe, make_recipe
-from lowrank.data.settings import DataSettings
+from lowrank.data.recipe import Recipe
 from lowrank.data.sources import TEST, VALID, has_part
 from lowrank.data.tokens import Encoded, encode
 from lowrank.errors import ConfigError, DataError, LowrankError
@@ -28,8 +27,8 @@ from lowrank.train.asked import check_kind
 from lowrank.train.evaluation import Measure, Scores
 from lowrank.train.loftq import LOFTQ, LoftqStarts
 from lowrank.train.loop import Loop, LoopState, steps_of
-from lowrank.train.models import checkpoint_activations, find_model, longest_row, own_labels
-from lowrank.train.preference import BETA
+from lowrank.train.models import checkpoint_activations, find_model
+from lowrank.train.recipes import labels_of, recipe_of
 from lowrank.train.reporting import Log, Reporter, Several
 from lowrank.train.run_folder import LOG, begin, complete, new_run, save_whole
 from lowrank.train.settings import RunSettings, TargetSettings, TrainSettings
@@ -172,21 +171,6 @@ def read_rows(settings: RunSettings) -> tuple[Dataset, Dataset | None]:
     if settings.eval_split:
         rows, held_out = split(rows, settings.eval_split, settings.seed)
     return rows, held_out and held_out.spread(settings.eval_rows)
-
-
-def labels_of(base: Path, rows: Dataset) -> tuple[str, ...]:
-    """The labels by their numbers: as the model has them where it knows them all, else as they occur in the data."""
-    if rows.kind != "classification":
-        return ()
-    known, found = own_labels(base), label_names(rows)
-    return known if set(found) <= set(known) else found
-
-
-def recipe_of(settings: DataSettings, rows: Dataset, labels: tuple[str, ...], loaded: Loaded) -> Recipe:
-    """How the rows become tokens."""
-    longest = longest_row(loaded.model, loaded.tokenizer, settings.max_length)
-    recipe = make_recipe(settings, rows.kind, loaded.tokenizer, longest, labels, speaks=rows.speaks)
-    return replace(recipe, beta=getattr(settings, "beta", None) or BETA) if rows.kind == "preference" else recipe
 
 
 def _watcher(settings: TrainSettings, starts: LoftqStarts | None) -> Callable[..., LoftqStarts | None]:

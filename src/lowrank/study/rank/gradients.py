@@ -20,8 +20,9 @@ from lowrank.injection.planning import plan
 from lowrank.study.rank.settings import GradientRankSettings
 from lowrank.train.evaluation import Measure
 from lowrank.train.models import find_model
+from lowrank.train.recipes import labels_of, recipe_of
 from lowrank.train.task import load
-from lowrank.train.trainer import labels_of, recipe_of, seeded, target_config
+from lowrank.train.trainer import seeded, target_config
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
