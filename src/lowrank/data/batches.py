@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -15,9 +16,14 @@ WINDOW = 50  # batches sorted by length together: long enough to pad little, sho
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows padded on the right to the longest. labels: (rows, length), or (rows,) for classification."""
+    """Rows padded on the right to the longest. labels: (rows, length), or (rows,) for classification.
 
-    inputs: dict[str, Tensor]  # input_ids, attention_mask and perhaps token_type_ids, each (rows, length)
+    inputs: input_ids, attention_mask and perhaps token_type_ids, each (rows, length). Where rows are packed,
+    position_ids that restart stand instead of the mask: transformers tells packed rows apart by them, and only where
+    there is no mask.
+    """
+
+    inputs: dict[str, Tensor]
     labels: Tensor
     tokens: int  # without padding
 
@@ -30,16 +36,23 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device, per_tok
     def padded(rows: Sequence[Sequence[float]], fill: int) -> Tensor:
         return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows]).to(device)
 
-    inputs = {
-        "input_ids": padded([e.ids for e in examples], pad),
-        "attention_mask": padded([[1] * size for size in sizes], 0),
-    }
+    inputs = {"input_ids": padded([e.ids for e in examples], pad)}
+    if any(len(example.starts) > 1 for example in examples):
+        inputs["position_ids"] = torch.tensor([positions(example, length) for example in examples]).to(device)
+    else:
+        inputs["attention_mask"] = padded([[1] * size for size in sizes], 0)
     types = [example.type_ids for example in examples if example.type_ids is not None]
     if types:
         inputs["token_type_ids"] = padded(types, 0)
     labels = [example.labels for example in examples]
     target = padded(labels, IGNORED) if per_token else torch.tensor([label[0] for label in labels]).to(device)
     return Batch(inputs, target, sum(sizes))
+
+
+def positions(example: Example, length: int) -> list[int]:
+    """Counted from the start of each packed row; what fills up to `length` is a row of its own, which nothing sees."""
+    edges = [*example.starts, len(example.ids), length]
+    return [at for start, end in pairwise(edges) for at in range(end - start)]
 
 
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -11,11 +11,13 @@ class Example:
     """One row as tokens. labels: per token (IGNORED where not trained), or the one class or number of a labelled row.
 
     type_ids: which text of a pair a token belongs to, for tokenizers that say so; which answer, in a row that prefers.
+    starts: where rows begin that are put end to end in this one (`data.packing`).
     """
 
     ids: Sequence[int]
     labels: Sequence[float]
     type_ids: Sequence[int] | None = None
+    starts: Sequence[int] = (0,)
 
     @property
     def trained(self) -> int:
@@ -29,14 +31,16 @@ class Encoded:
 
     cut: rows shortened to max_length; dropped: those left out, too long or with nothing to train; split: rows that
     became several for their length; rewritten: conversations that became several rows, since their template writes
-    earlier turns in another way than it wrote them when they were answers.
+    earlier turns in another way than it wrote them when they were answers; packed: how many rows the examples
+    hold, where several are put end to end.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     cut: int = 0
     dropped: int = 0
     split: int = 0
     rewritten: int = 0
+    packed: int = 0
 
     @property
     def tokens(self) -> int:

@@ -91,6 +91,9 @@ class LoopSettings(StepSettings):
         allow_inf_nan=False,
         description="How near preferences stay to the model without the adapter (DPO's β); 0.1 where not given",
     )
+    pack: bool = Field(
+        False, description="Put rows end to end up to the longest length, apart from each other: little padding"
+    )
     gradient_checkpointing: bool = Field(False, description="Compute activations twice: slower, much less memory")
     eval_every: int | None = Field(None, ge=1, description="Steps between evaluations; a fifth of all if not given")
     metrics: Names = Field(

@@ -41,6 +41,7 @@ def summarise(
         ("model", f"{settings.model} ({kind}, {dtype}, {loaded.device})"),
         ("trained", adapted),
         *data_lines(rows, data, recipe),
+        *_packing(settings, rows, data, recipe),
         ("loss", _loss(measure.loss, loaded, data)),
         ("steps", f"{steps:,} of {settings.batch_size} rows{_passes(settings, len(data.examples), steps)}"),
         ("rate", f"{settings.lr:g}, {settings.schedule} after {round(settings.warmup * steps)} steps of warm-up"),
@@ -59,12 +60,23 @@ def summarise(
 
 def data_lines(rows: Dataset, data: Encoded, recipe: Recipe) -> list[tuple[str, str]]:
     """What the rows are, what is not used of them, by whose template they are written, what is trained."""
-    lines = [("data", f"{rows.path}: {len(data.examples):,} rows of {rows.kind}{_cut(data)}")]
+    count = data.packed or len(data.examples)
+    lines = [("data", f"{rows.path}: {count:,} rows of {rows.kind}{_cut(data)}")]
     if rows.unused:
         lines.append(("not used", _unused(rows)))
     if recipe.chat_template:
         lines.append(("template", _template(recipe)))
     return [*lines, ("tokens", _tokens(rows, data))]
+
+
+def _packing(settings: TrainSettings, rows: Dataset, data: Encoded, recipe: Recipe) -> list[tuple[str, str]]:
+    if not settings.pack:
+        return []
+    if not data.packed:
+        return [("packing", f"rows of {rows.kind} are not put end to end; those of like length go together instead")]
+    packs, room = len(data.examples), recipe.max_length
+    filled = data.tokens / (packs * room)
+    return [("packing", f"{data.packed:,} rows in {packs:,} of up to {room:,} tokens, {filled:.1%} filled")]
 
 
 def _template(recipe: Recipe) -> str:
@@ -141,7 +153,7 @@ def _warn(settings: TrainSettings, rows: Dataset, data: Encoded, loaded: Loaded)
     if (
         rows.kind == "completion"
         and settings.train_on != "all"
-        and all(len(e.ids) == e.trained + 1 for e in data.examples)
+        and all(len(e.ids) == e.trained + len(e.starts) for e in data.examples)
     ):
         warnings.warn(
             f"{rows.path}: every token is trained, the prompts have become no tokens at all; is --template right?",

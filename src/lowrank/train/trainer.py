@@ -28,6 +28,7 @@ from lowrank.train.evaluation import Measure, Scores
 from lowrank.train.loftq import LOFTQ, LoftqStarts
 from lowrank.train.loop import Loop, LoopState, steps_of
 from lowrank.train.models import checkpoint_activations, find_model
+from lowrank.train.packing import packed
 from lowrank.train.recipes import labels_of, recipe_of
 from lowrank.train.reporting import Log, Reporter, Several
 from lowrank.train.run_folder import LOG, begin, complete, new_run, save_whole
@@ -81,6 +82,8 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
         adapted = _adapt(loaded, settings, starts)
         measure = loaded.measure(rows.kind, recipe.beta, settings.metrics)
+        if settings.pack:
+            data, settings = packed(data, rows.kind, loaded, measure, recipe, settings)
         sources = _sources(settings, base, rows, held_out)
         settings = settings.model_copy(update=sources)
         _check_room(loaded.model, folder, settings.full)

@@ -1,6 +1,6 @@
 """The spectrum of the loss's gradient for every target, before anything is trained."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +73,7 @@ def measured(
     model: nn.Module,
     planned: InjectionPlan,
     directions: Directions,
-    examples: list[Example],
+    examples: Sequence[Example],
     measure: Measure,
     settings: GradientRankSettings,
     progress: Progress,

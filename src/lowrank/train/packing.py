@@ -1,0 +1,94 @@
+"""Packing on one model: whether rows put end to end stay apart is measured on it, never assumed.
+
+transformers tells packed rows apart by positions that restart, and masks attention between them. A model that carries a
+state along the row (linear attention, convolutions over time) or that does not take positions has no such mask: there
+the first words of a row would be read after the last ones of another.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lowrank.data.batches import Batch
+from lowrank.data.packing import end_to_end, pack, parts
+from lowrank.data.recipe import Recipe
+from lowrank.data.rows import PER_TOKEN, Kind
+from lowrank.data.tokens import IGNORED, Encoded, Example
+from lowrank.errors import ConfigError
+from lowrank.stages import stage
+from lowrank.train.evaluation import Measure
+from lowrank.train.head import AGREE, Head
+from lowrank.train.losses import NextToken
+from lowrank.train.positions import trained_positions
+from lowrank.train.settings import TrainSettings
+from lowrank.train.task import Loaded
+
+REMEDY = "leave --pack out (--group-by-length pads little too)"
+
+
+def packed(
+    data: Encoded, kind: Kind, loaded: Loaded, measure: Measure, recipe: Recipe, settings: TrainSettings
+) -> tuple[Encoded, TrainSettings]:
+    """The rows in packs, tried on the model; rows that have one answer each are grouped by length instead.
+
+    Raises ConfigError where the model lets packed rows see each other.
+    """
+    if kind not in PER_TOKEN:
+        return data, settings.model_copy(update={"group_by_length": True})
+    found = pack(data, recipe.max_length)
+    head = measure.loss.head if isinstance(measure.loss, NextToken) else None
+    check_apart(loaded.model, found.examples, measure, head)
+    return found, settings
+
+
+def check_apart(model: nn.Module, packs: Sequence[Example], measure: Measure, head: Head | None) -> None:
+    """Raise ConfigError where the logits of packed rows are not those of the same rows alone, within rounding."""
+    several = [number for number, example in enumerate(packs) if len(example.starts) > 1]
+    if not several:
+        return  # no row shares a pack
+    stage("trying whether packed rows stay apart")
+    chosen = [packs[several[0]], packs[several[-1]]]  # the longest rows, for windows, and many short ones
+    rows = [[_whole(row) for row in parts(example)] for example in chosen]
+    allowed = max(AGREE.get(p.dtype, 0.0) for p in model.parameters())
+    try:
+        one = measure.collate([end_to_end(members) for members in rows])
+        other = measure.collate([row for members in rows for row in members])
+        found = apart(model, one, other, head)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model says that has no positions
+        reason = f"{' '.join(str(error).split()):.150}"
+        raise ConfigError(f"--pack: this model does not take packed rows ({reason}); {REMEDY}") from None
+    if not found <= allowed:
+        raise ConfigError(
+            f"--pack: on this model rows put end to end see each other, as with linear attention (the logits of a few "
+            f"rows change by {found:.2g} of their size, and rounding explains {allowed:g}); {REMEDY}"
+        )
+
+
+@torch.no_grad()
+def apart(model: nn.Module, one: Batch, other: Batch, head: Head | None) -> float:
+    """max ‖x − y‖ / ‖y‖ over positions, x and y their logits in two batches that train the same tokens in order.
+
+    Without the mean over the vocabulary, which no probability depends on. By position, since a leak shows where a row
+    begins and would vanish in a mean.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        mine, theirs = (trained_positions(model, head, batch, None) for batch in (one, other))
+        worst = 0.0
+        for at in range(0, mine.targets.numel(), mine.size):
+            x, y = (p.logits_of(p.states[at : at + p.size]).float() for p in (mine, theirs))
+            x, y = (logits - logits.mean(-1, keepdim=True) for logits in (x, y))
+            found = ((x - y).norm(dim=-1) / y.norm(dim=-1).clamp_min(torch.finfo(y.dtype).tiny)).max()
+            worst = max(worst, float(found)) if found.isfinite() else float("nan")
+    finally:
+        model.train(was_training)
+    return worst
+
+
+def _whole(row: Example) -> Example:
+    """The row with all its tokens trained, so that every position is compared."""
+    return Example(row.ids, [IGNORED, *row.ids[1:]])
