@@ -50,6 +50,7 @@ def train(
     data
         A file of rows (jsonl, json, csv, tsv, txt, parquet, arrow; .gz, .zst), several with commas, a folder with
         train.* and valid.*, or one on the Hub (org/name:FILE): chats, prompt + completion, text, text + label
+        (a name or a number), chosen + rejected
     out
         The folder to make: adapter, log and resolved settings
     config

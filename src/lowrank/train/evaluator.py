@@ -76,6 +76,7 @@ def _data_settings(settings: EvalSettings, trained: Recipe | None) -> DataSettin
     known: dict[str, Any] = {}
     if trained:
         known = {"template": trained.template, "max_length": trained.max_length}
+        known |= {"kind": "regression"} if trained.kind == "regression" else {}  # whole numbers are numbers here
         known |= dict(trained.columns) | {"train_on": trained.train_on, "too_long": trained.too_long}
     return DataSettings.model_validate({**known, **said})
 

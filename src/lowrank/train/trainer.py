@@ -166,7 +166,8 @@ def read_rows(settings: RunSettings) -> tuple[Dataset, Dataset | None]:
     own = settings.data if has_part(settings.data, VALID) else None
     source = settings.eval_data or (None if settings.eval_split else own)
     if source is not None:
-        held_out = read_dataset(source, settings, (VALID, TEST))
+        of_kind = {"kind": rows.kind} if rows.kind == "regression" else {}  # whole numbers by themselves name classes
+        held_out = read_dataset(source, settings.model_copy(update=of_kind), (VALID, TEST))
         if held_out.kind != rows.kind:
             raise DataError(
                 f"--eval-data {held_out.path} has rows of kind {held_out.kind}, and --data {rows.path} of {rows.kind}"
