@@ -135,6 +135,7 @@ SHARED_FILES = [
     ("glue/SST-2", {"text_column": "sentence"}, "classification", 67349),
     ("glue/CoLA", {"header": False, "text_column": "4", "label_column": "2"}, "classification", 8551),
     ("text/tinyshakespeare.txt", {}, "text", 1),
+    ("instruct/dpo_en_demo.json", {}, "preference", 300),
 ]
 
 

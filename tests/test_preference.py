@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +143,12 @@ def test_chats_lose_the_same_old_exchanges(tmp_path):
     longest = max(len(side.ids) for side in halves(wanted))
     found = examples(read(tmp_path, row), longest=longest)
     assert found.examples == [wanted] and found.cut == 1
+
+
+def test_conversations_whose_answers_never_end_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "TEMPLATE", TEMPLATE.replace("eos_token", "''"))
+    with pytest.raises(DataError, match="no special token after an answer"):
+        examples(read(tmp_path, CHATS["messages"]))
 
 
 def adapted(seed=0, dtype=torch.float64):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-from lowrank.data.chat.encoding import encoded
+from lowrank.data.chat.encoding import encoded, refuse_endless
 from lowrank.data.chat.template import ChatTemplate
 from lowrank.data.chat.writing import Written, chosen, without_oldest, write
 from lowrank.data.dataset import Dataset
@@ -29,7 +29,8 @@ REMEDY = "mend the row, or leave such rows out with --bad-rows skip"
 def encode_preferences(data: Dataset, tokenizer: Any, recipe: Recipe, text_row: TextRow, bos: Sequence[int]) -> Encoded:
     """Every row as an example of two answers. text_row: how a prompt and an answer in strings become a row.
 
-    Raises DataError for rows that cannot be written, and for those whose answers are the same tokens.
+    Raises DataError for rows that cannot be written, for those whose answers are the same tokens, and where no answer
+    of a conversation would ever end.
     """
     template = ChatTemplate(recipe.chat_template, tokenizer) if data.speaks else None
     policy = policy_of(data.kind, recipe.too_long)
@@ -51,7 +52,16 @@ def encode_preferences(data: Dataset, tokenizer: Any, recipe: Recipe, text_row: 
     settle(faults, data.bad_rows, REMEDY)
     if policy == ERROR:
         refuse(data, long, recipe.max_length)
+    if template is not None and found and not any(_ends(example, template) for example in found):
+        refuse_endless(data)
     return Encoded(found, cut=cut, dropped=len(long) - cut)
+
+
+def _ends(example: Example, template: ChatTemplate) -> bool:
+    """Whether an answer of the pair ends in a special token."""
+    sides = halves(example)
+    last = [next(int(label) for label in reversed(side.labels) if label != IGNORED) for side in sides]
+    return any(template.tokenizer.decode([token]).rstrip().endswith(template.ends) for token in last)
 
 
 def joined(one: Example, other: Example) -> Example:

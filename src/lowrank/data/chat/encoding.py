@@ -50,11 +50,16 @@ def encode_chats(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
     settle(work.faults, data.bad_rows, REMEDY)
     refuse(data, work.long, recipe.max_length)
     if work.trained_turns and not work.ended:
-        raise DataError(
-            f"{data.path}: the chat template puts no special token after an answer, so the model would never learn to "
-            "stop; give one that does with --chat-template, or a tokenizer with an end token"
-        )
+        refuse_endless(data)
     return Encoded(work.examples, work.cut, work.dropped, rewritten=work.rewritten)
+
+
+def refuse_endless(data: Dataset) -> None:
+    """Raises DataError: no answer of the data ends."""
+    raise DataError(
+        f"{data.path}: the chat template puts no special token after an answer, so the model would never learn to "
+        "stop; give one that does with --chat-template, or a tokenizer with an end token"
+    )
 
 
 def chat_prompt(tokenizer: Any, recipe: Recipe, prompt: str) -> list[int]:
