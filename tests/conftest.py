@@ -1,11 +1,16 @@
 """What every test stands on: no network, one thread unless asked, the same random numbers each time."""
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported anywhere
+
+os.environ["LOWRANK_CACHE"] = tempfile.mkdtemp(prefix="lowrank-tests-")  # nothing of the user's is read or filled
 
 import pytest
 import torch
@@ -14,6 +19,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere
 
 from hypothesis import HealthCheck, settings
+
+atexit.register(shutil.rmtree, os.environ["LOWRANK_CACHE"], ignore_errors=True)
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -1,4 +1,4 @@
-"""`lowrank data show`."""
+"""`lowrank data show` and `lowrank data clear`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from lowrank.data.settings import DataSettings
 
 command = App(
     name="data",
-    help="See what a data file becomes: which tokens are trained, how long rows are, what is cut.",
+    help="See what a data file becomes: which tokens are trained, how long rows are, what is cut; delete what is kept.",
     help_epilogue="""Example, after `lowrank demo`:
   lowrank data show --model nano --data demo-out/data/train.jsonl
 
@@ -70,3 +70,16 @@ def show(
         if place is not None:
             write_file(place, page(seen.summary, found, shown).encode())
     display(seen.summary, found, shown)
+
+
+@command.command
+def clear() -> None:
+    """Delete the rows and tokens that earlier commands kept on disk.
+
+    They are kept in LOWRANK_CACHE, or in the folder for caches of this system, and made again when they are needed.
+    """
+    from lowrank.data.cache.place import clear as clear_cache
+    from lowrank.data.cache.place import root
+
+    files, size = clear_cache()
+    print(f"{root()}: {files:,} files deleted, {size / 1e6:,.1f} MB")

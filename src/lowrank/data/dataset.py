@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowrank.data.cache.keys import chosen_key, rows_key
+from lowrank.data.cache.rows import StoredRows, keep, load
+from lowrank.data.cache.warned import heard, repeat
 from lowrank.data.faults import BadRows, settle
 from lowrank.data.readers import read_records
 from lowrank.data.readers.record import Record
@@ -22,7 +25,8 @@ class Dataset:
     """Rows of one kind, and where they come from: a file, or what `--data` named.
 
     unused: (column, rows in which it says something) of the columns that are not made into tokens; bad_rows: what is
-    done with a row that turns out to be none.
+    done with a row that turns out to be none; key: what the rows were made from (`data.cache.keys`), empty where they
+    are not kept.
     """
 
     path: Path
@@ -30,6 +34,7 @@ class Dataset:
     rows: Sequence[Row]
     unused: tuple[tuple[str, int], ...] = ()
     bad_rows: BadRows = "error"
+    key: str = ""
 
     @property
     def speaks(self) -> bool:
@@ -42,7 +47,9 @@ class Dataset:
 
     def choose(self, indices: Sequence[int]) -> "Dataset":
         """The rows at these places."""
-        return replace(self, rows=[self.rows[i] for i in indices])
+        own = self.rows
+        rows = own.choose(indices) if isinstance(own, StoredRows) else [own[i] for i in indices]
+        return replace(self, rows=rows, key=chosen_key(self.key, indices))
 
     def spread(self, count: int | None) -> "Dataset":
         """`count` rows spread evenly over the file (sorted files keep their mixture); all where there are no more."""
@@ -53,13 +60,28 @@ class Dataset:
 
 
 def read_dataset(source: str | Path, settings: DataSettings, parts: Sequence[str] = (TRAIN,)) -> Dataset:
-    """Every row of the files, checked. parts: which part of a folder is meant, the first that there is.
+    """Every row of the files, checked; those that the cache has of files with this content, without reading them anew.
+
+    parts: which part of a folder is meant, the first that there is.
 
     Raises DataError for columns that do not exist, rows of different kinds, and rows without the fields of their shape.
     """
     stage(f"reading {source}")
-    faults: list[str] = []
     files = files_of(source, parts)
+    key = rows_key(source, files, settings) if settings.cache else ""
+    if (kept := load(key)) is not None:
+        header, rows = kept
+        repeat(header["warned"])
+        unused = tuple((name, count) for name, count in header["unused"])
+        return Dataset(Path(header["path"]), header["kind"], rows, unused, settings.bad_rows, key)
+    with heard() as warned:
+        found = _read(source, files, settings)
+    about = {"path": str(found.path), "kind": found.kind, "unused": found.unused, "warned": warned}
+    return replace(found, rows=keep(key, about, found.rows), key=key)
+
+
+def _read(source: str | Path, files: list[Path], settings: DataSettings) -> Dataset:
+    faults: list[str] = []
     records, present = _records(files, settings, faults)
     if not records:
         settle(faults, "error", "mend the file")

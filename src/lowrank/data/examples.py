@@ -32,7 +32,7 @@ class Encoded:
     cut: rows shortened to max_length; dropped: those left out, too long or with nothing to train; split: rows that
     became several for their length; rewritten: conversations that became several rows, since their template writes
     earlier turns in another way than it wrote them when they were answers; packed: how many rows the examples
-    hold, where several are put end to end.
+    hold, where several are put end to end; reused: whether the tokens were made by an earlier run.
     """
 
     examples: Sequence[Example]
@@ -41,6 +41,7 @@ class Encoded:
     split: int = 0
     rewritten: int = 0
     packed: int = 0
+    reused: bool = False
 
     @property
     def tokens(self) -> int:

@@ -45,6 +45,8 @@ class DataSettings(Settings):
         None, ge=2, description="Tokens a row is cut to; 512, or what the model holds, where not given"
     )
 
+    cache: bool = Field(True, description="Keep rows and tokens on disk, and use them again where nothing changed")
+
     @field_validator("columns")
     @classmethod
     def _known_roles(cls, columns: dict[str, str]) -> dict[str, str]:

@@ -15,6 +15,9 @@ it follows when the model is asked.
 from collections.abc import Callable
 from typing import Any
 
+from lowrank.data.cache.keys import tokens_key
+from lowrank.data.cache.tokens import keep, load
+from lowrank.data.cache.warned import heard
 from lowrank.data.chat.encoding import chat_prompt, encode_chats
 from lowrank.data.classification import encode_labelled
 from lowrank.data.dataset import Dataset
@@ -30,18 +33,22 @@ __all__ = ["IGNORED", "Encoded", "Example", "encode", "prompt_ids"]
 
 
 def encode(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
-    """Every row as tokens, at most `recipe.max_length` of them.
+    """Every row as tokens, at most `recipe.max_length` of them; those that the cache has from an earlier run.
 
     Raises DataError where no row has anything left to train.
     """
     stage(f"tokenising {len(data.rows):,} rows")
-    found = ENCODERS[data.kind](data, tokenizer, recipe)
+    key = tokens_key(data.key, tokenizer, recipe)
+    if (kept := load(key)) is not None:
+        return kept
+    with heard() as warned:
+        found = ENCODERS[data.kind](data, tokenizer, recipe)
     if not found.examples:
         raise DataError(
             f"{data.path}: no row has a token to train within {recipe.max_length} tokens; raise --max-length, or "
             "shorten the prompts"
         )
-    return found
+    return keep(key, found, warned)
 
 
 def prompt_ids(tokenizer: Any, recipe: Recipe, prompt: str) -> list[int]:

@@ -66,7 +66,7 @@ def data_lines(rows: Dataset, data: Encoded, recipe: Recipe) -> list[tuple[str, 
         lines.append(("not used", _unused(rows)))
     if recipe.chat_template:
         lines.append(("template", _template(recipe)))
-    return [*lines, ("tokens", _tokens(rows, data))]
+    return [*lines, ("tokens", _tokens(rows, data) + ("; reused" if data.reused else ""))]
 
 
 def _packing(settings: TrainSettings, rows: Dataset, data: Encoded, recipe: Recipe) -> list[tuple[str, str]]:
