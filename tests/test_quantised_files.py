@@ -99,7 +99,6 @@ FAULTS = {
     "no scales": ({SCALE: None}, r"its scales are missing \(weight_scale_inv or weight_scale\)"),
     "another shape": ({SCALE: torch.ones(5, 7)}, rf"{SCALE} cannot be read: its shape \[5, 7\] does not fit"),
     "another dtype": ({SCALE: torch.ones(2, 2, dtype=torch.int32)}, "it is I32, and should be F32 or BF16 or F16"),
-    "no matrix": ({f"{Q}.weight": torch.ones(2, 3, 4).to(FP8)}, "and should be a matrix"),
 }
 
 
@@ -111,6 +110,14 @@ def test_parts_that_do_not_fit_are_said_in_a_sentence(tmp_path, fault):
     with pytest.raises(CheckpointError, match=sentence):
         lowrank.merge_checkpoint(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_cannot_become_plain_as_a_whole_is_refused(tmp_path):
+    stack = {"layers.0.experts.weight": torch.ones(2, 3, 4).to(FP8)}
+    base, _ = write(tmp_path / "base", "fp8 blocks", **stack)
+    adapter = write_adapter(tmp_path / "adapter", linear_factors(Q, D, K))
+    with pytest.raises(MergeError, match=r"holds layers.0.experts.weight .* so it cannot become plain as a whole"):
+        lowrank.merge_checkpoint(base, adapter, tmp_path / "out")
 
 
 def test_mxfp4_experts_become_numbers_beside_a_merged_weight(tmp_path):

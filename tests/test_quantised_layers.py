@@ -230,6 +230,14 @@ def test_accelerate_covers_peft_s_quantised_layers(scheme):
     assert torch.equal(wrapped(ids).logits, plain)
 
 
+def test_layers_of_other_makers_are_refused_by_name():
+    foreign = type("QuantLinear", (nn.Module,), {"__module__": "gptqmodel.nn_modules.qlinear.torch"})
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.add_module("proj", foreign())
+    with pytest.raises(TargetError, match=r"in the form of GPTQ or AWQ \(gptqmodel\), which is not read here: load"):
+        lowrank.inject(model, LoraConfig(target_modules=["proj"]))
+
+
 def test_what_cannot_be_read_is_said():
     bnb = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(bnb.nn.Linear4bit(64, 48, quant_type="nf4"))

@@ -80,6 +80,15 @@ def what_is_held(model: nn.Module) -> Held | None:
     )
 
 
+def require_plain(model: nn.Module, what: str) -> None:
+    """Raise ConfigError for a quantised model, whose frozen weights have no gradient to be measured."""
+    if (found := what_is_held(model)) is not None:
+        raise ConfigError(
+            f"{what} needs the weights themselves, and this model is held in {found.form}: give the model "
+            "that it was made from"
+        )
+
+
 def _bitsandbytes(scheme: str) -> Any:
     try:
         import bitsandbytes

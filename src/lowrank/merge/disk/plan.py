@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lowrank.errors import MergeError
+from lowrank.errors import MergeError, some
 from lowrank.files.safetensors import DTYPE_NAMES, DTYPES, FLOATS, build_layout
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.match import Match, match
@@ -16,6 +16,7 @@ from lowrank.merge.disk.requantised import requantised_recipes, survey
 from lowrank.merge.disk.tie import Ties, settle_ties
 from lowrank.merge.onto import Onto
 from lowrank.modelfiles.base import BaseFiles, Shard, Source
+from lowrank.modelfiles.quantised import unread_form
 from lowrank.modelfiles.tensors import StoredEntry
 
 
@@ -69,6 +70,7 @@ def plan_merge(
     ties = settle_ties(base, changed, replaced, heads)
     if onto == "quantised":
         return _requantised(base, adapters, matches, changed, replaced, ties, anyway)
+    _check_all_read(base)
     plain = dtype or _commonest_float(base)
     recipes = {
         name: _recipe(
@@ -89,6 +91,19 @@ def plan_merge(
     notes = [note for found in matches for note in found.notes] + list(ties.notes)
     replacing = frozenset(recipe.name for file in files for recipe in file.recipes if recipe.replacement is not None)
     return MergePlan(files, ties.untie, tuple(_renamings(adapters, matches)), tuple(notes), replaced=replacing)
+
+
+def _check_all_read(base: BaseFiles) -> None:
+    """Raise MergeError where some quantised weights would become plain, and others cannot."""
+    if not any(isinstance(entry, StoredEntry) for _, entry in base.tensors.values()):
+        return
+    left = [name for name, (_, entry) in base.tensors.items() if entry.dtype.startswith(("F8_", "F4", "F6_"))]
+    if left or (method := unread_form(base)) is not None:
+        what = f"{some(left, 2)} (stacks, or without scales)" if left else method
+        raise MergeError(
+            f"onto 16bit: {base.label} holds {what} in a form that is not read here, so it cannot become plain as a "
+            "whole: give the model that it was made from"
+        )
 
 
 def _requantised(

@@ -61,6 +61,8 @@ def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -
         module = name.removesuffix(".weight")
         if module == name or source.entry.dtype not in NUMBERS or isinstance(source.entry, StoredEntry):
             continue
+        if len(source.entry.shape) != 2:
+            continue  # a stack of experts: not read yet
         scale = next((f"{module}.{word}" for word in SCALES if f"{module}.{word}" in tensors), None)
         if scale is None and (source.entry.dtype == "I8" or not method):
             continue  # numbers of a kind that is not known here
@@ -81,8 +83,6 @@ def _add(
 ) -> None:
     parts = {"weight": tensors[name], "scale": part(tensors, scale, name, ("F32", "BF16", "F16"))}
     shape, entry = parts["weight"].entry.shape, parts["scale"].entry
-    if len(shape) != 2:
-        refuse(name, f"it has shape {list(shape)}, and should be a matrix")
     grid = (1, 1) if entry.shape in ((), (1,)) else (entry.shape[0], 1) if len(entry.shape) == 1 else entry.shape[:2]
     block = _block(shape, (grid[0], grid[1]), method)
     if block is None:

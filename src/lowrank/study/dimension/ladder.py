@@ -12,6 +12,7 @@ from lowrank.data.dataset import Dataset
 from lowrank.data.rows import PER_TOKEN
 from lowrank.data.tokens import encode
 from lowrank.errors import CheckpointError, ConfigError, DataError
+from lowrank.injection.quantise import require_plain
 from lowrank.stages import under
 from lowrank.study.dimension.crossing import Crossing, crossing
 from lowrank.study.dimension.settings import DimensionSettings
@@ -94,6 +95,7 @@ def _task(settings: DimensionSettings) -> Task:
     base = find_model(settings.model)
     rows, held_out = _rows(settings)
     loaded = load(base, rows.kind, labels := labels_of(base, rows), settings)
+    require_plain(loaded.model, "dimension")
     _check_ladder(settings, loaded)
     recipe = recipe_of(settings, rows, labels, loaded)
     data, evaluated = (encode(part, loaded.tokenizer, recipe) for part in (rows, held_out))

@@ -17,6 +17,7 @@ from lowrank.data.tokens import Example, encode
 from lowrank.errors import LowrankError
 from lowrank.injection.plan import InjectionPlan, PlanEntry
 from lowrank.injection.planning import plan
+from lowrank.injection.quantise import require_plain
 from lowrank.study.rank.settings import GradientRankSettings
 from lowrank.train.evaluation import Measure
 from lowrank.train.models import find_model
@@ -56,6 +57,7 @@ def gradient_spectra(settings: GradientRankSettings, progress: Progress = lambda
     labels = labels_of(base, data)
     with seeded(settings.seed):
         loaded = load(base, data.kind, labels, settings)
+        require_plain(loaded.model, "rank from gradients")
         planned = plan(loaded.model, target_config(settings))
         few = encode(data.spread(settings.sample), loaded.tokenizer, recipe_of(settings, data, labels, loaded))
     directions = Directions(settings.most, settings.seed, loaded.device)
