@@ -230,6 +230,18 @@ def test_accelerate_covers_peft_s_quantised_layers(scheme):
     assert torch.equal(wrapped(ids).logits, plain)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_model_that_nobody_holds_is_gone(scheme):
+    """bitsandbytes' weights know their module: what reads them must not know them."""
+    model = Pair(scheme, torch.float32)
+    inject_same([model])
+    step(model, torch.randn(3, 50, 64))
+    gone = [weakref.ref(module) for module in model.modules()]
+    del model
+    gc.collect()
+    assert all(module() is None for module in gone)
+
+
 def test_layers_of_other_makers_are_refused_by_name():
     foreign = type("QuantLinear", (nn.Module,), {"__module__": "gptqmodel.nn_modules.qlinear.torch"})
     model = nn.Sequential(nn.Linear(4, 4))

@@ -67,7 +67,7 @@ def _four_bit(module: Any, weight: Any) -> Stored:
     if state.nested:
         inner = state.state2
         absmax = Nested(absmax, inner.code, inner.absmax, state.offset, inner.blocksize)
-    packed = weight.detach().as_subclass(Tensor).view(torch.uint8).flatten()
+    packed = weight.data.as_subclass(Tensor).view(torch.uint8).flatten()  # .data: no view, which would hold the module
     return BnbFourBit(packed, absmax, state.code, state.blocksize, state.shape, state.dtype, state.quant_type)
 
 
@@ -79,7 +79,7 @@ def _int8(module: Any, weight: Any) -> Stored:
     scales = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB
     if scales is None:
         raise TargetError("its scales (SCB) are missing: load the model again")
-    return Int8Rows(weight.detach().as_subclass(Tensor), scales)
+    return Int8Rows(weight.data.as_subclass(Tensor), scales)
 
 
 def _fine_grained(module: Any, weight: Any) -> Stored:
@@ -100,7 +100,8 @@ READERS: dict[str, Reader] = {
     "torchao.quantization.quantize_.workflows.nf4.nf4_tensor.NF4Tensor": lambda _, weight: AsTensor(weight),
 }
 
-_read: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, Stored]]" = weakref.WeakKeyDictionary()
+# by module: its weight, what describes that, where its numbers lie, and what reads them
+_read: "weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, Any, Stored]]" = weakref.WeakKeyDictionary()
 
 
 def register_reader(class_name: str, reader: Reader) -> None:
@@ -142,12 +143,20 @@ def stored_weight(module: nn.Module) -> Stored:
     """
     weight = module._parameters["weight"]
     state = getattr(weight, "quant_state", None)
-    known = _read.get(module)
-    if known is None or known[0] is not weight or known[1] is not state or known[2].device != weight.device:
+    known, where = _read.get(module), _place_of(weight)
+    if known is None or known[0]() is not weight or known[1] is not state or known[2] != where:
         reader = _reader_of(type(module), type(weight))
         assert reader is not None
-        known = _read[module] = (weight, state, reader(module, weight))
-    return known[2]
+        known = _read[module] = (weakref.ref(weight), state, where, reader(module, weight))
+    return known[3]
+
+
+def _place_of(weight: Any) -> tuple[Any, int]:
+    """Where its numbers lie now: moving a model puts others into the same parameter."""
+    try:
+        return weight.device, weight.data_ptr()
+    except RuntimeError:  # a tensor that has others inside of it
+        return weight.device, 0
 
 
 def forget_read(module: nn.Module) -> None:
