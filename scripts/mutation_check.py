@@ -192,7 +192,7 @@ MUTATIONS: dict[str, Mutation] = {
     "few rows: never": Mutation("kernels/fused.py", "few_rows(x) and not isinstance", "False and not isinstance", FEW),
     "dropout: what is kept not scaled": Mutation("kernels/fused.py", "scale /= mask.kept", "pass", DROPOUT),
     "dropout: digits from the first to the last": Mutation(
-        "kernels/dropout.py", "for digit in reversed(digits):", "for digit in digits:", DROPOUT
+        "kernels/dropout.py", "zip(digits[::-1][place:], fair", "zip(digits[place:], fair", DROPOUT
     ),
     "dropout: dX without the mask": Mutation(
         "kernels/input_gradient.py", "mask.add_product_(dx, stacked, a)", "dx.addmm_(stacked, a)", DROPOUT

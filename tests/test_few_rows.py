@@ -46,6 +46,23 @@ def test_answer_and_gradients_are_those_of_the_formula(monkeypatch, dtype, maste
         assert gradient.dtype is leaf.dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_dropout_of_few_rows_is_that_of_many(monkeypatch, dtype):
+    """The same mask from the same seed, by plain operations and by the kernels: answers and gradients."""
+    x, weight = torch.randn(2, 20, 12, dtype=dtype, requires_grad=True), torch.randn(7, 12, dtype=dtype)
+    a, b = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((3, 12), (7, 3)))
+    dh, found = torch.randn(2, 20, 7, dtype=dtype), []
+    for limit in (order.FEW_ROWS, 0):
+        monkeypatch.setattr(order, "FEW_ROWS", limit)
+        torch.manual_seed(5)
+        h = lora_linear(x, weight, None, a, b, 1.7, 0.3)
+        found.append([h.detach(), *torch.autograd.grad(h, [x, a, b], dh)])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= ROUNDING[dtype] * other.norm()
+    whole = lora_linear(x, weight, None, a, b, 1.7).detach()
+    assert (found[0][0] - whole).norm() > 0.1 * whole.norm()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("limit", [order.FEW_ROWS, 0], ids=["plain", "kernels"])
 def test_no_row_at_all(monkeypatch, limit, dropout):

@@ -26,6 +26,7 @@ from lowrank.kernels.remembered import Remembered
 DIGITS = 16
 CLOSE = 5e-3  # how far p and q may be from what was asked, relatively; s takes the q drawn, so nothing is biased
 BLOCK = 1 << 21  # bytes of a temporary that is read while still in the processor's caches
+FEW_WORDS = 1024  # below, what numpy's calls cost counts for more than what they do
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -47,6 +48,12 @@ class Mask:
             return self._ones(x).mul_(x)
         ones = self._all_ones(x)
         return ones.bitwise_and_(x.view(ones.dtype)).view(x.dtype)
+
+    def numbers(self, shape: torch.Size) -> Tensor:
+        """The zeros and ones as bytes in x's shape (..., k), on CPU: autograd differentiates x times them."""
+        assert self.bits is not None
+        ones = np.unpackbits(self.bits.numpy().view(np.uint8), bitorder="little", count=shape.numel())
+        return torch.from_numpy(ones).view(shape)
 
     def add_product_(self, onto: Tensor, ds: Tensor, a: Tensor) -> None:
         """onto += mask∘(dS·A), in place: onto (T, k), ds (T, r), a (r, k)."""
@@ -113,8 +120,11 @@ def draw(probability: float, x: Tensor) -> Mask:
     digits = _digits(1 - probability)
     words = -(-max(x.numel(), 1) // 64)  # one also for no entry (an idle expert): torch cannot view nothing as bytes
     random, bits = np.random.SFC64(seed), np.zeros(words, dtype=np.uint64)
-    for digit in reversed(digits):
-        (np.bitwise_or if digit else np.bitwise_and)(bits, random.random_raw(words), out=bits)
+    at_once = len(digits) if words < FEW_WORDS else 1  # the same numbers, by one call
+    for place in range(0, len(digits), at_once):
+        fair = random.random_raw(words * at_once).reshape(at_once, words)
+        for digit, row in zip(digits[::-1][place:], fair, strict=False):
+            (np.bitwise_or if digit else np.bitwise_and)(bits, row, out=bits)
     return Mask(
         sum(digit / 2**place for place, digit in enumerate(digits, 1)), seed, torch.from_numpy(bits.view(np.int64))
     )

@@ -88,8 +88,8 @@ def fused_linear(
     if mask is not None:
         scale /= mask.kept
     tracked = is_tracked(x, bias, a, b)
-    if mask is None and (few_rows(x) and not isinstance(weight, Stored) if tracked else thin_products_are_slow(x)):
-        return _plain(x, dense(weight, x.dtype), bias, a, b, scale)
+    if few_rows(x) and not isinstance(weight, Stored) if tracked else mask is None and thin_products_are_slow(x):
+        return _plain(x, dense(weight, x.dtype), bias, a, b, scale, mask)
     if not tracked:
         a, (b, scale), rows = a.to(x.dtype), beside(x, b, scale), x.reshape(-1, x.shape[-1])
         s, fold = _down(rows, weight, a, mask, keep=False)
@@ -103,13 +103,16 @@ def fused_linear(
     return h
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _plain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, mask: Mask | None
+) -> Tensor:
     """The map by plain operations, the low-rank part in float32 or wider: for few rows, where ways cost more than sums.
 
     autograd differentiates it by itself; a node of ours would cost more than it spares.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    s = F.linear(x.to(wide), a.to(wide)) * scale  # (..., r)
+    seen = x.to(wide) if mask is None else x.to(wide) * mask.numbers(x.shape)
+    s = F.linear(seen, a.to(wide)) * scale  # (..., r)
     return (F.linear(x, weight, bias) + F.linear(s, b.to(wide))).to(x.dtype)
 
 

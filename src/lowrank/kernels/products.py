@@ -16,9 +16,10 @@ from lowrank.kernels.order import accumulates
 from lowrank.kernels.processor import half_products_are_slow, has_avx2_alone
 
 WIDE = 1536  # columns from which oneDNN's half-precision Sᵀ·Y gains more than laying Sᵀ out anew costs (Xeon with AMX)
-# MKL with AVX2 (an EPYC): below this rank X·M takes half the time and less if M (k, r) lies as its transpose; from it
-# on, and from so many tokens, 0.8 to 1.0 of it if it does not
-TURNED, MANY = 16, 512
+TURNED = 16  # MKL with AVX2 (an EPYC): below this rank X·M takes half the time and less if M (k, r) lies transposed
+# two threads of it: Sᵀ·Y takes 0.6 to 0.8 of its time as a batch of so many products, which MKL deals out to them; a
+# block of Y's columns is a multiple of 64 bytes wide
+BLOCKS, COLUMNS, MANY = 8, 16, 512
 
 
 def one_kernel(x: Tensor, m: Tensor, rank: int, onto: bool) -> Callable[..., Tensor] | None:
@@ -98,8 +99,7 @@ def down(x: Tensor, a: Tensor) -> Tensor:
         return torch.mm(x.float(), a.float().t()).to(x.dtype)
     if onednn.serves(x, x.shape[0], a.shape[0]):
         return onednn.times_transposed(x, a)
-    turned = a.shape[0] >= TURNED and x.shape[0] >= MANY and _is_single_on_avx2(x)
-    return torch.mm(x, a.t().contiguous() if turned else a.t())
+    return torch.mm(x, a.t())
 
 
 def _is_single_on_avx2(x: Tensor) -> bool:
@@ -126,5 +126,15 @@ def weight_gradient(s: Tensor, y: Tensor) -> Tensor:
         return torch.mm(s.float().t(), y.float())
     if onednn.serves(y, y.shape[0], s.shape[1]):
         return onednn.times_transposed(s.t(), y.t())
+    if _is_dealt_out(y):
+        blocks = y.unflatten(1, (BLOCKS, -1)).transpose(0, 1)  # (blocks, T, n / blocks)
+        return torch.bmm(s.t().expand(BLOCKS, -1, -1), blocks).transpose(0, 1).reshape(s.shape[1], -1)
     wide = y.dtype.itemsize == 2 and y.shape[1] >= WIDE and y.device.type == "cpu"
     return torch.mm(s.t().contiguous() if wide else s.t(), y)
+
+
+def _is_dealt_out(y: Tensor) -> bool:
+    """Whether Sᵀ·Y, y (T, n), is left to MKL as a batch."""
+    rows, columns = y.shape
+    fits = rows >= MANY and columns % (BLOCKS * COLUMNS) == 0
+    return fits and _is_single_on_avx2(y) and torch.get_num_threads() == 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lowrank.core.stored import Stored
 from lowrank.kernels.autocast import cast_once, under_autocast
 from lowrank.kernels.fused import reason_against, stacked
-from lowrank.kernels.order import FEW_TOKENS
+from lowrank.kernels.order import FEW_TOKENS, few_rows
 from lowrank.kernels.together import Operands, projection
 from lowrank.peft.eligibility import active_names, base_matrix, dropout_of, reason_against_dtype, reason_for_peft_path
 
@@ -68,7 +68,7 @@ def _make_fused(peft_class: type[Any]) -> type[Any]:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The fused answer, or PEFT's where the arguments, the layer's state or the tensors ask for it."""
-        h = None if args or kwargs or _is_traced() or _is_decoding(self, x) else _fused(self, x)
+        h = None if args or kwargs or _is_traced() or _is_thin(self, x) else _fused(self, x)
         # named, not super(): a wrapper that kept this method still reaches PEFT's after the layer was restored
         answer: Tensor = peft_class.forward(self, x, *args, **kwargs) if h is None else h
         return answer
@@ -99,13 +99,16 @@ def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
-def _is_decoding(layer: Any, x: Tensor) -> bool:
-    """True for a few tokens in inference: nothing is kept for backward, and PEFT's thin products are the faster ones.
+def _is_thin(layer: Any, x: Tensor) -> bool:
+    """True for so few tokens that the way to a function of ours costs more than it spares: PEFT's products are as thin.
 
     On CPU a bfloat16 product with so few rows takes several times as long as PEFT's float32 one (13 µs against 2 µs at
-    k = 768; `benchmarks/decoding.py` compares whole models).
+    k = 768; `benchmarks/decoding.py` compares whole models); in training see `benchmarks/never_slower.py`.
     """
-    return not layer.training and not torch.is_grad_enabled() and x.numel() < FEW_TOKENS * layer.in_features
+    if torch.is_grad_enabled():
+        # of PEFT's layers over bitsandbytes not: those compute in a dtype of their own
+        return getattr(layer, "fused_over", None) is Linear and few_rows(x)
+    return not layer.training and x.numel() < FEW_TOKENS * layer.in_features
 
 
 def _fused(layer: Any, x: Tensor) -> Tensor | None:
