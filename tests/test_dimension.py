@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank.checkpoint.outputs import claimed
 from lowrank.cli import main
 from lowrank.core.fastfood import Fastfood
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, Diverged, OutputError
 from lowrank.study.dimension import Crossing, DimensionSettings, crossing, ladder, measure_dimension
 from lowrank.study.dimension.subspace import Subspace
-from lowrank.study.dimension.training import Point
+from lowrank.study.dimension.training import Point, Task
 from train_models import completion_rows, label_rows, save_bert, save_llama, write_jsonl
 
 
@@ -156,6 +157,37 @@ def test_where_every_rate_diverges_the_run_ends_with_the_points_it_has(
     error = capsys.readouterr().err
     assert "full, seed 0: step" in error and "--rates" in error and error.count("\n") == 1
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"dimension-settings.json"}
+
+
+def test_a_point_that_diverges_is_left_out_and_the_others_count(
+    llama: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Task.point
+
+    def point(task: Task, name: str, seed: int, reporter: Any = None) -> Point:
+        if name == "4":
+            raise Diverged("4, seed 0: step 3 has a loss of nan")
+        return real(task, name, seed, reporter)
+
+    monkeypatch.setattr(Task, "point", point)
+    assert call(llama, tmp_path / "out", "--ladder", "4,64", "--seeds", "1") == 0
+    told = capsys.readouterr()
+    assert "left out of the curve" in told.err and told.err.count("warning") == 1
+    held = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"point-64-seed0.json", "dimension.json", "dimension.html"} <= held and "point-4-seed0.json" not in held
+    with pytest.raises(Diverged, match="no point"):
+        measure_dimension(settings(llama, tmp_path / "none", ladder=(4,), seeds=1))
+
+
+def test_the_figure_is_written_while_the_folder_is_claimed(llama: dict[str, Any], tmp_path: Path) -> None:
+    def finish(_measured: Any, folder: Path) -> None:
+        with pytest.raises(OutputError, match="writ"), claimed(folder, {}, lambda _place: None):
+            pass
+        told.append(folder)
+
+    told: list[Path] = []
+    measure_dimension(settings(llama, tmp_path / "out", seeds=1), finish=finish)
+    assert told == [tmp_path / "out"]
 
 
 def test_a_full_disk_loses_no_finished_point(

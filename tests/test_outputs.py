@@ -182,3 +182,19 @@ def test_what_fails_in_a_claim_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "deep" / "er" / "out", {}):
         raise ZeroDivisionError
     assert snapshot(tmp_path) == {}
+
+
+def test_inputs_with_commas_patterns_and_names_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file that a flag means is spared, and the cache's folder of what is named on the Hub."""
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("x")
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    given = {f"{tmp_path}/a.csv, {tmp_path}/b.csv": tmp_path / "b.csv", f"{tmp_path}/*.csv": tmp_path / "a.csv"}
+    given |= {"org/name@main": snapshot / "new", "org/name": tmp_path / "hub" / "models--org--name"}
+    for source, place in given.items():
+        with pytest.raises(OutputError, match="never written to"), claimed(place, {"input": source}, any_file):
+            pass
+    with claimed(tmp_path / "c.csv", dict.fromkeys(given, None) | {"input": "org/name"}, any_file):
+        pass

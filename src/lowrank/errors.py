@@ -59,8 +59,8 @@ def some(items: Iterable[object], most: int = 3, separator: str = ", ") -> str:
 
 
 def short(item: object, most: int = 300) -> str:
-    """The item as text of at most `most` characters: a longer one loses its middle."""
-    text = str(item)
+    """The item as printable text of at most `most` characters: a longer one loses its middle."""
+    text = printable(item)
     if len(text) <= most:
         return text
     kept = (most - 1) // 2

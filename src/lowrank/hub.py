@@ -77,6 +77,16 @@ def local_folder(name: str | os.PathLike[str], files: Sequence[str] = EVERYTHING
     return folder
 
 
+def cached(name: str) -> list[str]:
+    """Where the cache keeps what has this name on the Hub, as a model and as a data set; nothing is fetched."""
+    wanted = hub_id(name)
+    if wanted is None:
+        return []
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [os.path.join(HF_HUB_CACHE, f"{kind}--{wanted.repo.replace('/', '--')}") for kind in ("models", "datasets")]
+
+
 def local_file(name: str | os.PathLike[str]) -> Path:
     """The data file that `name` means: itself, or where the cache has the file of a data set on the Hub.
 

@@ -13,7 +13,7 @@ from lowrank.analysis.measure import Measure, measure
 from lowrank.analysis.places import Place, natural, places
 from lowrank.checkpoint import AdapterFiles, read_adapter
 from lowrank.checkpoint.keys import Key
-from lowrank.errors import LowrankError, some
+from lowrank.errors import LowrankError, short, some
 
 Location = str | os.PathLike[str]
 
@@ -74,7 +74,7 @@ def inspect_adapter(
     where = places(measured)
     return Inspection(
         adapter=str(adapter),
-        made_for=files.config.raw.get("base_model_name_or_path") or None,
+        made_for=short(made_for) if (made_for := files.config.raw.get("base_model_name_or_path")) else None,
         base=None if model is None else str(model),
         other=None if against is None else str(against),
         layers=tuple(
@@ -156,7 +156,8 @@ def _notes(files: AdapterFiles, with_base: bool) -> Iterator[str]:
 def _base_notes(files: AdapterFiles, other: AdapterFiles) -> Iterator[str]:
     ours, theirs = files.companion.base, other.companion.base
     differ = bool(ours and theirs and ours.differences(theirs))
-    names = [str(f.config.raw.get("base_model_name_or_path") or "").rstrip("/").split("/")[-1] for f in (files, other)]
+    full = [str(f.config.raw.get("base_model_name_or_path") or "") for f in (files, other)]
+    names = [short(name.rstrip("/").split("/")[-1]) for name in full]
     if differ or (all(names) and names[0] != names[1]):
         yield (
             f"The two adapters say that they were made for different bases ({names[0] or '?'} and {names[1] or '?'}): "

@@ -6,6 +6,7 @@
 - What a killed process left of an earlier try is swept.
 """
 
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from lowrank.checkpoint.locks import locked
 from lowrank.checkpoint.temporaries import leftovers, sweep
 from lowrank.errors import OutputError, short, some
+from lowrank.hub import cached
 
 Inputs = Mapping[str, str | os.PathLike[str] | None]  # {what it is: where it is}, None where it was not given
 Check = Callable[[Path], None]  # raises OutputError where the place is in use
@@ -75,20 +77,32 @@ def claimed(out: str | os.PathLike[str], inputs: Inputs, check: Check = new_fold
 
 def _spare_inputs(out: str | os.PathLike[str], place: Path, inputs: Inputs) -> None:
     for what, given in inputs.items():
-        if given is None or not os.path.exists(given):
-            continue
-        source = Path(os.path.realpath(given))
-        if _same(place, source):
-            problem = f"is the {what} itself"
-        elif any(_same(folder, source) for folder in place.parents):
-            problem = f"lies inside the {what}"
-        elif any(_same(folder, place) for folder in source.parents):
-            problem = f"holds the {what}"
-        elif os.path.isfile(place) and os.path.isdir(source) and _is_in(place, source):
-            problem = f"is a file of the {what} under another name"
-        else:
-            continue
-        raise OutputError(f"{short(os.fspath(out))} {problem}: give another place, inputs are never written to")
+        for source in () if given is None else _sources(given):
+            if problem := _clash(place, source, what):
+                raise OutputError(f"{short(os.fspath(out))} {problem}: give another place, inputs are never written to")
+
+
+def _sources(given: str | os.PathLike[str]) -> Iterator[Path]:
+    """The real paths of an input: a path, several with commas, a pattern, or a name on the Hub that the cache has."""
+    if os.path.exists(given):
+        yield Path(os.path.realpath(given))
+        return
+    for name in (part.strip() for part in os.fspath(given).split(",")):
+        found = glob.glob(name) if glob.has_magic(name) else [name, *cached(name)]
+        yield from (Path(os.path.realpath(path)) for path in found if os.path.exists(path))
+
+
+def _clash(place: Path, source: Path, what: str) -> str | None:
+    """What is wrong with a result at `place`, where `source` is read."""
+    if _same(place, source):
+        return f"is the {what} itself"
+    if any(_same(folder, source) for folder in place.parents):
+        return f"lies inside the {what}"
+    if any(_same(folder, place) for folder in source.parents):
+        return f"holds the {what}"
+    if os.path.isfile(place) and os.path.isdir(source) and _is_in(place, source):
+        return f"is a file of the {what} under another name"
+    return None
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lowrank.errors import some
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
@@ -27,7 +29,7 @@ class LoadReport:
         full = f" and {len(self.full)} with tensors in full" if self.full else ""
         lines = [f"adapter {self.adapter_name!r}: {len(self.modules)} modules{full}"]
         if self.unknown_fields:
-            lines.append(f"config fields not understood and not used: {', '.join(self.unknown_fields)}")
+            lines.append(f"config fields not understood and not used: {some(self.unknown_fields, 8)}")
         if self.renamed:
             lines.append(f"module paths renamed: {self.renamed}")
         lines += self.base_differences

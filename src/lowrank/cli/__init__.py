@@ -18,7 +18,7 @@ from lowrank.cli.pulse import pulsing
 from lowrank.cli.signals import Ended, unwinding
 from lowrank.cli.streams import say_anything
 from lowrank.cli.wrong_calls import check_values, wrong_call
-from lowrank.errors import LowrankError, LowrankWarning, printable, short
+from lowrank.errors import LowrankError, LowrankWarning, short
 
 COMMANDS = {
     "demo": "The whole story in a minute, offline: teach a small decoder a skill, merge it, prove the merge.",
@@ -109,7 +109,7 @@ def _complain(text: str, status: int = WRONG_CALL) -> int:
 
 def _line(text: object) -> str:
     """One line of bounded length, whatever names from files and arguments are in it."""
-    return short(printable(text), LONGEST)
+    return short(text, LONGEST)
 
 
 @contextmanager

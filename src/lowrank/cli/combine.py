@@ -10,6 +10,8 @@ from cyclopts import App, Parameter
 from lowrank.adapters.combine import combine_adapters
 from lowrank.cli.merge import weighted
 from lowrank.cli.module_bar import module_bar
+from lowrank.cli.say import say
+from lowrank.errors import printable
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 
@@ -77,4 +79,4 @@ def combine(
             allow_pickle=allow_pickle,
             progress=progress,
         )
-    print(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {out}")
+    say(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {printable(out)}")

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lowrank.cli.pulse import muted, spoke
+from lowrank.cli.say import say, say_part, styled
 from lowrank.data.rows import PER_TOKEN
 from lowrank.train.evaluation import Scores
 from lowrank.train.evaluator import EvalResult
@@ -47,7 +48,7 @@ class RunDisplay(Reporter):
             return
         grid = Table.grid(padding=(0, 2))
         for what, value in summary:
-            grid.add_row(f"[bold]{what}", _plain(value))
+            grid.add_row(f"[bold]{what}", styled(value))
         self.console.print(Panel(grid, title="lowrank train", title_align="left"))
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -92,15 +93,8 @@ class RunDisplay(Reporter):
 
     def _lines(self, lines: Sequence[str]) -> None:
         for line in lines:
-            self.console.print(_plain(line), soft_wrap=True)
+            self.console.print(styled(line), soft_wrap=True)
         spoke()
-
-
-def _plain(text: str) -> Any:
-    """Text that brackets and colons mean nothing special in."""
-    from rich.text import Text
-
-    return Text(text)
 
 
 def describe(scores: Scores) -> str:
@@ -131,20 +125,17 @@ def show_evaluation(result: EvalResult, settings: EvalSettings, as_json: bool) -
     if result.kind in PER_TOKEN:
         figures |= {"tokens": scores.count}
     if as_json:
-        print(json.dumps(figures))
+        say(json.dumps(figures))
         return
     width = max(14, max(map(len, figures)) + 2)
     for name, value in figures.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value
-        print(f"{name.replace('_', ' ') + ':':<{width}}{'none' if shown is None else shown}")
+        say(f"{name.replace('_', ' ') + ':':<{width}}{'none' if shown is None else shown}")
 
 
 @contextmanager
 def stream() -> Iterator[Callable[[str], None]]:
     """A function that prints text as it comes; the line is ended when the block is."""
 
-    def on_text(text: str) -> None:
-        print(text, end="", flush=True)
-
-    yield on_text
-    print()
+    yield say_part
+    say("")

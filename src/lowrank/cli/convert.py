@@ -10,7 +10,8 @@ from cyclopts import App, Parameter
 
 from lowrank.adapters.convert import convert_adapter
 from lowrank.cli.base import base_folder
-from lowrank.errors import LowrankError
+from lowrank.cli.say import say
+from lowrank.errors import LowrankError, printable
 
 Format = Literal["peft", "peft-bin", "loralib", "mlx", "gguf", "safetensors"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -85,7 +86,7 @@ def convert(
         allow_pickle=allow_pickle,
         force=force,
     )
-    print(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {out}")
+    say(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {printable(out)}")
 
 
 def _switches(text: str | None) -> list[bool] | None:

@@ -5,6 +5,7 @@ from html import escape
 from rich.console import Console
 from rich.text import Text
 
+from lowrank.cli.say import styled
 from lowrank.data.survey import Runs, Survey
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained, where there is no colour
@@ -32,13 +33,14 @@ def show(summary: Lines, found: Survey, rows: list[tuple[str, Runs]]) -> None:
     console = Console(highlight=False)
     coloured = console.is_terminal and not console.no_color
     for title, row in rows:
-        console.print(Text(f"── {title}"), soft_wrap=True)
+        console.print(styled(f"── {title}"), soft_wrap=True)
         text = Text()
         for part, trained in row:
-            text.append(part if coloured or not trained else OPEN + part + CLOSE, "bold green" if trained else "dim")
+            shown = part if coloured or not trained else OPEN + part + CLOSE
+            text.append(styled(shown, "bold green" if trained else "dim"))
         console.print(text, soft_wrap=True)
     for line in [*(f"{what + ':':<12}{value}" for what, value in summary), *figures(found)]:
-        console.print(Text(line), soft_wrap=True)
+        console.print(styled(line), soft_wrap=True)
 
 
 def page(summary: Lines, found: Survey, rows: list[tuple[str, Runs]]) -> str:

@@ -85,8 +85,9 @@ def _heading(text: str) -> None:
 
 def _say(text: str) -> None:
     from lowrank.cli.pulse import spoke
+    from lowrank.cli.say import say
 
-    print(f"  {text}", flush=True)
+    say(f"  {text}")
     spoke()
 
 
@@ -141,11 +142,13 @@ def _show_proof(story: "Demo", adapted: "nn.Module", after: "Answers") -> bool:
 
 
 def _show_commands(settings: "TrainSettings", data: str) -> None:
+    from lowrank.cli.say import say
+
     _say("lowrank train    --model MODEL --data FILE.jsonl --out adapter   # rows of prompt and completion")
     _say("lowrank generate --model MODEL --adapter adapter --prompt TEXT")
     _say("lowrank inspect  adapter --model MODEL")
     _say("lowrank merge    --model MODEL --adapter adapter --out merged")
-    print("What ran here:")
+    say("What ran here:")
     _say(
         f"lowrank train --model nano --data {data} --out {settings.out} --rank {settings.rank} "
         f"--alpha {settings.alpha:g} --steps {settings.steps} --batch-size {settings.batch_size} "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Group, Parameter
 
 from lowrank.cli.flags import given
+from lowrank.cli.say import say
 from lowrank.data.settings import DataSettings
 from lowrank.study.dimension.settings import DimensionSettings, LadderSettings, TrainingSettings
 from lowrank.train.config_file import resolve
@@ -66,24 +67,23 @@ def dimension(
 
     def told(name: str, point: "Point | None") -> None:
         if point is not None and not json:
-            print(
-                f"{name + ':':<22} {point.trained:>12,} trained  loss {point.loss:.4f}  accuracy {point.accuracy:.2%}"
-            )
+            say(f"{name + ':':<22} {point.trained:>12,} trained  loss {point.loss:.4f}  accuracy {point.accuracy:.2%}")
 
-    measured = measure_dimension(settings, told)
-    sentences = in_words(measured, settings.ladder)
-    curve = {d: [p.score for p in measured.points if p.name == str(d)] for d in settings.ladder}
-    levels = {name: fmean(p.score for p in measured.points if p.name == name) for name in ("full", "frozen")}
-    levels["90 % of the gain"] = levels["frozen"] + 0.9 * (levels["full"] - levels["frozen"])
-    metric = "accuracy" if measured.metric == "accuracy" else "minus the loss"
-    page = dimension_page(dimension_curve(curve, levels, metric), sentences)
-    write_file(Path(settings.out) / "dimension.html", page.encode())
+    def drawn(measured: "Measured", folder: Path) -> None:
+        curve = {d: [p.score for p in measured.points if p.name == str(d)] for d in settings.ladder}
+        levels = {name: fmean(p.score for p in measured.points if p.name == name) for name in ("full", "frozen")}
+        levels["90 % of the gain"] = levels["frozen"] + 0.9 * (levels["full"] - levels["frozen"])
+        metric = "accuracy" if measured.metric == "accuracy" else "minus the loss"
+        figure = dimension_curve({d: scores for d, scores in curve.items() if scores}, levels, metric)
+        write_file(folder / "dimension.html", dimension_page(figure, in_words(measured, settings.ladder)).encode())
+
+    measured = measure_dimension(settings, told, finish=drawn)
     if json:
         import json as writer
 
-        print(writer.dumps(measured.as_json(), indent=2))
+        say(writer.dumps(measured.as_json(), indent=2))
         return
-    print(*sentences, f"figure: {settings.out}/dimension.html", sep="\n")
+    say(*in_words(measured, settings.ladder), f"figure: {settings.out}/dimension.html")
 
 
 def in_words(measured: "Measured", ladder: Sequence[int]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from lowrank.cli.flags import given
+from lowrank.cli.say import say
 from lowrank.errors import ConfigError
 
 command = App(
@@ -54,10 +55,9 @@ def doctor(
         layers = describe_model(model, targets, rank, tokens, dtype or "float32")
     machine = describe_machine()
     if as_json:
-        print(json.dumps({"machine": machine, "model": layers.as_dict() if layers else None}, indent=2))
+        say(json.dumps({"machine": machine, "model": layers.as_dict() if layers else None}, indent=2))
         return
     for what, value in machine.items():
-        print(f"{what + ':':<18}{value}")
+        say(f"{what + ':':<18}{value}")
     if layers:
-        print()
-        print(layers)
+        say("", layers)

@@ -10,6 +10,8 @@ from cyclopts import App, Parameter
 from lowrank.adapters.extract import extract_adapter
 from lowrank.cli.base import base_folder
 from lowrank.cli.module_bar import module_bar
+from lowrank.cli.say import say
+from lowrank.errors import printable
 
 command = App(
     name="extract",
@@ -87,4 +89,4 @@ def extract(
             seed=seed,
             progress=progress,
         )
-    print(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {out}")
+    say(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {printable(out)}")

@@ -9,13 +9,14 @@ from lowrank.analysis.as_json import as_json
 from lowrank.analysis.columns import columns
 from lowrank.analysis.inspection import Inspection
 from lowrank.analysis.summary import summary
+from lowrank.cli.say import say, styled
 from lowrank.cli.table import plain_table
 
 
 def show(inspection: Inspection, html: Path | None, as_object: bool) -> None:
     """Print the inspection, and where the report went."""
     if as_object:
-        print(json.dumps(as_json(inspection), allow_nan=False))
+        say(json.dumps(as_json(inspection), allow_nan=False))
         return
     before = [*summary(inspection), *inspection.notes]
     chosen = columns(inspection)
@@ -27,7 +28,7 @@ def show(inspection: Inspection, html: Path | None, as_object: bool) -> None:
     if sys.stdout.isatty():
         _print_styled(before, titles, meanings, rows, after)
     else:
-        print("\n".join([*before, "", *plain_table([titles, *rows]), *after]))
+        say(*before, "", *plain_table([titles, *rows]), *after)
 
 
 def _print_styled(
@@ -35,24 +36,23 @@ def _print_styled(
 ) -> None:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     console = Console(highlight=False)
     for sentence in before:
-        console.print(Text(f"• {sentence}"))
+        console.print(styled(f"• {sentence}"))
     prefix = _common_prefix([row[0] for row in rows])
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for i, title in enumerate(titles):
         name = title if i else title + (f" ({prefix}…)" if prefix else "")
-        table.add_column(Text(name), justify="right" if i else "left", overflow="ellipsis" if i else "fold")
+        table.add_column(styled(name), justify="right" if i else "left", overflow="ellipsis" if i else "fold")
     for path, *cells in rows:
-        table.add_row(Text(path.removeprefix(prefix)), *map(Text, cells))
+        table.add_row(styled(path.removeprefix(prefix)), *map(styled, cells))
     console.print()
     console.print(table)
     legend = "; ".join(f"{title}: {meaning}" for title, meaning in list(zip(titles, meanings, strict=True))[2:])
-    console.print(Text(legend, style="dim"))
+    console.print(styled(legend, "dim"))
     for line in after:
-        console.print(Text(line))
+        console.print(styled(line))
 
 
 def _common_prefix(paths: list[str]) -> str:

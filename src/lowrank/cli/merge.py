@@ -10,6 +10,7 @@ from cyclopts import App, Parameter
 
 from lowrank.cli.base import base_folder
 from lowrank.cli.pulse import muted
+from lowrank.cli.say import say
 from lowrank.errors import LowrankError
 from lowrank.merge.disk import MergeReport, merge_checkpoint
 from lowrank.merge.disk.merge import Untouched, Verify
@@ -91,9 +92,9 @@ def merge(
             anyway=anyway,
         )
     if as_json:
-        print(json.dumps({name: getattr(report, name) for name in SHOWN} | {"out": str(report.out)}))
+        say(json.dumps({name: getattr(report, name) for name in SHOWN} | {"out": str(report.out)}))
     else:
-        print(report.summary())  # its warnings have been lines on stderr already
+        say(report.summary())  # its warnings have been lines on stderr already
 
 
 def weighted(text: str) -> tuple[str, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lowrank.adapters.proposal import ModuleSpectrum, Proposal
 from lowrank.checkpoint.atomic import write_file
+from lowrank.cli.say import say
 from lowrank.cli.table import plain_table
 from lowrank.study.rank.choice import Choice
 
@@ -20,17 +21,17 @@ def write(choice: Choice, out: Path) -> None:
 def show(choice: Choice, out: Path | None, *, as_object: bool) -> None:
     """The table and the sentences, or one JSON object."""
     if as_object:
-        print(json.dumps(choice.as_json(), allow_nan=False))
+        say(json.dumps(choice.as_json(), allow_nan=False))
         return
     proposal = choice.proposal
     share = f"rank for {proposal.energy:.0%}"
     total = sum(module.total for module in proposal.modules)
     rows = [_row(module, rank, proposal, total) for module, rank in zip(proposal.modules, proposal.ranks, strict=True)]
-    print(choice.origin)
-    print(*plain_table([("module", "d×k", "of all energy", share, "rank", "holds"), *rows]), sep="\n")
-    print(*_words(proposal), *choice.notes, sep="\n")
+    say(choice.origin)
+    say(*plain_table([("module", "d×k", "of all energy", share, "rank", "holds"), *rows]))
+    say(*_words(proposal), *choice.notes)
     if out is not None:
-        print(f"ranks: {out}")
+        say(f"ranks: {out}")
 
 
 def _row(module: ModuleSpectrum, rank: int, proposal: Proposal, total: float) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from cyclopts import App, Parameter
 
 from lowrank.adapters.resize import resize_adapter
 from lowrank.cli.module_bar import module_bar
-from lowrank.errors import ConfigError
+from lowrank.cli.say import say
+from lowrank.errors import ConfigError, printable
 
 command = App(
     name="resize",
@@ -75,7 +76,7 @@ def resize(
             allow_pickle=allow_pickle,
             progress=progress,
         )
-    print(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {out}")
+    say(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {printable(out)}")
 
 
 def read_ranks(file: Path) -> tuple[int | None, dict[str, int]]:

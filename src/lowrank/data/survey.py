@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from lowrank.data.examples import IGNORED, Encoded, Example
+from lowrank.errors import printable
 
 BINS = 10
 OFTEN = 10
@@ -51,13 +52,8 @@ def runs(example: Example, tokenizer: Any, apart: str = "") -> Runs:
     for trained, group in groupby(zip(example.ids, marks, strict=True), key=lambda pair: pair[1]):
         ids = [token for token, _ in group]
         text = apart.join(tokenizer.decode([token]) for token in ids) if apart else tokenizer.decode(ids)
-        found.append((printable(text), trained))
+        found.append((printable(text, "\n\t"), trained))
     return found
-
-
-def printable(text: str) -> str:
-    """Without what a terminal would obey: only new lines and tabs are left of the control characters."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _trained(example: Example) -> list[Sequence[int]]:
@@ -68,4 +64,4 @@ def _trained(example: Example) -> list[Sequence[int]]:
 
 
 def _often(tokens: Sequence[int], tokenizer: Any) -> tuple[tuple[str, int], ...]:
-    return tuple((printable(tokenizer.decode([token])), n) for token, n in Counter(tokens).most_common(OFTEN))
+    return tuple((printable(tokenizer.decode([token]), "\n\t"), n) for token, n in Counter(tokens).most_common(OFTEN))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from lowrank.errors import CheckpointError
 
+LARGEST = 2**36  # bytes of a file that is held in memory
+
 
 class TruncatedError(CheckpointError):
     """A source file that became shorter while it was read."""
@@ -49,7 +51,7 @@ def read_into(descriptor: int, view: memoryview, offset: int, path: Path) -> Non
         done += count
 
 
-def read_bytes(path: Path, most: int) -> bytearray:
+def read_bytes(path: Path, most: int = LARGEST) -> bytearray:
     """All bytes of a regular file of at most `most`.
 
     Raises OSError where it cannot be opened and CheckpointError for anything but such a file.

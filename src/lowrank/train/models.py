@@ -1,6 +1,5 @@
 """Finding a model, and loading it and its tokenizer from a folder: never with code that came with the model."""
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from lowrank.errors import CheckpointError, ConfigError, LowrankWarning
+from lowrank.files.json_file import read_object
 from lowrank.hub import EVERYTHING, local_folder
 from lowrank.train.settings import MachineSettings
 
@@ -180,12 +180,9 @@ def checkpoint_activations(model: Any) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"model {folder}: config.json is damaged, it must hold one JSON object")
-    return config
+        return read_object(folder / "config.json", "it must hold one JSON object, copy the model again")
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(f"model {folder}: config.json is damaged ({error})") from None
 
 
 def _check_causal(folder: Path) -> None:

@@ -23,7 +23,6 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 DTYPES = {number: dtype for dtype, number in TYPES.items()}
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
-LARGEST = 2**36  # bytes of a file
 MOST = 2**20  # tensors, values or elements of a list: far above any adapter's
 
 
@@ -73,7 +72,7 @@ def _value(value: str | int | float) -> bytes:
 def read_gguf(path: Path) -> Gguf:
     """The whole file. Raises CheckpointError where it is truncated, of another version, or quantised."""
     try:
-        return _read(_Cursor(path, read_bytes(path, LARGEST)))
+        return _read(_Cursor(path, read_bytes(path)))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 

@@ -16,6 +16,7 @@ from typing import Any
 from lowrank.adapters.convert.options import ConvertOptions
 from lowrank.checkpoint.atomic import sync
 from lowrank.errors import CheckpointError
+from lowrank.files.json_file import parse_json
 from lowrank.modelfiles.base import read_json
 from lowrank.modelfiles.staging import staging
 
@@ -85,7 +86,7 @@ def _unpickle(places: Mapping[Path, Path]) -> list[list[str]]:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["the process that read it ended without a word"])[-1]
         raise CheckpointError(f"{next(iter(places)).parent} cannot be converted: {reason}")
-    names: list[list[str]] = json.loads(done.stdout)
+    names: list[list[str]] = parse_json(done.stdout)
     return names
 
 

@@ -11,6 +11,7 @@ from lowrank.adapters.convert.sound import ready
 from lowrank.checkpoint import config_file
 from lowrank.checkpoint.atomic import write_folder
 from lowrank.checkpoint.read import PICKLE, SAFETENSORS, read_adapter, read_pickle, read_safetensors
+from lowrank.files.regular import read_bytes
 
 
 def to_safetensors(source: Path, out: Path, options: ConvertOptions) -> tuple[str, ...]:
@@ -31,7 +32,7 @@ def _repack(source: Path, out: Path, options: ConvertOptions, name: str) -> tupl
     content = {name: _safetensors(cast) if name == SAFETENSORS else pickle_bytes(cast)}
     for other in (config_file.NAME, "lowrank.json", "README.md"):
         if (source / other).is_file():
-            content[other] = (source / other).read_bytes()
+            content[other] = bytes(read_bytes(source / other))
     write_folder(out, content)
     return (f"{len(files.low_rank)} modules, tensors and config as they were",)
 

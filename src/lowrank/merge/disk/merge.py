@@ -15,6 +15,7 @@ import torch
 from lowrank.checkpoint.adapter_folder import RUN_FILE
 from lowrank.checkpoint.outputs import check_room, claimed
 from lowrank.errors import CheckpointError, LowrankWarning, MergeError, some
+from lowrank.files.regular import read_bytes
 from lowrank.files.safetensors import FLOATS
 from lowrank.merge.disk.adapters import Adapter, WeightedAdapter, read_adapters
 from lowrank.merge.disk.card import card, sha256_of
@@ -205,7 +206,7 @@ def _write(job: _Job, folder: Path, advance: Callable[[int], None]) -> tuple[tup
 def _write_side_files(job: _Job, folder: Path) -> list[str]:
     """All that lies beside the weights; notes for the report."""
     for name, path in side_files(job.base):
-        write_synced(folder / name, path.read_bytes())
+        write_synced(folder / name, bytes(read_bytes(path)))
     recipe, note = kept_recipe(adapter.folder for adapter in job.adapters)
     if recipe is not None:
         write_synced(folder / RUN_FILE, recipe)
@@ -224,7 +225,7 @@ def _index(job: _Job) -> bytes:
     base, files = job.base, job.plan.files
     assert base.index is not None and base.index_name is not None
     if all(file.layout is file.shard.layout for file in files):
-        return (base.folder / base.index_name).read_bytes()
+        return bytes(read_bytes(base.folder / base.index_name))
     table = {entry.name: file.name for file in files for entry in file.layout.entries}
     said = base.index.get("metadata")
     metadata = dict(said) if isinstance(said, dict) else {}

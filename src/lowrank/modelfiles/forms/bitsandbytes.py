@@ -53,7 +53,7 @@ class FourBitForm:
         own = {role: source for role, source in self.parts.items() if role != "state" and role not in parts}
         tensors = {role: mapped_flat(source) for role, source in own.items()}
         tensors |= {role: part.flatten() for role, part in parts.items() if role != "state"}
-        said = json.loads(bytes(parts["state"].tolist())) if "state" in parts else self.state
+        said = parse_json(bytes(parts["state"].tolist())) if "state" in parts else self.state
         absmax: Tensor | Nested = tensors["absmax"]
         if "nested_absmax" in self.parts:
             offset = torch.tensor(float(said["nested_offset"]))

@@ -1,6 +1,7 @@
 """The ladder: full fine-tuning, frozen features and a subspace of every d, all to the same budget, for every seed."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from lowrank.checkpoint.outputs import Check, claimed, new_folder
 from lowrank.data.dataset import Dataset
 from lowrank.data.rows import PER_TOKEN
 from lowrank.data.tokens import encode
-from lowrank.errors import CheckpointError, ConfigError, DataError
+from lowrank.errors import CheckpointError, ConfigError, DataError, Diverged, LowrankWarning
+from lowrank.files.json_file import read_object
 from lowrank.injection.quantise import require_plain
 from lowrank.stages import under
 from lowrank.study.dimension.crossing import Crossing, crossing
@@ -51,7 +53,10 @@ Told = Callable[[str, Point | None], None]
 
 
 def measure_dimension(
-    settings: DimensionSettings, told: Told = lambda _name, _point: None, reporter: Reporter | None = None
+    settings: DimensionSettings,
+    told: Told = lambda _name, _point: None,
+    reporter: Reporter | None = None,
+    finish: Callable[[Measured, Path], None] = lambda _measured, _folder: None,
 ) -> Measured:
     """Run what is missing of the ladder, keep every point as it is finished, and say where d90 lies.
 
@@ -61,7 +66,8 @@ def measure_dimension(
     only the head is trained, or, where there is none, nothing. Same settings, same bytes; a second start goes on where
     the first was stopped.
 
-    told: called with a point's name before it is run, and with the point after it.
+    told: called with a point's name before it is run, and with the point after it; finish: called with what was
+    measured and its folder, which nobody else writes to meanwhile.
 
     Raises LowrankError for whatever is wrong with settings, data or model, before anything is trained.
     """
@@ -69,10 +75,13 @@ def measure_dimension(
         task = _task(settings)
         _begin(folder, settings)
         points = list(_points(settings, folder, task, told, reporter or Reporter()))
+        if all(point.name in (FULL, FROZEN) for point in points):
+            raise Diverged(f"--out {folder}: no point of the ladder was finished, so there is no curve")
         weights = next(point.trained for point in points if point.name == FULL)
         metric = "accuracy" if task.recipe.kind == "classification" else "loss"
         measured = summarised(settings, weights, metric, points)
         write_file(folder / RESULT, (json.dumps(measured.as_json(), indent=2, allow_nan=False) + "\n").encode())
+        finish(measured, folder)
     return measured
 
 
@@ -84,10 +93,23 @@ def _points(settings: DimensionSettings, folder: Path, task: Task, told: Told, r
             if point is None:
                 told(f"{name}, seed {seed}", None)
                 with under(f"{name}, seed {seed}"):
-                    point = task.point(name, seed, reporter)
+                    point = _tried(task, name, seed, reporter)
+                if point is None:
+                    continue
                 write_file(file, (json.dumps(asdict(point), indent=2, allow_nan=False) + "\n").encode())
             told(f"{name}, seed {seed}", point)
             yield point
+
+
+def _tried(task: Task, name: str, seed: int, reporter: Reporter) -> Point | None:
+    """The point; None, with a warning, for a d at which every rate diverges: the curve has its other points."""
+    try:
+        return task.point(name, seed, reporter)
+    except Diverged as error:
+        if name in (FULL, FROZEN):  # without these two there is no curve
+            raise
+        warnings.warn(f"{error}; left out of the curve", LowrankWarning, 2)
+        return None
 
 
 def _task(settings: DimensionSettings) -> Task:
@@ -141,9 +163,9 @@ def _same_settings(settings: DimensionSettings) -> Check:
             new_folder(folder)
             return
         try:
-            then, own = json.loads(file.read_text(encoding="utf-8")), _own(settings)
+            then, own = read_object(file, "give another folder"), _own(settings)
             other = sorted(name for name in own.keys() | then.keys() if own.get(name) != then.get(name))
-        except (OSError, ValueError, AttributeError) as error:
+        except OSError as error:
             raise CheckpointError(f"--out {folder}: cannot be used ({error})") from None
         if other:
             flags = ", ".join(f"--{name.replace('_', '-')} ({then.get(name)} then)" for name in other)
@@ -163,8 +185,8 @@ def _kept(file: Path) -> Point | None:
     if not file.exists():
         return None
     try:
-        return Point(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError):
+        return Point(**read_object(file, "remove it"))
+    except (CheckpointError, TypeError, OSError):
         raise CheckpointError(f"{file} is not a point of this program; remove it, and it is run again") from None
 
 
@@ -181,4 +203,4 @@ def summarised(settings: DimensionSettings, weights: int, metric: str, points: l
 def _by_seed(settings: DimensionSettings, points: list[Point]) -> Iterator[tuple[float, float, dict[int, float]]]:
     for seed in range(settings.seed, settings.seed + settings.seeds):
         scores = {point.name: point.score for point in points if point.seed == seed}
-        yield scores[FULL], scores[FROZEN], {d: scores[str(d)] for d in settings.ladder}
+        yield scores[FULL], scores[FROZEN], {d: scores[str(d)] for d in settings.ladder if str(d) in scores}
