@@ -11,7 +11,7 @@ from lowrank.core.merging import row_blocks
 from lowrank.errors import MergeError
 from lowrank.files.safetensors import FLOATS
 from lowrank.modelfiles.base import BaseFiles, Source
-from lowrank.modelfiles.blocks import mapped
+from lowrank.modelfiles.blocks import some_rows, whole
 from lowrank.modelfiles.names import resolve
 from lowrank.modelfiles.tensors import StoredEntry
 from lowrank.modelfiles.tied import has_head, head_of, may_be_tied
@@ -46,9 +46,9 @@ class Difference:
 
     def blocks(self) -> Iterator[Tensor]:
         """Rows of the difference, block by block. Raises MergeError for values that are not finite."""
-        base, tuned = stored(self.base), stored(self.tuned)
+        base, tuned = _as_matrix(self.base), _as_matrix(self.tuned)
         for rows in row_blocks(*self.shape):
-            block = tuned[rows].to(self.dtype) - base[rows].to(self.dtype)
+            block = some_rows(tuned, rows).to(self.dtype) - some_rows(base, rows).to(self.dtype)
             if not block.isfinite().all():
                 raise MergeError(f"{self.name} holds values that are not finite, so its change has no low rank")
             yield block
@@ -81,17 +81,24 @@ class Difference:
             return self.comparable and not any(block.any() for block in self.blocks())
         if isinstance(one, StoredEntry) or isinstance(other, StoredEntry):
             return self.comparable and not any(block.any() for block in self.blocks())
-        return one.nbytes == 0 or torch.equal(_bytes(self.base), _bytes(self.tuned))
+        left, right = _as_bytes(self.base), _as_bytes(self.tuned)
+        pieces = row_blocks(one.nbytes, 1)
+        return all(torch.equal(some_rows(left, piece), some_rows(right, piece)) for piece in pieces)
 
 
 def stored(source: Source) -> Tensor:
-    """The tensor mapped from its file, (n, m); a single number is a matrix too."""
-    return mapped(Source(source.shard, replace(source.entry, shape=source.entry.shape or (1,))))
+    """The whole tensor, (n, m), in memory of its own."""
+    return whole(_as_matrix(source))
 
 
-def _bytes(source: Source) -> Tensor:
+def _as_matrix(source: Source) -> Source:
+    """The same tensor; a single number is a matrix too."""
+    return Source(source.shard, replace(source.entry, shape=source.entry.shape or (1,)))
+
+
+def _as_bytes(source: Source) -> Source:
     """The tensor's bytes, whatever its dtype."""
-    return mapped(Source(source.shard, replace(source.entry, dtype="U8", shape=(source.entry.nbytes,))))
+    return Source(source.shard, replace(source.entry, dtype="U8", shape=(source.entry.nbytes,)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The weights W0 that an adapter changes, from the base's files alone: mapped one at a time, no model is built."""
+"""The weights W0 that an adapter changes, from the base's files alone: read one at a time, no model is built."""
 
 import os
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lowrank.files.safetensors import FLOATS
 from lowrank.merge.disk.adapters import Adapter
 from lowrank.merge.disk.match import match
 from lowrank.modelfiles.base import BaseFiles, Source, read_base
-from lowrank.modelfiles.blocks import mapped
+from lowrank.modelfiles.blocks import whole
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class BaseWeights:
     sources: dict[str, tuple[str, bool]]
 
     def matrix(self, path: str) -> Tensor:
-        """W0 of h = W0·x, (d, k), a view of the file's pages in the base's own dtype."""
+        """W0 of h = W0·x, (d, k), in the base's own dtype."""
         name, transposed = self.sources[path]
-        stored = mapped(Source(*self.base.tensors[name]))
+        stored = whole(Source(*self.base.tensors[name]))
         return stored.t() if transposed else stored
 
 

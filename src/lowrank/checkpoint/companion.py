@@ -28,6 +28,7 @@ from lowrank.files.names import is_name
 Kind = TypeVar("Kind")
 NAME = "lowrank.json"
 FORMAT = 1
+MOST_PARTS = 1000  # of one fused projection; q, k and v are three
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,10 @@ def _fingerprint(base: dict[str, Any]) -> Fingerprint:
 
 
 def _fused(entry: dict[str, Any]) -> Fused:
-    rows = [_items(row, int, "rows") for row in _items(entry.get("rows"), list, "rows")]
+    given = _items(entry.get("rows"), list, "rows")
+    if len(given) > MOST_PARTS:
+        raise ValueError(f"its rows are {len(given):,} parts of one projection")
+    rows = [_items(row, int, "rows") for row in given]
     if any(len(row) != 4 for row in rows):
         raise ValueError("its rows are not start, width, stride and count")
     return Fused(tuple(_items(entry.get("names"), str, "names")), tuple(RowBlock(*row) for row in rows))

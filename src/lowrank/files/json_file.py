@@ -4,6 +4,7 @@ Python's own parser takes numbers of 4,300 digits, which no float holds, and bra
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lowrank.files.regular import read_bytes
 MOST = 32_000_000  # bytes: the index of a model with 100,000 tensors has 10 million
 DEEPEST = 64  # brackets in brackets
 DIGITS = 300  # of a whole number: fewer than the largest float has
+
+LONG, LONG_BYTES = re.compile(f"[0-9]{{{DIGITS + 1}}}"), re.compile(b"[0-9]{%d}" % (DIGITS + 1))
 
 Pairs = Callable[[list[tuple[str, Any]]], Any]
 
@@ -38,7 +41,8 @@ def parse_json(text: bytes | bytearray | str, pairs: Pairs | None = None) -> Any
     Raises ValueError for what is no JSON, or out of bounds.
     """
     try:
-        value = json.loads(text, parse_int=_whole, object_pairs_hook=pairs)
+        whole = _whole if _may_be_long(text) else None  # a call for each of a million numbers takes a second
+        value = json.loads(text, parse_int=whole, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} deep") from None
     except MemoryError:
@@ -52,6 +56,12 @@ def _brackets(text: bytes | bytearray | str) -> int:
     if isinstance(text, str):
         return text.count("[") + text.count("{")
     return text.count(b"[") + text.count(b"{")
+
+
+def _may_be_long(text: bytes | bytearray | str) -> bool:
+    if isinstance(text, str):
+        return LONG.search(text) is not None
+    return LONG_BYTES.search(text) is not None or b"\0" in text[:4]  # UTF-16 and UTF-32 part the digits
 
 
 def _whole(digits: str) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank.files.regular import TruncatedError, read_into
-from lowrank.files.safetensors import DTYPES, READABLE
+from lowrank.files.safetensors import READABLE
 from lowrank.modelfiles.tensors import Source, StoredEntry
 
 CACHE_LINE = 64  # bytes; arithmetic is slower where a tensor does not begin with one
@@ -56,27 +56,31 @@ def read_entry_rows(
 ) -> Tensor:
     """Rows (n', m) of a tensor of the base, in its own dtype."""
     if isinstance(source.entry, StoredEntry):
-        return source.entry.form.rows(rows)
-    dtype = DTYPES[source.entry.dtype]
+        return source.entry.form.rows(rows).view(rows.stop - rows.start, -1)
+    dtype = READABLE[source.entry.dtype]
     block, memory = workspace.take(role, (rows.stop - rows.start, columns), dtype)
     offset = source.entry.offset + rows.start * columns * dtype.itemsize
     read_into(descriptor, memory, offset, source.shard.path)
     return block
 
 
-def mapped(source: Source) -> Tensor:
-    """The tensor mapped from its file, (n, m): pages of the file, no memory of ours. For what needs all rows.
+def whole(source: Source) -> Tensor:
+    """All rows of a tensor of the base, (n, m), in memory of their own. For what needs all at once."""
+    return some_rows(source, slice(0, source.entry.shape[0]))
 
-    A weight in a stored form is read instead: its whole matrix, in memory.
-    """
+
+def some_rows(source: Source, rows: slice) -> Tensor:
+    """Rows (n', m) of a tensor of the base, in memory of their own: a file that shrinks is an error, never a signal."""
     entry = source.entry
-    if isinstance(entry, StoredEntry):
-        return entry.form.rows(slice(0, entry.shape[0])).view(entry.shape[0], -1)
-    return mapped_flat(source).view(entry.shape[0], -1)
+    with opened(source) as descriptor:
+        return read_entry_rows(source, descriptor, prod(entry.shape[1:]), rows, Workspace(), "rows")
 
 
 def mapped_flat(source: Source) -> Tensor:
-    """The tensor's numbers, (n,), mapped from its file."""
+    """The numbers of a part of a stored form, (n,), mapped from the file: a quantised model is to take no memory.
+
+    A file that shrinks while it is used so ends the process.
+    """
     entry = source.entry
     dtype = READABLE[entry.dtype]
     if not entry.nbytes:

@@ -5,7 +5,7 @@ import torch
 from lowrank.core.merging import Change
 from lowrank.files.safetensors import DTYPES
 from lowrank.merge.disk.recipe import Recipe
-from lowrank.modelfiles.blocks import mapped
+from lowrank.modelfiles.blocks import whole
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -22,5 +22,5 @@ def make_changes(recipe: Recipe) -> tuple[Change, ...]:
             weight = recipe.replacement.reshape(recipe.matrix).to(recipe.stored_dtype).to(dtype)
         else:
             assert recipe.source is not None
-            weight = mapped(recipe.source).to(dtype)
+            weight = whole(recipe.source).to(dtype)
     return tuple(contribution.change(recipe.shape, weight) for contribution in recipe.contributions)

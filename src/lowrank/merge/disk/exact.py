@@ -21,7 +21,7 @@ from lowrank.merge.disk.adapters import Contribution
 from lowrank.merge.disk.changes import compute_dtype
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.merge.disk.stored_rows import read_rows
-from lowrank.modelfiles.blocks import Workspace, mapped, opened
+from lowrank.modelfiles.blocks import Workspace, opened, whole
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134, torch.float32: 2.0**-150, torch.float64: 0.0}
@@ -79,7 +79,7 @@ def _term(recipe: Recipe, contribution: Contribution) -> _Term:
     dtype = compute_dtype(recipe)
     weight = torch.empty(0, dtype=dtype)
     if contribution.reads_weight and recipe.replacement is None and recipe.source is not None:
-        weight = mapped(recipe.source)
+        weight = whole(recipe.source)
     elif contribution.reads_weight and recipe.replacement is not None:
         weight = recipe.replacement.reshape(recipe.matrix)
     factors = contribution.factors(recipe.shape, weight)

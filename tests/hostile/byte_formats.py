@@ -1,0 +1,171 @@
+"""A fuzz target for the byte formats: GGUF, safetensors, an adapter's JSON, expressions, pickles of old adapters.
+
+Bytes go straight to the function that reads them, without an adapter around: thousands of cases a second. Coverage
+leads the way where atheris is installed (`pip install 'lowrank[fuzz]'`); elsewhere the target gets our own mutations.
+
+    python tests/hostile/byte_formats.py --minutes 10 [--seed 0] [--keep tests/hostile] [--cases N]
+
+Every case answers or raises what its reader promises, in 10 seconds and a gigabyte. The first byte of a case is the
+number of its format, so a kept file `bytes-HASH` is read again by `test_hostile_readers.py` alone.
+"""
+
+import argparse
+import hashlib
+import importlib
+import os
+import random
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+READERS = ["adapters.convert.gguf_file", "checkpoint.companion", "checkpoint.config_file", "checkpoint.read"]
+READERS += ["files.json_file", "files.regular", "files.safetensors", "injection.patterns", "injection.regex"]
+
+try:
+    import atheris
+except ImportError:
+    atheris = None
+else:
+    with atheris.instrument_imports(include=["lowrank"]):  # what is imported here first is watched
+        for module in READERS:
+            importlib.import_module(f"lowrank.{module}")
+
+import readers  # noqa: E402
+from fuzz import mutate_bytes  # noqa: E402
+
+from lowrank.adapters.convert.gguf_file import read_gguf  # noqa: E402
+from lowrank.checkpoint.companion import NAME as COMPANION  # noqa: E402
+from lowrank.checkpoint.companion import read_companion  # noqa: E402
+from lowrank.checkpoint.config_file import NAME as CONFIG  # noqa: E402
+from lowrank.checkpoint.config_file import read_config  # noqa: E402
+from lowrank.checkpoint.read import read_pickle, read_safetensors  # noqa: E402
+from lowrank.errors import LowrankError  # noqa: E402
+from lowrank.injection.patterns import matches  # noqa: E402
+
+SCRATCH = Path(tempfile.mkdtemp(prefix="lowrank-fuzz-", dir=readers.MEMORY_DISK))
+EXPRESSIONS = (rb".*\.q_proj", rb"(model|h)\.\d+\.(?:a|b[c-f]){1,3}$", rb"((\w|\.)+)+!")
+NAMES = ("model.layers.0.self_attn.q_proj", "h.1.attn.c_attn", "a" * 200)
+
+
+def _file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
+    path = SCRATCH / name
+
+    def case(data: bytes) -> object:
+        path.write_bytes(data)
+        return read(path)
+
+    return case
+
+
+def _expression(data: bytes) -> None:
+    for name in NAMES:
+        matches(name, data.decode("utf-8", "replace"), "rank_pattern")
+
+
+FORMATS: dict[str, Callable[[bytes], object]] = {
+    "gguf": _file("a.gguf", read_gguf),
+    "safetensors": _file("a.safetensors", read_safetensors),
+    "config": _file(CONFIG, lambda path: read_config(path.parent)),
+    "companion": _file(COMPANION, lambda path: read_companion(path.parent)),
+    "pickle": _file("a.bin", read_pickle),
+    "expression": _expression,
+}
+ORDER = tuple(FORMATS.values())
+
+
+def one_case(data: bytes) -> None:
+    """Read the case; whatever leaves this function but LowrankError is a finding."""
+    if data:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ORDER[data[0] % len(ORDER)](data[1:])
+        except LowrankError as error:
+            assert len(str(error)) < 4000, "a long message"
+
+
+def broken_promise(data: bytes) -> str | None:
+    """What is wrong with how the case went, within its bounds, or None."""
+    try:
+        with readers.bounded():
+            one_case(data)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return traceback.format_exc()
+    return None
+
+
+def make_corpus() -> list[bytes]:
+    """Sound files of every format, small, each behind the number of its format."""
+    folder = SCRATCH / "seeds"
+    if not folder.exists():
+        readers.make_seeds(folder)
+    kinds = {".gguf": 0, ".safetensors": 1, ".bin": 4}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = [bytes([kinds[path.suffix]]) + path.read_bytes() for path in files if path.suffix in kinds]
+    found += [b"\x02" + path.read_bytes() for path in files if path.name == CONFIG]
+    found += [b"\x03" + path.read_bytes() for path in files if path.name == COMPANION]
+    return found + [
+        b"\x05" + text for text in (rb".*\.q_proj", rb"(model|h)\.\d+\.(?:a|b[c-f]){1,3}$", rb"((\w|\.)+)+!")
+    ]
+
+
+def fuzz_blind(minutes: float, cases: int, seed: int, keep: Path) -> int:
+    """Our own mutations of the corpus; how many findings there were."""
+    dice, corpus, seen, number = random.Random(seed), make_corpus(), set(), 0
+    case, end = SCRATCH / "case", time.monotonic() + 60 * minutes
+    while number < cases and time.monotonic() < end:
+        seed_case = dice.choice(corpus)
+        case.write_bytes(seed_case[1:])
+        for _ in range(dice.choice([1, 1, 2, 4])):
+            dice.choice([mutate_bytes, readers.mutate_number])(case, dice)
+        fault = broken_promise(data := seed_case[:1] + case.read_bytes())
+        place = tuple((fault or "").strip().splitlines()[-3:-1])
+        if fault and place not in seen:
+            seen.add(place)
+            name = f"bytes-{hashlib.sha256(data).hexdigest()[:12]}"
+            (keep / name).write_bytes(data)
+            print(f"case {number} → {name}\n{fault}", file=sys.stderr, flush=True)
+        number += 1
+    print(f"{number} cases of bytes, {len(seen)} kept", file=sys.stderr)
+    return len(seen)
+
+
+def fuzz_led(minutes: float, cases: int, seed: int, keep: Path) -> None:
+    """By coverage, in libFuzzer, which ends the process: status 77 where something was found (`bytes-HASH`)."""
+    corpus = SCRATCH / "corpus"
+    corpus.mkdir()
+    for number, data in enumerate(make_corpus()):
+        (corpus / str(number)).write_bytes(data)
+    options = [f"-max_total_time={int(60 * minutes)}", f"-runs={cases}", f"-seed={seed + 1}", "-max_len=20000"]
+    options += [f"-timeout={readers.SECONDS}", "-malloc_limit_mb=1024", "-rss_limit_mb=3000"]
+    atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={keep}/bytes-", str(corpus)], one_case)
+    atheris.Fuzz()
+
+
+def main() -> int:
+    """Run for a while; the exit status is not 0 where something was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--cases", type=int, default=10**9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, default=HERE)
+    options = parser.parse_args()
+    if atheris is None:
+        print("atheris is not installed (the extra `fuzz`): mutations of our own, not led by coverage", file=sys.stderr)
+        return min(fuzz_blind(options.minutes, options.cases, options.seed, options.keep), 100)
+    fuzz_led(options.minutes, options.cases, options.seed, options.keep)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
