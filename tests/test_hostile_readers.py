@@ -9,6 +9,7 @@ import pytest
 HOSTILE = Path(__file__).parent / "hostile"
 sys.path.insert(0, str(HOSTILE))
 
+import byte_formats  # noqa: E402
 import readers  # noqa: E402
 
 KEPT = sorted(HOSTILE.glob("reader-*"))
@@ -37,6 +38,21 @@ def test_kept_cases(case, tmp_path):
     """What broke the promise once keeps it now; kind.txt says what it was."""
     folder = shutil.copytree(case, tmp_path / "case", symlinks=True)
     assert readers.broken_promise(folder, (case / "kind.txt").read_text().split()[0]) is None
+
+
+@pytest.mark.parametrize("case", sorted(HOSTILE.glob("bytes-*")), ids=lambda case: case.name)
+def test_kept_bytes(case):
+    """The same for bytes that went straight to a reader."""
+    assert byte_formats.broken_promise(case.read_bytes()) is None
+
+
+def test_fresh_bytes(tmp_path):
+    """Sound files of every byte format are read, and a thousand damaged ones keep the promise."""
+    corpus = byte_formats.make_corpus()
+    assert {case[0] for case in corpus} == set(range(len(byte_formats.ORDER)))
+    for case in corpus:
+        byte_formats.ORDER[case[0]](case[1:])
+    assert byte_formats.fuzz_blind(1, 1000, 0, tmp_path) == 0
 
 
 def test_fresh_cases(seeds, tmp_path):

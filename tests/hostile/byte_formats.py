@@ -10,10 +10,12 @@ number of its format, so a kept file `bytes-HASH` is read again by `test_hostile
 """
 
 import argparse
+import atexit
 import hashlib
 import importlib
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -38,7 +40,7 @@ else:
             importlib.import_module(f"lowrank.{module}")
 
 import readers  # noqa: E402
-from fuzz import mutate_bytes  # noqa: E402
+from fuzz import MEMORY_DISK, mutate_bytes  # noqa: E402
 
 from lowrank.adapters.convert.gguf_file import read_gguf  # noqa: E402
 from lowrank.checkpoint.companion import NAME as COMPANION  # noqa: E402
@@ -49,7 +51,8 @@ from lowrank.checkpoint.read import read_pickle, read_safetensors  # noqa: E402
 from lowrank.errors import LowrankError  # noqa: E402
 from lowrank.injection.patterns import matches  # noqa: E402
 
-SCRATCH = Path(tempfile.mkdtemp(prefix="lowrank-fuzz-", dir=readers.MEMORY_DISK))
+SCRATCH = Path(tempfile.mkdtemp(prefix="lowrank-fuzz-", dir=MEMORY_DISK))
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 EXPRESSIONS = (rb".*\.q_proj", rb"(model|h)\.\d+\.(?:a|b[c-f]){1,3}$", rb"((\w|\.)+)+!")
 NAMES = ("model.layers.0.self_attn.q_proj", "h.1.attn.c_attn", "a" * 200)
 
@@ -111,7 +114,11 @@ def make_corpus() -> list[bytes]:
     kinds = {".gguf": 0, ".safetensors": 1, ".bin": 4}
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     found = [bytes([kinds[path.suffix]]) + path.read_bytes() for path in files if path.suffix in kinds]
-    found += [b"\x02" + path.read_bytes() for path in files if path.name == CONFIG]
+    found += [
+        b"\x02" + path.read_bytes()
+        for path in files
+        if path.name == CONFIG and path.parts[-3] in ("fused", "start", "whole")
+    ]
     found += [b"\x03" + path.read_bytes() for path in files if path.name == COMPANION]
     return found + [
         b"\x05" + text for text in (rb".*\.q_proj", rb"(model|h)\.\d+\.(?:a|b[c-f]){1,3}$", rb"((\w|\.)+)+!")

@@ -44,7 +44,6 @@ from lowrank.analysis.inspection import inspect_adapter  # noqa: E402
 from lowrank.errors import LowrankError  # noqa: E402
 
 SECONDS, MEMORY = 10, 2**30
-MEMORY_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a case is fifty small files
 KINDS = ("fused", "start", "whole", "gguf", "mlx", "loralib", "bin")
 WRONG: list[Any] = [
     *fuzz.VALUES,
@@ -246,7 +245,7 @@ def main() -> int:
     torch.set_num_threads(1)
     os.fsync = lambda _descriptor: None  # nothing here has to outlive a power cut
     end, number, seen = time.monotonic() + 60 * options.minutes, 0, set()
-    with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as name:
+    with tempfile.TemporaryDirectory(dir=fuzz.MEMORY_DISK) as name:
         seeds = Path(name) / "seeds"
         make_seeds(seeds)
         while number < options.cases and time.monotonic() < end:

@@ -212,12 +212,19 @@ def _rank_faults(files: AdapterFiles) -> list[str]:
         rank = files.config.rank(path)
         if a is None or b is None or not a.numel() or not b.numel():
             continue
-        grouped = files.kind(path) == "conv" and b.ndim > 1 and rank % b.shape[1] == 0
-        if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != rank or not (b.shape[1] == rank or grouped):
+        if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != rank or not _fits_rank(a, b, files.kind(path)):
             faults.append(
                 f"{path} has A {list(a.shape)} and B {list(b.shape)}, and adapter_config.json says rank {rank}"
             )
     return faults
+
+
+def _fits_rank(a: Tensor, b: Tensor, kind: str) -> bool:
+    """Whether B (d, r, 1...) goes with A (r, k, ...); a grouped convolution's B has r/g and its A g·k columns."""
+    groups, rest = divmod(a.shape[0], b.shape[1])
+    if groups > 1 and (kind != "conv" or a.shape[1] % groups):
+        return False
+    return groups > 0 and rest == 0 and all(length == 1 for length in b.shape[2:])
 
 
 __all__ = ["AdapterFiles", "read_adapter"]

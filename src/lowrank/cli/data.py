@@ -5,6 +5,7 @@ from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 
+from lowrank.cli.say import say
 from lowrank.data.settings import DataSettings
 
 command = App(
@@ -82,4 +83,4 @@ def clear() -> None:
     from lowrank.data.cache.place import root
 
     files, size = clear_cache()
-    print(f"{root()}: {files:,} files deleted, {size / 1e6:,.1f} MB")
+    say(f"{root()}: {files:,} files deleted, {size / 1e6:,.1f} MB")
