@@ -29,7 +29,7 @@ def test_figures():
     assert found.first == (("the", 2), ("a", 1), ("cat", 1))
     assert found.last == (("</s>", 3), ("cat", 1))
     assert found.duplicates == 1
-    assert printable("a\x1b[31m\n\tb") == "a\\x1b[31m\n\tb"
+    assert printable("a\x1b[31m\n\tb", "\n\t") == "a\\x1b[31m\n\tb"
 
 
 def test_the_command(tmp_path, capsys):
