@@ -17,7 +17,7 @@ from lowrank.data.dataset import Dataset
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import Row
 from lowrank.data.tokens import Example, encode
-from lowrank.errors import LowrankError
+from lowrank.errors import Diverged, LowrankError
 from lowrank.train.evaluation import Measure, score
 from lowrank.train.head import find_head
 from lowrank.train.loop import Loop, steps_of
@@ -169,6 +169,27 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence(llama):
     with pytest.raises(LowrankError, match=r"step 1: the loss is nan.*smaller --lr"):
         run(model, examples(4), steps=3)
     assert all(torch.equal(p, q) for p, q in zip(trained(model)[1:], before[1:], strict=True))
+
+
+@pytest.mark.parametrize(("step", "when"), [(0, "before the first step"), (2, "after step 2")])
+def test_an_evaluation_that_is_not_finite_stops_with_a_sentence(llama, step, when):
+    """run.json could not hold it: hours later the result would have been lost with it."""
+    rows, model = examples(8), adapted(llama)
+    only_there = max(set(rows[-1].ids) - {token for row in rows[:-1] for token in row.ids})
+
+    class Poisons(Reporter):
+        def stepped(self, at):
+            if at == step:
+                with torch.no_grad():
+                    model.get_input_embeddings().weight[only_there] = math.inf
+
+        def evaluated(self, at, scores):
+            assert at < step
+
+    reporter = Poisons()
+    reporter.stepped(0)
+    with pytest.raises(Diverged, match=rf"^{when}: the loss on the evaluation rows is (nan|inf), .* nothing was saved"):
+        run(model, rows[:-1], rows[-1:], reporter, steps=2)
 
 
 @pytest.mark.filterwarnings("ignore:no gradient reaches")

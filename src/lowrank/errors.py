@@ -7,7 +7,7 @@ LowrankError
 │   └── OutputError  a place where no result can go: an input, in use, or refused by the disk
 ├── MergeError       a merge that would not be exact, or not finite
 ├── DataError        rows, columns or files of training data
-└── Diverged         a training whose loss or gradient stopped being finite
+└── Diverged         a training whose loss, gradient or evaluation is not finite
 
 Names come from files, and files may hold thousands of faults: `some` and `short` keep a sentence a sentence.
 """

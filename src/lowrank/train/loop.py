@@ -81,8 +81,8 @@ class Loop:
         """Take all steps, and leave the model in evaluation mode.
 
         With `keep="best"` the weights of the best evaluation are put back at the end. Raises Diverged, naming the
-        step, where the loss or the gradient stops being finite, and LowrankError, before the first step is taken, where
-        no gradient reaches an adapter.
+        step, where the loss, the gradient or an evaluation is not finite, and LowrankError, before the first step is
+        taken, where no gradient reaches an adapter.
         """
         state, settings = self.state, self.settings
         eval_every = settings.eval_every or math.ceil(self.steps / 5)
@@ -153,6 +153,7 @@ class Loop:
             return
         settings, state = self.settings, self.state
         scores = score(self.model, self.held_out, self.measure, settings.micro_batch or settings.batch_size)
+        _check_evaluation(state.step, scores.loss)
         state.evaluations.append((state.step, scores))
         if settings.keep == "best" and state.best == (state.step, scores):
             state.best_weights = [p.detach().clone() for p in state.optimiser.parameters]
@@ -171,4 +172,14 @@ def _check_finite(step: int, loss: float, norm: float) -> None:
         raise Diverged(
             f"step {step}: {what}, so nothing more can be learned, and nothing was saved; try a smaller --lr, a longer "
             "--warmup, or --dtype float32"
+        )
+
+
+def _check_evaluation(step: int, loss: float) -> None:
+    """Said at once: the best of numbers among which one is none cannot be told, and run.json cannot hold it."""
+    if not math.isfinite(loss):
+        where = "before the first step" if step == 0 else f"after step {step}"
+        raise Diverged(
+            f"{where}: the loss on the evaluation rows is {loss}, so no training can be judged by it, and nothing was "
+            "saved; try --dtype float32, or look for the row by evaluating halves of the file"
         )
