@@ -43,7 +43,7 @@ FUZZ ?= 30
 fuzz: .venv/.dev         ## damaged files for FUZZ minutes, to the readers, to merging, and as bytes; what breaks is kept
 	-$(PIP) -e '.[fuzz]'
 	for target in readers fuzz byte_formats; do \
-	  $(BIN)/python tests/hostile/$$target.py --minutes $$(($(FUZZ) / 3)) --seed $$(date +%s) || exit 1; done
+	  $(BIN)/python tests/hostile/$$target.py --minutes $$((($(FUZZ) + 2) / 3)) --seed $$(date +%s) || exit 1; done
 
 bench: .venv/.dev        ## the training step beside its peers and its floor (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/training_step.py --out benchmarks/results/training_step.json

@@ -16,7 +16,6 @@ Memory figures are the bytes that autograd keeps for backward beyond the floor's
 
 import argparse
 import os
-import statistics
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,10 @@ from common import (
     conditions,
     floor_job,
     keep,
-    ratios,
-    take_turns,
     token_ids,
     training_job,
 )
-from training_step import adapted, kept_bytes
+from training_step import adapted, measured
 
 import lowrank
 
@@ -60,23 +57,10 @@ def job_of(name: str, scheme: str, shape: str, dtype: torch.dtype, ids: torch.Te
 
 def compare(shape: str, dtype: str, scheme: str, options: argparse.Namespace) -> dict[str, Any]:
     """One line of the table."""
-    ids, clock = token_ids(shape, options.device), clock_for(options.threads, options.device)
+    ids = token_ids(shape, options.device)
     jobs = {name: job_of(name, scheme, shape, DTYPES[dtype], ids) for name in options.jobs}
-    memory = {name: kept_bytes(step) for name, step in jobs.items()}
-    seconds = take_turns(jobs, options.runs, clock)
-    line = {
-        "shape": shape,
-        "dtype": dtype,
-        "scheme": scheme,
-        "clock": clock.__name__,
-        "floor_s": round(statistics.median(seconds["floor"]), 4),
-        "over_floor": ratios(seconds, "floor"),
-        "kept_MB_beyond_floor": {n: round((b - memory["floor"]) / 1e6, 2) for n, b in memory.items() if n != "floor"},
-        "runs_s": {name: [round(s, 4) for s in runs] for name, runs in seconds.items()},
-    }
-    told = ", ".join(f"{name} {ratio:.3f}" for name, ratio in line["over_floor"].items())
-    print(f"{shape} {dtype} {scheme}: floor {line['floor_s']:.3f} s; {told}; kept {line['kept_MB_beyond_floor']}")
-    return line
+    what = {"shape": shape, "dtype": dtype, "scheme": scheme}
+    return measured(what, jobs, options.runs, clock_for(options.threads, options.device))
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ import argparse
 import os
 import statistics
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,11 @@ def kept_bytes(step: Job) -> int:
     return sum(kept.values())
 
 
-def compare(shape: str, dtype: str, targets: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One line of the table."""
-    ids = token_ids(shape, options.device)
-    clock = clock_for(options.threads, options.device)
-    names = [name for name in options.jobs if not (options.dropout and name == "unsloth")]  # it has no dropout
-    jobs = {name: job_of(name, shape, DTYPES[dtype], TARGETS[targets], ids, options.dropout) for name in names}
+def measured(what: dict[str, Any], jobs: dict[str, Job], runs: int, clock: Callable[[], float]) -> dict[str, Any]:
+    """The jobs by turns, as one line of a table: `what` was measured, printed too."""
     memory = {name: kept_bytes(step) for name, step in jobs.items()}
-    seconds = take_turns(jobs, options.runs, clock)
-    line = {
-        "shape": shape,
-        "dtype": dtype,
-        "targets": targets,
-        "dropout": options.dropout,
+    seconds = take_turns(jobs, runs, clock)
+    line = what | {
         "clock": clock.__name__,
         "floor_s": round(statistics.median(seconds["floor"]), 4),
         "over_floor": ratios(seconds, "floor"),
@@ -123,8 +116,18 @@ def compare(shape: str, dtype: str, targets: str, options: argparse.Namespace) -
         "runs_s": {name: [round(s, 4) for s in runs] for name, runs in seconds.items()},
     }
     told = ", ".join(f"{name} {ratio:.3f}" for name, ratio in line["over_floor"].items())
-    print(f"{shape} {dtype} {targets}: floor {line['floor_s']:.3f} s; {told}; kept {line['kept_MB_beyond_floor']}")
+    named = " ".join(str(value) for value in what.values() if isinstance(value, str))
+    print(f"{named}: floor {line['floor_s']:.3f} s; {told}; kept {line['kept_MB_beyond_floor']}")
     return line
+
+
+def compare(shape: str, dtype: str, targets: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One line of the table."""
+    ids = token_ids(shape, options.device)
+    names = [name for name in options.jobs if not (options.dropout and name == "unsloth")]  # it has no dropout
+    jobs = {name: job_of(name, shape, DTYPES[dtype], TARGETS[targets], ids, options.dropout) for name in names}
+    what = {"shape": shape, "dtype": dtype, "targets": targets, "dropout": options.dropout}
+    return measured(what, jobs, options.runs, clock_for(options.threads, options.device))
 
 
 def main() -> None:

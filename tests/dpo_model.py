@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train_models import WORDS
+from train_models import llama_config
 
 RANK, BETA = 3, 0.25
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -28,21 +28,9 @@ def wave(shape: Sequence[int], name: str, height: float = 0.3) -> Tensor:
 
 def plain_model() -> Any:
     """A Llama of two layers whose weights are waves."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(llama_config(max_position_embeddings=64, pad_token_id=0))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

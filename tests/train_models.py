@@ -33,24 +33,30 @@ def tokenizer(bos: bool = True, eos: bool = True, pad: bool = False) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, model_input_names=["input_ids", "attention_mask"], **names)
 
 
-def save_llama(folder: Path, seed: int = 0, positions: int = 64) -> Path:
-    """A random Llama of two layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(**more: Any) -> Any:
+    """Of a Llama of two layers over these words."""
+    from transformers import LlamaConfig
 
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(WORDS),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=positions,
-        initializer_range=0.3,  # a frozen head as small as usual could not say anything with certainty
         bos_token_id=1,
         eos_token_id=2,
+        **more,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def save_llama(folder: Path, seed: int = 0, positions: int = 64) -> Path:
+    """A random Llama of two layers."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    # a frozen head as small as usual could not say anything with certainty
+    LlamaForCausalLM(llama_config(max_position_embeddings=positions, initializer_range=0.3)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

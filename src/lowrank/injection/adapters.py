@@ -13,7 +13,7 @@ from lowrank.injection.rounds import remove_rounds
 from lowrank.injection.saving import remove_saving
 from lowrank.injection.state import ATTRIBUTE, check_unfolded, find_state, require_adapter, require_state
 from lowrank.injection.traversal import base_modules
-from lowrank.layers.base import LoraLayer, restore
+from lowrank.layers.base import LoraLayer, let_go
 from lowrank.layers.overrides import BASE, override_tensors, remove_override, select_override
 
 
@@ -118,9 +118,7 @@ def drop(model: nn.Module, names: Iterable[str]) -> None:
             for name in gone:
                 remove_override(module, name)
             if isinstance(module, LoraLayer):
-                module.remove_factors(gone)
-                if not module.adapter_names:
-                    restore(module)
+                let_go(module, gone)
         state.configs = {name: config for name, config in state.configs.items() if name not in gone}
         state.active = tuple(name for name in state.active if name not in gone)
         state.trained = tuple(name for name in state.trained if name not in gone)

@@ -222,6 +222,13 @@ def restore(layer: LoraLayer) -> nn.Module:
     return module
 
 
+def let_go(layer: LoraLayer, adapters: Collection[str]) -> None:
+    """In place: forget the factors of `adapters`; a layer that has no others is the plain module again."""
+    layer.remove_factors(adapters)
+    if not layer.adapter_names:
+        restore(layer)
+
+
 def dimensions(mixin: type[LoraLayer], module: nn.Module) -> tuple[int, int]:
     """(d, k) of the module's W0."""
     shape = frozen_shape(module)

@@ -16,7 +16,7 @@ from lowrank.injection.state import AdapterState, check_unfolded, require_adapte
 from lowrank.injection.targets import named_targets
 from lowrank.injection.tied import part_tied_weights, shared_weights
 from lowrank.injection.traversal import base_modules
-from lowrank.layers.base import LoraLayer, restore
+from lowrank.layers.base import LoraLayer, let_go
 from lowrank.layers.overrides import keep_override
 from lowrank.layers.quantised import LoraQuantised
 from lowrank.merge.disk.report import survival_warnings
@@ -200,9 +200,7 @@ def _fold(layer: LoraLayer, names: tuple[str, ...], untie: bool, plain: torch.dt
         layer.weight = nn.Parameter(merged_weight, requires_grad=layer.base_weight.requires_grad)
     else:
         layer.base_weight.data = merged_weight
-    layer.remove_factors(names)
-    if not layer.adapter_names:
-        restore(layer)
+    let_go(layer, names)
     return left
 
 

@@ -12,7 +12,7 @@ from lowrank.core.stored import Stored, requantise
 from lowrank.core.stored.of_module import is_stored, stored_weight
 from lowrank.errors import ConfigError, MergeError
 from lowrank.injection.traversal import base_modules
-from lowrank.layers.base import LoraLayer, restore
+from lowrank.layers.base import LoraLayer, let_go
 from lowrank.layers.plain import become_linear, put_stored
 from lowrank.layers.quantised import LoraQuantised
 from lowrank.merge.survival import surviving
@@ -45,9 +45,7 @@ def fold_plain(layer: LoraQuantised, names: tuple[str, ...], dtype: torch.dtype)
     """In place: a plain layer with W0 + Σ ΔW, W0 as training saw it, rounded once. Returns ΔW's share left."""
     weight = layer.merged_weight(names, dtype)
     left = surviving(layer, names, weight)
-    layer.remove_factors(names)
-    if not layer.adapter_names:
-        restore(layer)
+    let_go(layer, names)
     become_linear(layer, weight)
     return left
 
@@ -56,9 +54,7 @@ def fold_plain(layer: LoraQuantised, names: tuple[str, ...], dtype: torch.dtype)
 def fold_requantised(layer: LoraQuantised, names: tuple[str, ...]) -> float:
     """In place: the layer's own form of W0 + Σ ΔW. Returns ΔW's share left."""
     left, stored = requantised(layer, names)
-    layer.remove_factors(names)
-    if not layer.adapter_names:
-        restore(layer)
+    let_go(layer, names)
     put_stored(layer, stored)
     return left
 

@@ -11,8 +11,24 @@ from lowrank.core.stored.base import Stored
 PER_127 = 7.874015718698502e-3  # as bitsandbytes writes 1/127
 
 
+class Numbers(Stored):
+    """numbers: (d, k), one for each of W0's."""
+
+    numbers: Tensor
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """(d, k)."""
+        return self.numbers.shape
+
+    @property
+    def held(self) -> Tensor:
+        """The small numbers."""
+        return self.numbers
+
+
 @dataclass(frozen=True, eq=False)
-class Int8Rows(Stored):
+class Int8Rows(Numbers):
     """bitsandbytes' LLM.int8() weight: numbers (d, k) int8, absmax (d,) of every row; W0 = numbers·absmax/127.
 
     The activations are not rounded to eight bits here, as bitsandbytes' own layer does.
@@ -22,16 +38,6 @@ class Int8Rows(Stored):
     numbers: Tensor
     absmax: Tensor
     dtype: torch.dtype = torch.float32
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """(d, k)."""
-        return self.numbers.shape
-
-    @property
-    def held(self) -> Tensor:
-        """The int8 numbers."""
-        return self.numbers
 
     @property
     def form(self) -> str:
@@ -45,7 +51,7 @@ class Int8Rows(Stored):
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled(Stored):
+class Scaled(Numbers):
     """W0 = numbers·scale: numbers (d, k) int8 or FP8; scales (⌈d/rows⌉, ⌈k/columns⌉), one for each block.
 
     block: (rows, columns) that share a scale; (1, k) is a scale for a channel, (d, k) one for the tensor. The product
@@ -58,16 +64,6 @@ class Scaled(Stored):
     block: tuple[int, int]
     dtype: torch.dtype
     zero: Tensor | None = None
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """(d, k)."""
-        return self.numbers.shape
-
-    @property
-    def held(self) -> Tensor:
-        """The small numbers."""
-        return self.numbers
 
     def rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """W0[rows]."""
