@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank.functional import lora_linear
-from lowrank.kernels import onednn, processor, reference
+from lowrank.kernels import onednn, processor, products, reference
 from lowrank.kernels.fused import fused_linear, reason_against
 from lowrank.kernels.order import accumulates, choose_order
 from lowrank.kernels.processor import has_matrix_tiles
@@ -139,6 +139,21 @@ def test_projections_of_one_input_share_its_gradient():
         return torch.autograd.grad(loss, leaf)
 
     assert_same(*both_ways(run))
+
+
+@pytest.mark.parametrize(("tokens", "columns", "dealt"), [(600, 256, True), (600, 250, False), (511, 256, False)])
+def test_a_gradient_dealt_out_to_two_threads_is_the_product(monkeypatch, tokens, columns, dealt):
+    """Sᵀ·Y in blocks of Y's columns, also of a Y that is a part of something wider."""
+    monkeypatch.setattr(products, "has_avx2_alone", lambda: True)
+    monkeypatch.setattr(onednn, "serves", lambda *_: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    s, y = torch.randn(tokens, 5), torch.randn(tokens, columns + 3)[:, :columns]
+    batches = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *operands: batches.append(operands) or bmm(*operands))
+    got = products.weight_gradient(s, y)
+    assert got.shape == (5, columns) and bool(batches) == dealt
+    assert relative(got, s.double().t() @ y.double()) < 1e-6
 
 
 def test_one_sum_serves_all_projections(monkeypatch):

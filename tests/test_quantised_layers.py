@@ -105,6 +105,12 @@ def test_several_adapters_add_and_disabled_is_the_base(scheme):
     torch.testing.assert_close(layer(x), F.linear(x, weight + sum(changes), layer[0].bias))
     with lowrank.disabled(layer):
         assert torch.equal(layer(x), base)
+        mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        answer, wanted = layer(mine), F.linear(theirs, weight, layer[0].bias)
+        torch.testing.assert_close(answer, wanted)
+        answer.square().sum().backward()
+        wanted.square().sum().backward()
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
