@@ -164,11 +164,32 @@ def test_two_at_once_keep_one_file(tmp_path, cache):
     assert all(plain(one.examples) == plain(data.examples) for one in found)
 
 
+def half_written(cache):
+    """What a process that is no more left there."""
+    left = cache / f".key{place.ENDING}.ab12.{os.getpid()}-00000000.tmp"  # its number is ours now, its token is not
+    left.write_bytes(b"killed")
+    return left
+
+
+def test_what_a_killed_training_left_is_swept_by_the_next_one(tmp_path, cache):
+    read(write_jsonl(tmp_path / "a.jsonl", completion_rows(3)))
+    left = half_written(cache)
+    read(write_jsonl(tmp_path / "b.jsonl", completion_rows(4)))
+    assert not left.exists() and len(kept(cache)) == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
+def test_nobody_else_may_read_what_is_kept(tmp_path, cache):
+    read(write_jsonl(tmp_path / "a.jsonl", completion_rows(3)))
+    (name,) = kept(cache)
+    assert (cache / name).stat().st_mode & 0o077 == 0 and cache.stat().st_mode & 0o077 == 0
+
+
 def test_clear_deletes_what_is_ours_and_running_readers_go_on(tmp_path, cache):
     file = write_jsonl(tmp_path / "a.jsonl", completion_rows(3))
     data = read(file)
     (cache / "other").write_text("not ours")
-    (cache / f"key{place.ENDING}.xyz{place.UNFINISHED}").write_bytes(b"killed")
+    half_written(cache)
     files, size = clear()
     assert (files, kept(cache)) == (2, ["other"]) and size > 6
     assert list(data.rows) == read(file, cache=False).rows

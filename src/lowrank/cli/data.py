@@ -15,7 +15,8 @@ command = App(
   lowrank data show --model nano --data demo-out/data/train.jsonl
 
 Chats in a folder, the last answer of each trained, as a page:
-  lowrank data show --model llama/ --data chats/ --train-on last --rows 10 --html rows.html""",
+  lowrank data show --model llama/ --data chats/ --train-on last \\
+      --rows 10 --html rows.html""",
 )
 
 

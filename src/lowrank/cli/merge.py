@@ -67,8 +67,7 @@ def merge(
     threads
         Threads to merge with, 16 at most; as many as cores where not given
     onto
-        Of a quantised base: 16bit (plain weights, as training saw them), quantised (its own form again, refused where
-        that loses the change), original (--model is the unquantised model instead)
+        Of a quantised base: 16bit (plain weights), quantised (its own form again), original (--model is unquantised)
     anyway
         Merge onto quantised though less than half of the change survives
     allow_pickle

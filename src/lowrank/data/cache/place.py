@@ -4,9 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+from lowrank.checkpoint.temporaries import leftovers
 from lowrank.errors import OutputError
 
-ENDING, UNFINISHED = ".lowrank-data", ".part"
+ENDING = ".lowrank-data"
 
 
 def root() -> Path:
@@ -20,11 +21,15 @@ def root() -> Path:
 
 
 def clear() -> tuple[int, int]:
-    """Delete what the cache holds, and nothing else: (files, bytes). Trainings that read it now go on undisturbed."""
+    """Delete what the cache holds, and nothing else: (files, bytes). Trainings that read it now go on undisturbed.
+
+    What killed ones left half written is deleted too.
+    """
     files, size = 0, 0
     folder = root()
-    for file in sorted(folder.glob(f"*{ENDING}*")) if folder.is_dir() else []:
-        if not file.is_file() or not file.name.endswith((ENDING, UNFINISHED)):
+    kept = sorted(folder.glob(f"*{ENDING}")) if folder.is_dir() else []
+    for file in [*kept, *leftovers(folder)]:
+        if not file.is_file():
             continue
         try:
             freed = file.stat().st_size

@@ -6,17 +6,17 @@ short, or in which a bit has changed, is as good as none: what it held is made a
 
 import json
 import os
+import secrets
 import struct
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.cache.place import ENDING, UNFINISHED, root
+from lowrank.checkpoint.temporaries import delete, sweep, temporary
+from lowrank.data.cache.place import ENDING, root
 from lowrank.errors import LowrankWarning
 
 TRAILER = struct.Struct("<QQI8s")  # bytes of the stream, bytes of the header, CRC-32 of both, the mark
@@ -55,19 +55,24 @@ def put(key: str, header: Mapping[str, Any], schema: Any, batches: Iterator[Any]
     folder = root()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(prefix=f"{key}{ENDING}.", suffix=UNFINISHED, dir=folder)
+        sweep(folder)
+        beside = temporary(folder / f"{key}{ENDING}.{secrets.token_hex(4)}")  # threads may write one key at once
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(beside, "xb", opener=_own) as file:
                 _write(file, header, schema, batches)
-            os.replace(name, folder / f"{key}{ENDING}")
+            os.replace(beside, folder / f"{key}{ENDING}")
         except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
+            delete(beside)
             raise
     except OSError as error:
         _say(folder, error)
         return None
     return get(key)
+
+
+def _own(path: str, flags: int) -> int:
+    """Opened for nobody but the user: rows may be private."""
+    return os.open(path, flags, 0o600)
 
 
 class _Summed:
