@@ -298,7 +298,7 @@ def test_an_empty_folder_is_taken(base: Path, adapter: Path, tmp_path: Path) -> 
 def test_too_little_room(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=2**24)
     monkeypatch.setattr(outputs.shutil, "disk_usage", lambda _: usage)
-    refused(OutputError, "needs 0.00 GB and the disk .* has 0.02 GB free", base, adapter, tmp_path / "out")
+    refused(OutputError, r"needs 16\.8 MB, .* the disk .* has 16\.8 MB free", base, adapter, tmp_path / "out")
 
 
 def test_a_disk_that_is_full_after_all(adapter: Path, tmp_path: Path) -> None:

@@ -127,6 +127,6 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed + SPARE > free:
         raise OutputError(
-            f"the result needs {needed / 1e9:.2f} GB and the disk of {folder} has {free / 1e9:.2f} GB free: make room, "
-            "or give a place on another disk"
+            f"the result needs {(needed + SPARE) / 1e6:,.1f} MB, some to spare included, and the disk of {folder} has "
+            f"{free / 1e6:,.1f} MB free: make room, or give a place on another disk"
         )
