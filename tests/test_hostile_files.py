@@ -203,6 +203,7 @@ def test_blocks_of_rows():
         with pytest.raises(ValueError, match="means no rows"):
             RowBlock(*numbers)
     assert are_disjoint((RowBlock(0, 4), RowBlock(4, 4)), 8)
+    assert are_disjoint((RowBlock(0, 4, 10**30), RowBlock(4, 4, -1)), 8)  # the stride of a single run means nothing
     assert are_disjoint((RowBlock(0, 2, 4, 2), RowBlock(2, 2, 4, 2)), 8)
     assert not are_disjoint((RowBlock(0, 4), RowBlock(3, 4)), 8)
     assert not are_disjoint((RowBlock(0, 4), RowBlock(4, 5)), 8)

@@ -40,7 +40,8 @@ class RowBlock:
 
     def indices(self) -> Tensor:
         """The row numbers, ascending within each run: (size,)."""
-        runs = torch.arange(self.count).unsqueeze(1) * self.stride + self.start
+        stride = self.stride if self.count > 1 else 0  # that of a single run says nothing, and nothing has checked it
+        runs = torch.arange(self.count).unsqueeze(1) * stride + self.start
         return (runs + torch.arange(self.width)).flatten()
 
 
