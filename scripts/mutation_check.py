@@ -113,7 +113,7 @@ MUTATIONS: dict[str, Mutation] = {
     "factors: start factors added": Mutation(
         "core/factors.py", "-self.full_b(self.start_b)", "self.full_b(self.start_b)", ANSWERS
     ),
-    "rows: start ignored": Mutation("core/rows.py", " * self.stride + self.start", " * self.stride", ANSWERS),
+    "rows: start ignored": Mutation("core/rows.py", " * stride + self.start", " * stride", ANSWERS),
     "scaling: rslora as lora": Mutation(
         "core/scaling.py", "alpha / math.sqrt(rank) if rslora", "alpha / rank if rslora", ANSWERS
     ),
@@ -188,6 +188,10 @@ MUTATIONS: dict[str, Mutation] = {
     "fused: no empty answer for a block computed again": Mutation(
         "kernels/fused.py", "= [] if are_saved_tensors_watched() else None", "= None", CHECKPOINTING
     ),
+    "dB: blocks of columns in another order": Mutation(
+        "kernels/products.py", ".reshape(s.shape[1], -1)", ".flip(1).reshape(s.shape[1], -1)", "test_kernels.py"
+    ),
+    "few rows: dropout without its mask": Mutation("kernels/fused.py", "x.to(wide) * mask.numbers(x.shape)", "x", FEW),
     "few rows: no scale": Mutation("kernels/fused.py", "a.to(wide)) * scale", "a.to(wide))", FEW),
     "few rows: never": Mutation("kernels/fused.py", "few_rows(x) and not isinstance", "False and not isinstance", FEW),
     "dropout: what is kept not scaled": Mutation("kernels/fused.py", "scale /= mask.kept", "pass", DROPOUT),
