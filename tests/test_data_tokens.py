@@ -1,9 +1,11 @@
 """Which tokens are trained, token by token; padding; the order of rows."""
 
+from itertools import islice
+
 import pytest
 import torch
 
-from lowrank.data.batches import collate, endless_batches, epoch_order
+from lowrank.data.batches import batches_from, collate, epoch_order
 from lowrank.data.dataset import Dataset
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import Row
@@ -140,25 +142,35 @@ def test_padding_is_masked_and_not_trained():
     assert batch.tokens == 15
 
 
-def test_an_epoch_has_every_row_once_in_a_seeded_order():
-    lengths = [(7 * i) % 31 for i in range(31)]
-    for by_length in (False, True):
-        batches = epoch_order(lengths, 3, seed=1, epoch=0, by_length=by_length)
-        assert sorted(i for batch in batches for i in batch) == list(range(31))
-        assert sorted(map(len, batches)) == [1] + [3] * 10
-        assert epoch_order(lengths, 3, seed=1, epoch=0, by_length=by_length) == batches
-        assert epoch_order(lengths, 3, seed=1, epoch=1, by_length=by_length) != batches
-        assert epoch_order(lengths, 3, seed=2, epoch=0, by_length=by_length) != batches
+LENGTHS = [(7 * i) % 31 for i in range(31)]
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["any", "by length"])
+def test_an_epoch_has_every_row_once_in_a_seeded_order(lengths):
+    batches = epoch_order(31, 3, seed=1, epoch=0, lengths=lengths)
+    assert sorted(i for batch in batches for i in batch) == list(range(31))
+    assert sorted(map(len, batches)) == [1] + [3] * 10
+    assert epoch_order(31, 3, seed=1, epoch=0, lengths=lengths) == batches
+    assert epoch_order(31, 3, seed=1, epoch=1, lengths=lengths) != batches
+    assert epoch_order(31, 3, seed=2, epoch=0, lengths=lengths) != batches
 
 
 def test_rows_of_like_length_are_together():
-    lengths = list(range(60))
-    spread = [max(b) - min(b) for b in epoch_order(lengths, 6, seed=0, epoch=0, by_length=True)]
+    spread = [max(b) - min(b) for b in epoch_order(60, 6, seed=0, epoch=0, lengths=list(range(60)))]
     assert spread == [5] * 10
 
 
 def test_batches_go_on_after_an_epoch():
-    batches = endless_batches([1, 2, 3], 2, seed=0, by_length=False)
+    batches = batches_from(0, 3, 2, seed=0)
     first = [next(batches) for _ in range(4)]
     assert sorted(i for batch in first[:2] for i in batch) == [0, 1, 2]
     assert sorted(i for batch in first[2:] for i in batch) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["any", "by length"])
+def test_batches_from_a_step_on_are_those_of_the_whole_order(lengths):
+    every = list(islice(batches_from(0, 31, 3, 5, lengths), 40))
+    for start in (1, 10, 11, 12, 25):
+        assert list(islice(batches_from(start, 31, 3, 5, lengths), 40 - start)) == every[start:]
+    far = next(batches_from(11 * 10**9, 31, 3, 5, lengths))  # no earlier epoch is ordered for it
+    assert far == epoch_order(31, 3, 5, 10**9, lengths)[0]

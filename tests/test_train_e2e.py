@@ -69,7 +69,7 @@ def by_peft(asked):
     before = score(model, held_out, measure, ROWS).loss
     adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     model.train()
-    for step, batch in enumerate(epoch_order([len(e.ids) for e in rows], ROWS, 0, 0, False)[:STEPS]):
+    for step, batch in enumerate(epoch_order(len(rows), ROWS, 0, 0)[:STEPS]):
         together = measure.collate([rows[i] for i in batch])
         loss = model(**together.inputs, labels=together.labels).loss
         adamw.zero_grad()

@@ -17,8 +17,8 @@ from lowrank.train.evaluation import Scores
 from lowrank.train.evaluator import EvalResult
 from lowrank.train.reporting import Progress as StepProgress
 from lowrank.train.reporting import Reporter
+from lowrank.train.result import TrainResult
 from lowrank.train.settings import EvalSettings, TrainSettings
-from lowrank.train.trainer import TrainResult
 
 SHARES = ("accuracy", "exact_match")
 

@@ -60,20 +60,27 @@ def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def epoch_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, by_length: bool) -> list[Sequence[int]]:
-    """The batches of one pass over the rows: a shuffle that depends on seed and epoch alone, and can be redone."""
+def epoch_order(
+    rows: int, batch_size: int, seed: int, epoch: int, lengths: Sequence[int] | None = None
+) -> list[Sequence[int]]:
+    """The batches of one pass over the rows: a shuffle that depends on seed and epoch alone, and can be redone.
+
+    lengths: of the rows, where those of like length are to go together.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    if not by_length:
+    order = torch.randperm(rows, generator=generator).tolist()
+    if lengths is None:
         return chunks(order, batch_size)
     windows = chunks(order, WINDOW * batch_size)
     batches = [b for w in windows for b in chunks(sorted(w, key=lengths.__getitem__), batch_size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def endless_batches(lengths: Sequence[int], batch_size: int, seed: int, by_length: bool) -> Iterator[Sequence[int]]:
-    """Batch after batch, epoch after epoch."""
-    epoch = 0
+def batches_from(
+    start: int, rows: int, batch_size: int, seed: int, lengths: Sequence[int] | None = None
+) -> Iterator[Sequence[int]]:
+    """Batch after batch, epoch after epoch, from the batch number `start` on: no earlier epoch is ordered for it."""
+    epoch, done = divmod(start, -(-rows // batch_size))
     while True:
-        yield from epoch_order(lengths, batch_size, seed, epoch, by_length)
-        epoch += 1
+        yield from epoch_order(rows, batch_size, seed, epoch, lengths)[done:]
+        epoch, done = epoch + 1, 0

@@ -20,11 +20,13 @@ from lowrank.merge.memory import merge_and_unload, unload
 from lowrank.nano import Row, model_path, rows
 from lowrank.stages import stage
 from lowrank.study.matrices import Matrices, look_at
+from lowrank.train.adapting import lora_config
 from lowrank.train.models import load_causal, load_tokenizer, quiet
 from lowrank.train.reporting import Reporter
 from lowrank.train.run_folder import save_whole
 from lowrank.train.settings import TrainSettings
-from lowrank.train.trainer import lora_config, run, seeded
+from lowrank.train.state.randomness import seeded
+from lowrank.train.trainer import run
 
 TRAIN_ROWS, TEST_ROWS, SHOWN = 6000, 200, 3
 SETTINGS = {

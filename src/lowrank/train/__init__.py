@@ -10,15 +10,16 @@ if TYPE_CHECKING:
     from lowrank.train.evaluation import Scores
     from lowrank.train.evaluator import EvalResult, evaluate
     from lowrank.train.generation import generate
+    from lowrank.train.result import TrainResult
     from lowrank.train.settings import EvalSettings, GenerateSettings, TrainSettings
-    from lowrank.train.trainer import TrainResult, run
+    from lowrank.train.trainer import run
 
 _HOMES = {
     "EvalResult": "lowrank.train.evaluator",
     "EvalSettings": "lowrank.train.settings",
     "GenerateSettings": "lowrank.train.settings",
     "Scores": "lowrank.train.evaluation",
-    "TrainResult": "lowrank.train.trainer",
+    "TrainResult": "lowrank.train.result",
     "TrainSettings": "lowrank.train.settings",
     "evaluate": "lowrank.train.evaluator",
     "generate": "lowrank.train.generation",

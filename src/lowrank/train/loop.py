@@ -6,50 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lowrank.data.batches import chunks, endless_batches
+from lowrank.data.batches import batches_from, chunks
 from lowrank.data.tokens import Example
 from lowrank.errors import Diverged, LowrankError
 from lowrank.injection.dead import complaint, without_gradient
 from lowrank.stages import stage
-from lowrank.train.evaluation import Measure, Scores, score
+from lowrank.train.evaluation import Measure, score
+from lowrank.train.loop_state import Interval, LoopState
 from lowrank.train.optimiser import Optimiser
 from lowrank.train.processes import summed
 from lowrank.train.reporting import Progress, Reporter
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import LoopSettings, StepSettings
-
-
-@dataclass(slots=True)
-class LoopState:
-    """All that a step changes beside the weights and torch's random state.
-
-    step: how many were taken; trained, tokens: what was trained and read so far; evaluations: (step, scores) in order;
-    best_weights: copies of the trained tensors at the best evaluation, where those are to be kept.
-    """
-
-    optimiser: Optimiser
-    step: int = 0
-    trained: int = 0
-    tokens: int = 0
-    evaluations: list[tuple[int, Scores]] = field(default_factory=list)
-    best_weights: list[Tensor] | None = None
-
-    @property
-    def best(self) -> tuple[int, Scores] | None:
-        """The evaluation with the least loss, the first of equals."""
-        return min(self.evaluations, key=lambda found: found[1].loss, default=None)
-
-
-@dataclass(slots=True)
-class Interval:
-    """What happened since the last report. total: summed loss; seconds: in steps, evaluations apart."""
-
-    total: float = 0.0
-    trained: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 def steps_of(settings: StepSettings, rows: int) -> int:
@@ -84,32 +54,29 @@ class Loop:
         step, where the loss, the gradient or an evaluation is not finite, and LowrankError, before the first step is
         taken, where no gradient reaches an adapter.
         """
-        state, settings = self.state, self.settings
-        eval_every = settings.eval_every or math.ceil(self.steps / 5)
-        interval = Interval()
-        self._evaluate()
+        state = self.state
+        self._evaluate_where_due()  # before the first step; or what a run that goes on had not come to
         self.model.train()
         for rows in self._batches():
             stage("training", state.step, self.steps)
-            rate = self._step(rows, interval)
+            rate = self._step(rows)
             self.reporter.stepped(state.step)
-            if state.step % settings.log_every == 0 or state.step == self.steps:
-                self._report(interval, rate)
-                interval = Interval()
-            if state.step % eval_every == 0 or state.step == self.steps:
-                self._evaluate()
+            if state.step % self.settings.log_every == 0 or state.step == self.steps:
+                self._report(rate)
+            self._evaluate_where_due()
         self.model.eval()
         self._restore_best()
         return state
 
     def _batches(self) -> Iterator[list[Example]]:
-        lengths = [len(example.ids) for example in self.examples]
-        settings = self.settings
-        batches = endless_batches(lengths, settings.batch_size, settings.seed, settings.group_by_length)
-        for _ in range(self.steps):
-            yield [self.examples[i] for i in next(batches)]
+        """Those of the steps that are left."""
+        settings, rows = self.settings, self.examples
+        lengths = [len(example.ids) for example in rows] if settings.group_by_length else None
+        order = batches_from(self.state.step, len(rows), settings.batch_size, settings.seed, lengths)
+        for _ in range(self.state.step, self.steps):
+            yield [rows[i] for i in next(order)]
 
-    def _step(self, rows: Sequence[Example], interval: Interval) -> float:
+    def _step(self, rows: Sequence[Example]) -> float:
         """One step; returns the learning rate it was taken at."""
         began = time.monotonic()
         settings, state = self.settings, self.state
@@ -124,6 +91,7 @@ class Loop:
         read = sum(len(example.ids) for example in rows)
         state.trained += count
         state.tokens += read
+        interval = state.interval
         interval.total += total
         interval.trained += count
         interval.tokens += read
@@ -143,14 +111,20 @@ class Loop:
             totals.append(loss.total.detach())
         return float(torch.stack(totals).sum())
 
-    def _report(self, interval: Interval, rate: float) -> None:
+    def _report(self, rate: float) -> None:
+        interval, self.state.interval = self.state.interval, Interval()
         speed = interval.tokens / max(interval.seconds, 1e-9)
         mean = interval.total / interval.trained
         self.reporter.progressed(Progress(self.state.step, mean, rate, speed, self.state.trained))
 
+    def _evaluate_where_due(self) -> None:
+        state = self.state
+        every = self.settings.eval_every or math.ceil(self.steps / 5)
+        due = state.step % every == 0 or state.step == self.steps
+        if self.held_out and due and not state.evaluated:
+            self._evaluate()
+
     def _evaluate(self) -> None:
-        if not self.held_out:
-            return
         settings, state = self.settings, self.state
         scores = score(self.model, self.held_out, self.measure, settings.micro_batch or settings.batch_size)
         _check_evaluation(state.step, scores.loss)

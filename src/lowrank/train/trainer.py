@@ -1,57 +1,36 @@
 """One run from settings to a saved adapter: check, read, load, inject, train, save."""
 
 import os
-import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from lowrank import __version__
 from lowrank.checkpoint import save_adapter
 from lowrank.checkpoint.outputs import Inputs, check_room, claimed
 from lowrank.data.dataset import Dataset, read_dataset, split
-from lowrank.data.names import read_targets
-from lowrank.data.recipe import Recipe
 from lowrank.data.sources import TEST, VALID, has_part
 from lowrank.data.tokens import Encoded, encode
 from lowrank.errors import ConfigError, DataError, LowrankError
 from lowrank.hub import pinned
-from lowrank.injection.apply import inject
-from lowrank.injection.config import LoraConfig
+from lowrank.train.adapting import adapt, lora_config, watcher
 from lowrank.train.asked import check_kind
-from lowrank.train.evaluation import Measure, Scores
+from lowrank.train.evaluation import Measure
 from lowrank.train.loftq import LOFTQ, LoftqStarts
-from lowrank.train.loop import Loop, LoopState, steps_of
-from lowrank.train.models import checkpoint_activations, find_model
+from lowrank.train.loop import Loop, steps_of
+from lowrank.train.loop_state import LoopState
+from lowrank.train.models import find_model
 from lowrank.train.packing import packed
 from lowrank.train.recipes import labels_of, recipe_of
 from lowrank.train.reporting import Log, Reporter, Several
+from lowrank.train.result import TrainResult, record, result_of
 from lowrank.train.run_folder import LOG, begin, complete, new_run, save_whole
-from lowrank.train.settings import RunSettings, TargetSettings, TrainSettings
+from lowrank.train.settings import RunSettings, TrainSettings
+from lowrank.train.state.randomness import seeded
 from lowrank.train.summary import summarise
 from lowrank.train.task import Loaded, load
 
 LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how launchers say how many processes there are
-
-
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """What a run made. folder: where it is; before, after: the first and the last evaluation, None without any.
-
-    best: (step, scores) of the evaluation with the least loss.
-    """
-
-    folder: Path
-    steps: int
-    trained_tokens: int
-    before: Scores | None
-    after: Scores | None
-    best: tuple[int, Scores] | None
 
 
 def run(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResult:
@@ -76,11 +55,11 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
     labels = labels_of(base, rows)
     with seeded(settings.seed):
         starts = LoftqStarts() if settings.init == LOFTQ else None
-        loaded = load(base, rows.kind, labels, settings, settings.modules_to_save, _watcher(settings, starts))
+        loaded = load(base, rows.kind, labels, settings, settings.modules_to_save, watcher(settings, starts))
         recipe = recipe_of(settings, rows, labels, loaded)
         data = encode(rows, loaded.tokenizer, recipe)
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
-        adapted = _adapt(loaded, settings, starts)
+        adapted = adapt(loaded, settings, starts)
         measure = loaded.measure(rows.kind, recipe.beta, settings.metrics)
         if settings.pack:
             data, settings = packed(data, rows.kind, loaded, measure, recipe, settings)
@@ -92,8 +71,8 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
         listener = Several(Log(folder / LOG), reporter)
         listener.started(summarise(settings, loaded, adapted, measure, rows, data, evaluated, recipe, steps), steps)
         state = _train(loaded, measure, data, evaluated, settings, listener)
-    complete(folder, _record(recipe, state, loaded) | sources, lambda place: _save(loaded, settings, place))
-    return _result(Path(settings.out), state)
+    complete(folder, record(recipe, state, loaded) | sources, lambda place: _save(loaded, settings, place))
+    return result_of(Path(settings.out), state)
 
 
 def check_alone() -> None:
@@ -125,40 +104,6 @@ def _sources(settings: TrainSettings, base: Path, rows: Dataset, held_out: Datas
     return found
 
 
-def target_config(settings: TargetSettings) -> LoraConfig:
-    """The targets, rank and scale that the settings mean, and nothing of what is trained beside them."""
-    return LoraConfig(
-        r=settings.rank,
-        lora_alpha=2 * settings.rank if settings.alpha is None else settings.alpha,
-        target_modules=read_targets(settings.targets),
-        exclude_modules=settings.exclude or None,
-        layers_to_transform=settings.layers or None,
-        use_rslora=settings.rslora,
-    )
-
-
-def lora_config(settings: TrainSettings, heads: tuple[str, ...]) -> LoraConfig:
-    """The adapter the settings mean; a classifier's head is trained in full beside it."""
-    return replace(
-        target_config(settings),
-        lora_dropout=settings.dropout,
-        rank_pattern=settings.rank_pattern,
-        alpha_pattern=settings.alpha_pattern,
-        modules_to_save=tuple(dict.fromkeys((*settings.modules_to_save, *heads))),
-        bias=settings.bias,
-        use_dora=settings.dora,
-        init_lora_weights="gaussian" if settings.init == LOFTQ else settings.init,
-    )
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's random numbers start at the seed inside, and go on outside as if nothing had been."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
 def read_rows(settings: RunSettings) -> tuple[Dataset, Dataset | None]:
     """(rows to train on, rows to evaluate on: of --eval-data, held out, or the part of a folder that is for it)."""
     rows = read_dataset(settings.data, settings)
@@ -175,29 +120,6 @@ def read_rows(settings: RunSettings) -> tuple[Dataset, Dataset | None]:
     if settings.eval_split:
         rows, held_out = split(rows, settings.eval_split, settings.seed)
     return rows, held_out and held_out.spread(settings.eval_rows)
-
-
-def _watcher(settings: TrainSettings, starts: LoftqStarts | None) -> Callable[..., LoftqStarts | None]:
-    """What looks on while a model is quantised: the starts, once they know what will be adapted."""
-
-    def begin(model: nn.Module, heads: tuple[str, ...]) -> LoftqStarts | None:
-        if starts is not None:
-            starts.plan(model, lora_config(settings, heads))
-        return starts
-
-    return begin
-
-
-def _adapt(loaded: Loaded, settings: TrainSettings, starts: LoftqStarts | None) -> str:
-    """In place: choose what is trained. Returns it in words."""
-    model: Any = loaded.model
-    if settings.gradient_checkpointing:
-        checkpoint_activations(model)
-    if not settings.full:
-        done = inject(model, lora_config(settings, loaded.heads)).summary()
-        return done if starts is None else f"{done}; {starts.put(model)} layers start from what quantising took off"
-    model.requires_grad_(True)
-    return f"every weight: {sum(p.numel() for p in model.parameters()):,} trained parameters"
 
 
 def _train(
@@ -224,31 +146,3 @@ def _save(loaded: Loaded, settings: TrainSettings, folder: Path) -> None:
         save_whole(loaded.model, loaded.tokenizer, folder)
     else:
         save_adapter(loaded.model, folder)
-
-
-def _record(recipe: Recipe, state: LoopState, loaded: Loaded) -> dict[str, Any]:
-    return {
-        "recipe": recipe.as_json(),
-        "steps": state.step,
-        "tokens": state.tokens,
-        "trained_tokens": state.trained,
-        "evaluations": [
-            {"step": step, "loss": scores.loss, "tokens": scores.count, **scores.figures}
-            for step, scores in state.evaluations
-        ],
-        "best_step": state.best[0] if state.best else None,
-        "device": str(loaded.device),
-        "versions": {"lowrank": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-
-
-def _result(folder: Path, state: LoopState) -> TrainResult:
-    found = state.evaluations
-    return TrainResult(
-        folder=folder,
-        steps=state.step,
-        trained_tokens=state.trained,
-        before=found[0][1] if found else None,
-        after=found[-1][1] if found else None,
-        best=state.best,
-    )

@@ -18,8 +18,8 @@ from lowrank.train.evaluation import Scores, score
 from lowrank.train.loop import Loop, steps_of
 from lowrank.train.reporting import Reporter
 from lowrank.train.settings import LoopSettings, StepSettings
+from lowrank.train.state.randomness import seeded
 from lowrank.train.task import Loaded, load
-from lowrank.train.trainer import seeded
 
 FULL, FROZEN = "full", "frozen"
 

@@ -19,11 +19,12 @@ from lowrank.injection.plan import InjectionPlan, PlanEntry
 from lowrank.injection.planning import plan
 from lowrank.injection.quantise import require_plain
 from lowrank.study.rank.settings import GradientRankSettings
+from lowrank.train.adapting import target_config
 from lowrank.train.evaluation import Measure
 from lowrank.train.models import find_model
 from lowrank.train.recipes import labels_of, recipe_of
+from lowrank.train.state.randomness import seeded
 from lowrank.train.task import load
-from lowrank.train.trainer import seeded, target_config
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 

@@ -1,0 +1,64 @@
+"""What of a model is trained: the adapter that the settings mean, put into it, or every weight."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lowrank.data.names import read_targets
+from lowrank.injection.apply import inject
+from lowrank.injection.config import LoraConfig
+from lowrank.train.loftq import LOFTQ, LoftqStarts
+from lowrank.train.models import checkpoint_activations
+from lowrank.train.settings import TargetSettings, TrainSettings
+from lowrank.train.task import Loaded
+
+
+def target_config(settings: TargetSettings) -> LoraConfig:
+    """The targets, rank and scale that the settings mean, and nothing of what is trained beside them."""
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank if settings.alpha is None else settings.alpha,
+        target_modules=read_targets(settings.targets),
+        exclude_modules=settings.exclude or None,
+        layers_to_transform=settings.layers or None,
+        use_rslora=settings.rslora,
+    )
+
+
+def lora_config(settings: TrainSettings, heads: tuple[str, ...]) -> LoraConfig:
+    """The adapter the settings mean; a classifier's head is trained in full beside it."""
+    return replace(
+        target_config(settings),
+        lora_dropout=settings.dropout,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+        modules_to_save=tuple(dict.fromkeys((*settings.modules_to_save, *heads))),
+        bias=settings.bias,
+        use_dora=settings.dora,
+        init_lora_weights="gaussian" if settings.init == LOFTQ else settings.init,
+    )
+
+
+def watcher(settings: TrainSettings, starts: LoftqStarts | None) -> Callable[..., LoftqStarts | None]:
+    """What looks on while a model is quantised: the starts, once they know what will be adapted."""
+
+    def begin(model: nn.Module, heads: tuple[str, ...]) -> LoftqStarts | None:
+        if starts is not None:
+            starts.plan(model, lora_config(settings, heads))
+        return starts
+
+    return begin
+
+
+def adapt(loaded: Loaded, settings: TrainSettings, starts: LoftqStarts | None) -> str:
+    """In place: choose what is trained. Returns it in words."""
+    model: Any = loaded.model
+    if settings.gradient_checkpointing:
+        checkpoint_activations(model)
+    if not settings.full:
+        done = inject(model, lora_config(settings, loaded.heads)).summary()
+        return done if starts is None else f"{done}; {starts.put(model)} layers start from what quantising took off"
+    model.requires_grad_(True)
+    return f"every weight: {sum(p.numel() for p in model.parameters()):,} trained parameters"
