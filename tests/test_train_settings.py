@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from lowrank.data.names import read_targets, split_names
+from lowrank.data.names import read_targets, split_names, split_pairs
 from lowrank.errors import ConfigError
 from lowrank.train.config_file import resolve
 from lowrank.train.settings import AdapterSettings, EvalSettings, TrainSettings
@@ -131,3 +131,29 @@ def test_names_with_commas():
     assert split_names(("a,b", "c")) == ("a", "b", "c")
     assert split_names(None) == ()
     assert AdapterSettings(exclude="lm_head, x").exclude == ("lm_head", "x")
+
+
+@pytest.mark.parametrize(
+    ("given", "pairs"),
+    [
+        ("q=3", {"q": "3"}),
+        (" q_proj = 3 , layers.0.up_proj=2,", {"q_proj": "3", "layers.0.up_proj": "2"}),
+        (r"h\.[0,1]\.q{1,3}(?=x)=4,b=2", {r"h\.[0,1]\.q{1,3}(?=x)": "4", "b": "2"}),
+        ("", {}),
+        ({"model": {"layers": {"0": 3}, "x": 1}, "q": 2}, {"model.layers.0": 3, "model.x": 1, "q": 2}),
+        ({"": 1, "a.b": 2}, {"": 1, "a.b": 2}),
+        (["q"], ["q"]),
+    ],
+)
+def test_pairs_as_a_command_line_has_them(given, pairs):
+    assert split_pairs(given) == pairs
+
+
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_is_read_as_its_help_says(setting):
+    example = TrainSettings.model_fields[setting].description.split()[-1]
+    found = getattr(resolve(TrainSettings, NEEDED | {setting: example}), setting)
+    assert found == {name: float(value) for name, value in (pair.split("=") for pair in example.split(","))}
+    for wrong, said in {"q": "give NAME=VALUE", "q:3": "give NAME=VALUE", "q=1,q=2": "'q' stands there twice"}.items():
+        with pytest.raises(ConfigError, match=said):
+            resolve(TrainSettings, NEEDED | {setting: wrong})

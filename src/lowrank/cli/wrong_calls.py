@@ -12,11 +12,17 @@ PATHS = ("--out", "--model", "--data", "--adapter", "--config", "--html", "--aga
 
 
 def check_values(arguments: Sequence[str]) -> None:
-    """Raise ConfigError for a path that is empty: an unset variable of the shell, and pathlib's word for "here"."""
+    """Raise ConfigError for an empty path (an unset variable of the shell, pathlib's word for "here"), and for --a.b
+    beside --a.b.c, at which the parser breaks: it would make a value and a table of one.
+    """
     for flag, value in zip(arguments, [*arguments[1:], None], strict=True):
         name, given, behind = flag.partition("=")
         if name in PATHS and (behind if given else value) == "":
             raise ConfigError(f"{name} is empty: give a path")
+    dotted = {flag.partition("=")[0] for flag in arguments if flag.startswith("--") and "." in flag}
+    for long in dotted:
+        if short := next((one for one in dotted if long.startswith(one + ".")), None):
+            raise ConfigError(f"{short} and {long}: give both as {short.partition('.')[0]} NAME=VALUE,NAME=VALUE")
 
 
 def wrong_call(error: CycloptsError, app: App, arguments: Sequence[str], commands: Collection[str]) -> str:

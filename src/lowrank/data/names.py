@@ -1,9 +1,11 @@
-"""Small readings of what is typed on a command line: names with commas, and \\n for a new line."""
+"""Small readings of what is typed on a command line: names and pairs with commas, and \\n for a new line."""
 
 import re
+from collections.abc import Iterator, Mapping
 
 NAME = r"[\w.-]+(?:\[[\w, ]+\])?"
 NAMES = re.compile(rf"\s*{NAME}(?:\s*,\s*{NAME})*\s*")
+PAIR = re.compile(r"\s*([^\s].*?)\s*=\s*([^=,(){}]+?)\s*(?:,|$)")  # commas and = may be part of an expression
 
 
 def split_names(value: object) -> object:
@@ -15,6 +17,33 @@ def split_names(value: object) -> object:
     if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
         return tuple(name for item in value for name in re.findall(NAME, item))
     return value
+
+
+def split_pairs(value: object) -> object:
+    """ "a=1,b=2" as {"a": "1", "b": "2"}; {"a": {"b": 1}}, the parser's word for --flag.a.b 1, as {"a.b": 1}."""
+    if isinstance(value, Mapping):
+        return dict(_flat(value))
+    if not isinstance(value, str):
+        return value
+    pairs: dict[str, str] = {}
+    at = 0
+    while at < len(value):
+        found = PAIR.match(value, at)
+        if found is None:
+            raise ValueError("give NAME=VALUE, several with commas")
+        if found[1] in pairs:
+            raise ValueError(f"{found[1]!r} stands there twice")
+        pairs[found[1]] = found[2]
+        at = found.end()
+    return pairs
+
+
+def _flat(nested: Mapping[object, object], start: str = "") -> Iterator[tuple[object, object]]:
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{start}{name}.")
+        else:
+            yield (f"{start}{name}" if start else name), value
 
 
 def read_targets(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:

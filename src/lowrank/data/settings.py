@@ -4,9 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from lowrank.data.names import split_names, unescape
+from lowrank.data.names import split_names, split_pairs, unescape
 
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
+Pairs = BeforeValidator(split_pairs)
 
 
 class Settings(BaseModel):
@@ -26,8 +27,8 @@ class DataSettings(Settings):
     text_column: str | None = Field(None, description='Column of the text ("text")')
     text_pair_column: str | None = Field(None, description='Column of the second text of a pair ("text_pair")')
     label_column: str | None = Field(None, description='Column of the label ("label")')
-    columns: dict[str, str] = Field(
-        {}, description="Columns of other names by what they are, as in --columns.messages dialogue"
+    columns: Annotated[dict[str, str], Pairs] = Field(
+        {}, description="Columns of other names by what they are, as in messages=dialogue,tools=functions"
     )
     bad_rows: Literal["error", "skip"] = Field("error", description="What a row that cannot be read is: or left out")
     header: bool = Field(True, description="The first line of a csv or tsv names its columns; else they are 1, 2, ...")

@@ -88,7 +88,7 @@ def _unknown(record: Record) -> Shape:
     fields = ", ".join(map(repr, record.fields))
     raise DataError(
         f"{record.place}: none of {known} among its fields ({fields}); say which column is which with --prompt-column "
-        "and --completion-column, --text-column and --label-column, or --columns.messages"
+        "and --completion-column, --text-column and --label-column, or --columns messages=NAME"
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, field_validator, model_validator
 
 from lowrank.data.names import unescape, whole
-from lowrank.data.settings import DataSettings, Names, Settings
+from lowrank.data.settings import DataSettings, Names, Pairs, Settings
 from lowrank.data.sources import VALID, has_part
 
 MOST_STEPS, MOST_EPOCHS = 10**9, 10**6  # more is a slip, and would be waited for in vain
@@ -40,11 +40,11 @@ class AdapterSettings(TargetSettings):
     dora: bool = Field(False, description="Learn a magnitude per output row beside the direction (DoRA)")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too")
     modules_to_save: Names = Field((), description="Modules to train and save in full, names with commas")
-    rank_pattern: dict[str, int] = Field(
-        {}, description="Other ranks by a regex that ends a name, as in --rank-pattern.q_proj 4"
+    rank_pattern: Annotated[dict[str, int], Pairs] = Field(
+        {}, description="Other ranks by a regex that ends a name, as in q_proj=4,layers.0.up_proj=2"
     )
-    alpha_pattern: dict[str, PositiveFloat] = Field(
-        {}, description="Other alphas by a regex that ends a name, as in --alpha-pattern.q_proj 8"
+    alpha_pattern: Annotated[dict[str, PositiveFloat], Pairs] = Field(
+        {}, description="Other alphas by a regex that ends a name, as in q_proj=8"
     )
 
 
