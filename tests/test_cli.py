@@ -84,7 +84,10 @@ WRONG = [
     (f"{GIVEN} --alpha -3", "--alpha: input should be greater than 0"),
     (f"{GIVEN} --rank-pattern up_proj:3", "--rank-pattern: give NAME=VALUE, several with commas, not 'up_proj:3'"),
     (f"{GIVEN} --rank-pattern up_prj=3", "rank_pattern: 'up_prj' matches no target"),
-    (f"{GIVEN} --rank-pattern.a 4 --rank-pattern.a.b=3", "--rank-pattern.a and --rank-pattern.a.b: give both as --rank"),
+    (
+        f"{GIVEN} --rank-pattern.a 4 --rank-pattern.a.b=3",
+        "--rank-pattern.a and --rank-pattern.a.b: give both as --rank",
+    ),
     ("rank --adapter x --out=", "--out is empty: give a path"),
     ("doctor --model none", "model none: there is no such folder"),
     ("doctor --rank 4", "--rank is about the layers of a model: give --model too"),

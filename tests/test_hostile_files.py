@@ -19,6 +19,7 @@ from lowrank.adapters.convert import convert_adapter
 from lowrank.adapters.convert.gguf_file import MAGIC, read_gguf
 from lowrank.adapters.differences import pair
 from lowrank.analysis.inspection import inspect_adapter
+from lowrank.checkpoint.config_file import USED
 from lowrank.checkpoint.read import read_adapter, read_pickle
 from lowrank.core.rows import RowBlock, are_disjoint
 from lowrank.errors import CheckpointError, LowrankError
@@ -105,17 +106,7 @@ ODD = [
     [[]],
     [None],
 ]
-FIELDS = [
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-]
-FIELDS += ["rank_pattern", "alpha_pattern", "modules_to_save", "bias", "use_rslora", "use_dora", "init_lora_weights"]
-FIELDS += ["peft_type", "base_model_name_or_path", "unheard_of"]
+FIELDS = [*USED, "peft_type", "base_model_name_or_path", "unheard_of"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from killing import ARM
 from lowrank.checkpoint.outputs import claimed
 from lowrank.checkpoint.temporaries import temporary
 from lowrank.errors import OutputError
@@ -18,24 +19,10 @@ from merge_disk_models import linear_factors, write_adapter, write_base
 SHAPES = {f"layers.{i}.q_proj.weight": (96, 64) for i in range(4)} | {"norm.weight": (64,), "head.weight": (300, 64)}
 
 # One process imports; a child of it per attempt is killed at the n-th of the calls that change the disk.
-EVERY_STEP = """
-import os, signal, sys
+EVERY_STEP = f"""{ARM}
+import sys
 from lowrank.merge.disk import merge_checkpoint
 base, adapter, out = sys.argv[1:]
-CALLS = "pwritev copy_file_range rename fsync fdatasync mkdir open truncate".split()
-
-def arm(step):
-    left = [step]
-    def dying(function):
-        def call(*arguments, **options):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-        return call
-    for name in CALLS:
-        if hasattr(os, name):
-            setattr(os, name, dying(getattr(os, name)))
 
 def whole():
     return sorted(os.listdir(out)) if os.path.isdir(out) else None

@@ -10,34 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from killing import ARM
 from lowrank import cli
 from output_cases import COMMANDS, ENDINGS, FILES, make_inputs, snapshot
 
 # One process imports; a child of it per attempt is killed at a call that changes the disk, each time a later one.
-EVERY_STEP = """
-import builtins, os, shutil, signal, sys
+EVERY_STEP = f"""{ARM}
+import shutil, sys
 from lowrank import cli
 every, line, out, last = int(sys.argv[1]), sys.argv[2].split(), sys.argv[3], sys.argv[4]
 
 def run():
     return cli.main([*line, out])
-
-def arm(step):
-    left = [step]
-    def dying(function):
-        def call(*arguments, **options):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-        return call
-    for name in "open write fsync rename replace mkdir rmdir unlink truncate".split():
-        setattr(os, name, dying(getattr(os, name)))
-    reading = builtins.open
-    def opening(file, mode="r", *rest, **options):
-        return (writing if set(mode) & set("wax+") else reading)(file, mode, *rest, **options)
-    writing = dying(reading)
-    builtins.open = opening
 
 def done():
     return os.path.exists(os.path.join(out, last) if last else out)

@@ -1,17 +1,14 @@
 """`lowrank combine`: one adapter from several, from their files."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from lowrank.adapters.combine import combine_adapters
-from lowrank.cli.merge import weighted
+from lowrank.cli.flags import AllowPickle, AsJson, Weighted, weighted
 from lowrank.cli.module_bar import module_bar
-from lowrank.cli.say import say
-from lowrank.errors import printable
+from lowrank.cli.say import say_written
 
 Method = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 
@@ -35,14 +32,14 @@ PEFT loads what is written.""",
 @command.default
 def combine(
     *,
-    adapter: list[str],
+    adapter: Weighted,
     out: Path,
     method: Method = "linear",
     rank: int | None = None,
     density: float | None = None,
     seed: int = 0,
-    allow_pickle: Annotated[bool, Parameter(negative="")] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make one adapter from several: linear is exactly the sum of weight * s * B * A, with no cross terms.
 
@@ -51,8 +48,6 @@ def combine(
 
     Parameters
     ----------
-    adapter
-        An adapter, as DIR or DIR:WEIGHT, a folder or a name on the Hub; repeat the flag for several
     out
         The folder to make
     method
@@ -63,10 +58,6 @@ def combine(
         The share of entries to keep, for the methods that drop some (0.2 in TIES' paper)
     seed
         For the methods that drop at random
-    allow_pickle
-        Read an old adapter's .bin file, with weights_only
-    as_json
-        Print the report as one JSON object
     """
     with module_bar("combining") as progress:
         report = combine_adapters(
@@ -79,4 +70,4 @@ def combine(
             allow_pickle=allow_pickle,
             progress=progress,
         )
-    say(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {printable(out)}")
+    say_written(report, out, as_json)

@@ -1,7 +1,5 @@
 """`lowrank convert`: adapters and pickled models in another format."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +8,9 @@ from cyclopts import App, Parameter
 
 from lowrank.adapters.convert import convert_adapter
 from lowrank.cli.base import base_folder
-from lowrank.cli.say import say
-from lowrank.errors import LowrankError, printable
+from lowrank.cli.flags import AsJson
+from lowrank.cli.say import say_written
+from lowrank.errors import LowrankError
 
 Format = Literal["peft", "peft-bin", "loralib", "mlx", "gguf", "safetensors"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -45,7 +44,7 @@ def convert(
     dtype: Dtype | None = None,
     allow_pickle: Annotated[bool, Parameter(negative="")] = False,
     force: Annotated[bool, Parameter(negative="")] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter in another program's format; what the source is, its files tell.
 
@@ -72,8 +71,6 @@ def convert(
         Read .bin files, with weights_only
     force
         Replace the file that --out names, where there is one and it is no input
-    as_json
-        Print the report as one JSON object
     """
     report = convert_adapter(
         source,
@@ -86,7 +83,7 @@ def convert(
         allow_pickle=allow_pickle,
         force=force,
     )
-    say(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {printable(out)}")
+    say_written(report, out, as_json)
 
 
 def _switches(text: str | None) -> list[bool] | None:

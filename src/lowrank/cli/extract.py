@@ -1,7 +1,5 @@
 """`lowrank extract`: an adapter from two checkpoints."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +7,9 @@ from cyclopts import App, Parameter
 
 from lowrank.adapters.extract import extract_adapter
 from lowrank.cli.base import base_folder
+from lowrank.cli.flags import AsJson
 from lowrank.cli.module_bar import module_bar
-from lowrank.cli.say import say
-from lowrank.errors import printable
+from lowrank.cli.say import say_written
 
 command = App(
     name="extract",
@@ -40,7 +38,7 @@ def extract(
     exact: Annotated[bool, Parameter(negative="")] = False,
     prefix: str = "",
     seed: int = 0,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make an adapter of what a tuned checkpoint has beyond its base: the best low-rank approximation of every change.
 
@@ -71,8 +69,6 @@ def extract(
         Put in front of the files' names, where the model's modules have one (transformer.)
     seed
         Of the random start of the decomposition
-    as_json
-        Print the report as one JSON object
     """
     with module_bar("extracting") as progress:
         report = extract_adapter(
@@ -89,4 +85,4 @@ def extract(
             seed=seed,
             progress=progress,
         )
-    say(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {printable(out)}")
+    say_written(report, out, as_json)

@@ -9,9 +9,9 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from lowrank.cli.base import base_folder
+from lowrank.cli.flags import AllowPickle, AsJson, Weighted, weighted
 from lowrank.cli.pulse import muted
 from lowrank.cli.say import say
-from lowrank.errors import LowrankError
 from lowrank.merge.disk import MergeReport, merge_checkpoint
 from lowrank.merge.disk.merge import Untouched, Verify
 from lowrank.merge.onto import Onto
@@ -34,7 +34,7 @@ Examples with your own:
 def merge(
     *,
     model: Path,
-    adapter: list[str],
+    adapter: Weighted,
     out: Path,
     dtype: str | None = None,
     verify: Verify = "sample",
@@ -42,8 +42,8 @@ def merge(
     threads: int | None = None,
     onto: Onto = "16bit",
     anyway: Annotated[bool, Parameter(negative="")] = False,
-    allow_pickle: Annotated[bool, Parameter(negative="")] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge adapters into a checkpoint on disk: W = W0 + sum of weight * s * B * A, from files to files.
 
@@ -54,8 +54,6 @@ def merge(
     ----------
     model
         The base: a folder with safetensors weights, one weight file, a name on the Hub, or "nano"
-    adapter
-        An adapter, as DIR or DIR:WEIGHT, a folder or a name on the Hub; repeat the flag for several
     out
         The folder to make
     dtype
@@ -70,10 +68,6 @@ def merge(
         Of a quantised base: 16bit (plain weights), quantised (its own form again), original (--model is unquantised)
     anyway
         Merge onto quantised though less than half of the change survives
-    allow_pickle
-        Read an old adapter's .bin file, with weights_only
-    as_json
-        Print the report as one JSON object
     """
     bar = sys.stderr.isatty()
     with muted() if bar else nullcontext():
@@ -94,14 +88,3 @@ def merge(
         say(json.dumps({name: getattr(report, name) for name in SHOWN} | {"out": str(report.out)}))
     else:
         say(report.summary())  # its warnings have been lines on stderr already
-
-
-def weighted(text: str) -> tuple[str, float]:
-    """("DIR", weight) of "DIR:WEIGHT"; a folder whose own name ends like that is taken by its name."""
-    folder, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return text, 1.0
-    try:
-        return folder, float(weight)
-    except ValueError:
-        raise LowrankError(f"--adapter {text}: {weight!r} after the colon is no weight, a number such as 0.5") from None

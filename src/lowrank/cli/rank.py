@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
-from lowrank.cli.flags import given
+from lowrank.cli.flags import AllowPickle, given
 from lowrank.data.settings import DataSettings
 from lowrank.study.rank.settings import AdapterRankSettings, GradientRankSettings, GradientRows
 from lowrank.train.config_file import check
@@ -41,7 +41,7 @@ def rank(
     out: Path | None = None,
     force: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
-    allow_pickle: Annotated[bool, Parameter(negative=())] = False,
+    allow_pickle: AllowPickle = False,
     targets: Annotated[TargetSettings | None, Parameter(name="*", group=Group("The targets", sort_key=1))] = None,
     gradient: Annotated[GradientRows | None, Parameter(name="*", group=Group("The gradient", sort_key=2))] = None,
     rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=3))] = None,
@@ -68,8 +68,6 @@ def rank(
         Replace the file that --out names, where there is one
     json
         Print every number as one JSON object
-    allow_pickle
-        Read an old adapter's .bin file, with weights_only
     """
     from lowrank.cli.claim import claimed_file
     from lowrank.cli.rank_display import show, write

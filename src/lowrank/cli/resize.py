@@ -1,16 +1,14 @@
 """`lowrank resize`: an adapter at another rank."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from lowrank.adapters.resize import resize_adapter
+from lowrank.cli.flags import AllowPickle, AsJson
 from lowrank.cli.module_bar import module_bar
-from lowrank.cli.say import say
-from lowrank.errors import ConfigError, printable
+from lowrank.cli.say import say_written
+from lowrank.errors import ConfigError
 
 command = App(
     name="resize",
@@ -34,8 +32,8 @@ def resize(
     energy: float | None = None,
     ranks: Path | None = None,
     seed: int = 0,
-    allow_pickle: Annotated[bool, Parameter(negative="")] = False,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    allow_pickle: AllowPickle = False,
+    as_json: AsJson = False,
 ) -> None:
     """Give an adapter another rank: the best approximation of every change below its own, room for training above it.
 
@@ -55,10 +53,6 @@ def resize(
         A YAML file of rank and rank_pattern, as `lowrank rank --out` writes it
     seed
         Of the new rows of A, where the rank grows
-    allow_pickle
-        Read an old adapter's .bin file, with weights_only
-    as_json
-        Print the report as one JSON object
     """
     pattern = None
     if ranks is not None:
@@ -76,7 +70,7 @@ def resize(
             allow_pickle=allow_pickle,
             progress=progress,
         )
-    say(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {printable(out)}")
+    say_written(report, out, as_json)
 
 
 def read_ranks(file: Path) -> tuple[int | None, dict[str, int]]:

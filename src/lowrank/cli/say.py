@@ -5,12 +5,15 @@ files have theirs escaped by `errors.short` and `some`); every other sign that a
 its escape.
 """
 
+import json
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lowrank.errors import printable
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from rich.text import Text
 
 OURS = "\n\t"
@@ -20,6 +23,11 @@ def say(*lines: object) -> None:
     """Print each as a line."""
     for line in lines:
         print(printable(line, OURS), flush=True)
+
+
+def say_written(report: "DataclassInstance", out: object, as_json: bool) -> None:
+    """What a command that wrote `out` reports: a sentence and the place, or one JSON object."""
+    say(json.dumps(asdict(report)) if as_json else f"{report}\nsaved to {printable(out)}")
 
 
 def say_part(text: str) -> None:
