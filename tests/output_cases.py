@@ -28,9 +28,10 @@ FILES = {
     "convert to loralib": "convert --source adapter --to loralib --out",
     "inspect": "inspect adapter --model base --against other --html",
     "rank": "rank --adapter adapter --out",
+    "plot": "plot run/log.jsonl --out",
 }
 COMMANDS = FOLDERS | FILES
-ENDINGS = {"convert to gguf": ".gguf", "convert to loralib": ".safetensors"}  # which their results must have
+ENDINGS = {"convert to gguf": ".gguf", "convert to loralib": ".safetensors", "plot": ".svg"}  # which their results must have
 
 
 def make_inputs(home: Path) -> None:
@@ -48,6 +49,8 @@ def make_inputs(home: Path) -> None:
                 if ".lora_" in path:
                     parameter.normal_(std=0.3)
         lowrank.save_adapter(model, home / name)
+    (home / "run").mkdir()
+    (home / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
     (home / "pickled").mkdir()
     torch.save(load_causal(home / "base", torch.float32).state_dict(), home / "pickled" / "pytorch_model.bin")
     (home / "pickled" / "config.json").write_bytes((home / "base" / "config.json").read_bytes())

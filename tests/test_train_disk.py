@@ -113,7 +113,7 @@ def test_a_folder_that_vanishes(home: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_log_on_a_full_disk_warns_once() -> None:
     log = Log(Path("/dev/full"))
-    line = Progress(1, 0.5, 1e-3, 10.0, 5)
+    line = Progress(1, 0.5, 1e-3, 10.0, 5, 6)
     with pytest.warns(LowrankWarning, match=r"/dev/full: cannot be written \(No space left on device\)") as caught:
         log.progressed(line), log.progressed(line)
     assert len(caught) == 1
@@ -128,12 +128,12 @@ def test_a_line_of_the_log_is_whole_or_not_there(tmp_path: Path, monkeypatch: py
             raise OSError(errno.ENOSPC, "full")
         return real(descriptor, data[:20])
 
-    log.progressed(Progress(1, 0.5, 1e-3, 10.0, 5))
+    log.progressed(Progress(1, 0.5, 1e-3, 10.0, 5, 6))
     monkeypatch.setattr(os, "write", half)
     with pytest.warns(LowrankWarning, match="full"):
-        log.progressed(Progress(2, 0.5, 1e-3, 10.0, 5))
+        log.progressed(Progress(2, 0.5, 1e-3, 10.0, 5, 6))
     monkeypatch.setattr(os, "write", real)
-    log.progressed(Progress(3, 0.5, 1e-3, 10.0, 5))
+    log.progressed(Progress(3, 0.5, 1e-3, 10.0, 5, 6))
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 3]
 

@@ -73,7 +73,7 @@ def test_what_is_written(home, trained):
     assert steps == [10, 20, 30, 40, 50, 60]
     assert [line["step"] for line in log if "eval_loss" in line] == [0, 20, 40, 60]
     assert log[-1]["eval_loss"] == result.after.loss
-    assert {"step", "loss", "lr", "tokens_per_second", "trained_tokens", "seconds"} == set(log[1])
+    assert {"step", "loss", "lr", "tokens_per_second", "trained_tokens", "memory_bytes", "seconds"} == set(log[1])
     record = json.loads((out / "run.json").read_text())
     assert record["recipe"]["template"] == "{prompt} ->"
     assert record["trained_tokens"] == result.trained_tokens == log[-2]["trained_tokens"]

@@ -24,6 +24,8 @@ COMMANDS = {
     "demo": "The whole story in a minute, offline: teach a small decoder a skill, merge it, prove the merge.",
     "train": "Teach a model from a file of examples, and save the adapter.",
     "data": "See what a data file becomes: which tokens are trained, how long rows are, what is cut.",
+    "init": "Write a file of all settings of a training, with what they mean.",
+    "plot": "Draw the loss of one or several runs, with their evaluations.",
     "eval": "Measure a model, with or without an adapter, on a file of examples.",
     "generate": "Let a model write, with or without an adapter.",
     "dimension": "Measure how few numbers a task needs: its intrinsic dimension, d90.",

@@ -15,6 +15,7 @@ from lowrank.injection.dead import complaint, without_gradient
 from lowrank.stages import stage
 from lowrank.train.evaluation import Measure, score
 from lowrank.train.loop_state import Interval, LoopState
+from lowrank.train.memory import peak_memory
 from lowrank.train.optimiser import Optimiser
 from lowrank.train.processes import summed
 from lowrank.train.reporting import Progress, Reporter
@@ -115,7 +116,8 @@ class Loop:
         interval, self.state.interval = self.state.interval, Interval()
         speed = interval.tokens / max(interval.seconds, 1e-9)
         mean = interval.total / interval.trained
-        self.reporter.progressed(Progress(self.state.step, mean, rate, speed, self.state.trained))
+        memory = peak_memory(next(self.model.parameters()).device)
+        self.reporter.progressed(Progress(self.state.step, mean, rate, speed, self.state.trained, memory))
 
     def _evaluate_where_due(self) -> None:
         state = self.state

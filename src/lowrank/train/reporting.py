@@ -15,13 +15,17 @@ from lowrank.train.evaluation import Scores
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The state after a step. loss: mean since the last report; trained: tokens (or rows to classify) so far."""
+    """The state after a step. loss: mean since the last report; trained: tokens (or rows to classify) so far.
+
+    memory: bytes at the most so far (`train.memory`).
+    """
 
     step: int
     loss: float
     rate: float
     tokens_per_second: float
     trained: int
+    memory: int
 
     def as_json(self) -> dict[str, Any]:
         """A line of the log."""
@@ -31,6 +35,7 @@ class Progress:
             "lr": self.rate,
             "tokens_per_second": round(self.tokens_per_second, 1),
             "trained_tokens": self.trained,
+            "memory_bytes": self.memory,
         }
 
 
