@@ -31,7 +31,11 @@ FILES = {
     "plot": "plot run/log.jsonl --out",
 }
 COMMANDS = FOLDERS | FILES
-ENDINGS = {"convert to gguf": ".gguf", "convert to loralib": ".safetensors", "plot": ".svg"}  # which their results must have
+ENDINGS = {
+    "convert to gguf": ".gguf",
+    "convert to loralib": ".safetensors",
+    "plot": ".svg",
+}  # which their results must have
 
 
 def make_inputs(home: Path) -> None:

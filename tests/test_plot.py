@@ -118,6 +118,6 @@ def test_the_command(tmp_path, monkeypatch, capsys, runs):
         assert cli.main(line.split()) == 2, line
         assert said in capsys.readouterr().err
     assert not list(tmp_path.glob("*.svg"))
-    assert cli.main("plot one --out one/loss.SVG".split()) == 0
+    assert cli.main(["plot", "one", "--out", "one/loss.SVG"]) == 0
     assert (tmp_path / "one" / "loss.SVG").read_bytes().startswith(b"<?xml")
-    assert cli.main("plot one --out one/loss.SVG".split()) == 2
+    assert cli.main(["plot", "one", "--out", "one/loss.SVG"]) == 2

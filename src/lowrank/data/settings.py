@@ -30,7 +30,9 @@ class DataSettings(Settings):
     columns: Annotated[dict[str, str], Pairs] = Field(
         {}, description="Columns of other names by what they are, as in messages=dialogue,tools=functions"
     )
-    bad_rows: Literal["error", "skip"] = Field("error", description="A row that cannot be read is an error, or left out")
+    bad_rows: Literal["error", "skip"] = Field(
+        "error", description="A row that cannot be read is an error, or left out"
+    )
     header: bool = Field(True, description="The first line of a csv or tsv names its columns; else they are 1, 2, ...")
     template: Annotated[str, BeforeValidator(unescape)] = Field(
         "{prompt}\\n", description="The text a completion follows; \\n is a new line"

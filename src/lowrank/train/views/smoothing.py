@@ -1,4 +1,4 @@
-"""A loss without the noise of its batches: an exponential mean, m ← w·m + (1 − w)·x, free of the weight of its start."""
+"""A loss without the noise of its batches: an exponential mean, m ← w·m + (1 − w)·x."""
 
 WEIGHT = 0.8  # of what was: about the last five values count
 
