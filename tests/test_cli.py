@@ -99,6 +99,10 @@ WRONG = [
     ("eval --model llama", "--data is needed"),
     ("eval --model llama --data skill.jsonl --adapter none", "none"),
     ("generate --model llama", "--prompt is needed"),
+    ("generate --model llama --prompt cat --chat", "leave prompt out, or chat"),
+    ("generate --model llama --chat --template {prompt}", "a chat has its chat template"),
+    ("generate --model llama --prompt cat --system kind", "--system is said in a chat template"),
+    ("generate --model llama --chat --chat-template none.jinja", "--chat-template none.jinja: No such file"),
     ("generate --model llama --prompt cat --top-p 2", "--top-p"),
     ("generate --model llama --prompt cat --template x", "{prompt} once"),
 ]

@@ -42,6 +42,7 @@ ALLOWED = {
 PRINTERS = {
     "cli/say.py": "the printer",
     "cli/__init__.py": "errors and warnings, through `short`",
+    "cli/chat.py": "the error of a turn, through `short`; which words are commands",
     "cli/pulse.py": "the line that says what is being done",
     "adapters/convert/unpickle.py": "JSON for the process that started it",
 }

@@ -1,6 +1,7 @@
 """A merged model keeps how rows became tokens: eval and generate ask it as they asked the base with the adapter."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -56,6 +57,50 @@ def test_a_bases_own_recipe_is_not_the_results(tmp_path, base):
     with_recipe(base, RECIPE)
     lowrank.merge_checkpoint(base, adapter(tmp_path / "one"), tmp_path / "merged")
     assert read_recipe(tmp_path / "merged") is None
+
+
+CHAT = Recipe("chat", "{prompt}\n", 64, chat_template="{{ messages[0].content }}\n", template_of="a file")
+
+
+def test_the_chat_template_trained_with_becomes_the_results(tmp_path, base):
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two", 1)
+    with_recipe(one, CHAT)
+    with_recipe(two, replace(CHAT, max_length=32))
+    for number, (own, said) in enumerate(((None, False), ("other", True), (CHAT.chat_template, None))):
+        if own is not None:
+            (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": own}))
+        place = tmp_path / f"merged{number}"
+        notes = lowrank.merge_checkpoint(base, [one, two], place).notes
+        written = place / "chat_template.jinja"
+        assert written.is_file() == (said is not None)
+        assert any("not the one of the base" in note for note in notes) == bool(said)
+        if said is not None:
+            assert written.read_bytes() == CHAT.chat_template.encode()
+            assert any("chat_template.jinja is the chat template that was trained with" in note for note in notes)
+
+
+def test_a_template_beside_the_base_gives_way_and_different_ones_leave_it(tmp_path, base):
+    (base / "chat_template.jinja").write_text("the base's")
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two", 1)
+    with_recipe(one, CHAT)
+    with_recipe(two, RECIPE)
+    lowrank.merge_checkpoint(base, one, tmp_path / "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == CHAT.chat_template
+    report = lowrank.merge_checkpoint(base, [one, two], tmp_path / "both")
+    assert (tmp_path / "both" / "chat_template.jinja").read_text() == "the base's"
+    assert any("different chat templates" in note for note in report.notes)
+
+
+def test_a_merged_model_is_served_in_the_template_trained_with(tmp_path):
+    from transformers import AutoTokenizer
+
+    from lowrank.nano import model_path
+
+    made = write_adapter(tmp_path / "one", linear_factors("model.layers.0.self_attn.q_proj", 128, 128))
+    with_recipe(made, CHAT)
+    lowrank.merge_checkpoint(model_path(), made, tmp_path / "merged")
+    served = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert served.chat_template == CHAT.chat_template
 
 
 def test_eval_and_generate_answer_alike_before_and_after(tmp_path):

@@ -44,7 +44,7 @@ PROMPTS = [[1, 8, 14, 3], [1, 5, 9], [1, 15, 4], [1, 22, 7, 6], [1, 8, 8, 8, 21]
 def test_what_is_written_is_what_the_model_writes_alone(llama):
     rows = [row(prompt, [WORDS.index("cat"), WORDS.index("red"), 2]) for prompt in PROMPTS]
     for batch_size in (1, 3):
-        found = answers(llama, tokenizer(), 0, rows, batch_size)
+        found = answers(llama, tokenizer(), 0, [2], rows, batch_size)
         for prompt, answer in zip(PROMPTS, found, strict=True):
             assert answer.written == tokenizer().decode(greedy(llama, prompt, 14), skip_special_tokens=True).strip()
             assert answer.references == ("cat red",)
@@ -54,7 +54,7 @@ def test_equal_prompts_are_asked_once_and_the_last_answer_of_a_row_is_asked_for(
     cat, dog = WORDS.index("cat"), WORDS.index("dog")
     rows = [row(PROMPTS[0], [cat, 2]), row(PROMPTS[0], [dog, 2]), row(PROMPTS[0], [cat, 2])]
     rows.append(Example([1, 8, cat, 9, dog, 2], [IGNORED, IGNORED, cat, IGNORED, dog, 2]))
-    first, last = answers(llama, tokenizer(), 0, rows, 4)
+    first, last = answers(llama, tokenizer(), 0, [2], rows, 4)
     assert first.references == ("cat", "dog")
     assert last.references == ("dog",)
     assert last.written == tokenizer().decode(greedy(llama, [1, 8, cat, 9], 12), skip_special_tokens=True).strip()

@@ -17,7 +17,9 @@ command = App(
 
 Examples with your own:
   lowrank generate --model llama/ --adapter runs/e2e --prompt "name[Aromi]" \\
-      --temperature 0.7 --seed 1""",
+      --temperature 0.7 --seed 1
+  lowrank generate --model llama/ --adapter runs/chats --chat \
+      --system "Answer in one sentence." """,
 )
 
 
@@ -28,6 +30,9 @@ def generate(
     prompt: str | None = None,
     adapter: str | None = None,
     template: str | None = None,
+    chat: Annotated[bool, Parameter(negative=())] = False,
+    system: str | None = None,
+    chat_template: str | None = None,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -46,8 +51,14 @@ def generate(
         An adapter: its folder, or its name on the Hub; the bare model where not given
     template
         Another template, as in "Q: {prompt}\\nA:"; the adapter's where not given
+    chat
+        Talk with the model, turn by turn, in its chat template; a pipe is answered line by line
+    system
+        What the model is told before the first turn of a chat
+    chat_template
+        File of a chat template; the one trained with, else the tokenizer's, where not given
     max_new_tokens
-        Tokens to write at most (128)
+        Tokens to write at most, in each turn of a chat (128)
     temperature
         0 takes the likeliest token each time (the default); 1 samples as the model has it
     top_p
@@ -60,12 +71,21 @@ def generate(
         "prompt": prompt,
         "adapter": adapter,
         "template": template,
+        "chat": chat or None,
+        "system": system,
+        "chat_template": chat_template,
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
     }
     settings = resolve(GenerateSettings, given(machine, **single))
+
+    if settings.chat:
+        from lowrank.cli.chat import converse
+
+        converse(settings)
+        return
 
     from lowrank.cli.console import stream
     from lowrank.train.generation import generate as write

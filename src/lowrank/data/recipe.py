@@ -81,7 +81,7 @@ def make_recipe(
     columns = [(name, value) for name in named if (value := getattr(settings, name)) is not None]
     columns += [("columns", settings.columns)] if settings.columns else []
     speaks = kind == "chat" if speaks is None else speaks
-    text, whose = _chat_template(settings, tokenizer, trained) if speaks else ("", "")
+    text, whose = chat_template_of(settings.chat_template, tokenizer, trained) if speaks else ("", "")
     return Recipe(
         kind,
         settings.template,
@@ -95,9 +95,14 @@ def make_recipe(
     )
 
 
-def _chat_template(settings: DataSettings, tokenizer: Any, trained: Recipe | None) -> tuple[str, str]:
-    found, whose = template_text(tokenizer, settings.chat_template)
-    if trained is None or not trained.chat_template or settings.chat_template is not None:
+def chat_template_of(file: str | None, tokenizer: Any, trained: Recipe | None) -> tuple[str, str]:
+    """(the template that conversations are written by, whose it is): the file's, the one trained with, the tokenizer's.
+
+    Warns (LowrankWarning) where the tokenizer's is no longer the one that the adapter was trained with. Raises
+    ConfigError for a file that cannot be read.
+    """
+    found, whose = template_text(tokenizer, file)
+    if trained is None or not trained.chat_template or file is not None:
         return found, whose
     if trained.chat_template != found and tokenizer.chat_template:
         warnings.warn(

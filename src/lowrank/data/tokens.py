@@ -54,7 +54,7 @@ def encode(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
 def prompt_ids(tokenizer: Any, recipe: Recipe, prompt: str) -> list[int]:
     """The tokens the model reads before it answers: the same as in training."""
     if recipe.chat_template:
-        return chat_prompt(tokenizer, recipe, prompt)
+        return chat_prompt(tokenizer, recipe, [{"role": "user", "content": prompt}])
     return _begun(_plain(tokenizer, [recipe.prompt(prompt)])[0], _bos(tokenizer))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lowrank.data.batches import chunks
 from lowrank.data.tokens import IGNORED, Example
 from lowrank.stages import stage
-from lowrank.train.models import end_tokens, quiet
+from lowrank.train.models import quiet
 
 ROOM = 8  # tokens that an answer may have beyond twice those of the longest reference
 
@@ -24,8 +24,17 @@ class Answer:
     references: tuple[str, ...]
 
 
-def answers(model: nn.Module, tokenizer: Any, pad: int, examples: Sequence[Example], batch_size: int) -> list[Answer]:
+def answers(
+    model: nn.Module,
+    tokenizer: Any,
+    pad: int,
+    ends: Sequence[int] | None,
+    examples: Sequence[Example],
+    batch_size: int,
+) -> list[Answer]:
     """The likeliest answer to every prompt, token by token, in the order of the rows; equal prompts are asked once.
+
+    ends: the tokens that end an answer (`train.ends`).
 
     Of a row with several answers the last one is asked for. Prompts of one length are asked together, so that none is
     padded and the answers are those of prompts asked alone.
@@ -39,7 +48,7 @@ def answers(model: nn.Module, tokenizer: Any, pad: int, examples: Sequence[Examp
         for prompts in chunks(list(group), batch_size):
             stage("writing answers", len(written), len(asked))
             longest = max(len(reference) for prompt in prompts for reference in asked[prompt])
-            texts = _texts(model, tokenizer, pad, prompts, 2 * longest + ROOM)
+            texts = _texts(model, tokenizer, pad, ends, prompts, 2 * longest + ROOM)
             written.update(zip(prompts, texts, strict=True))
     return [
         Answer(written[prompt], tuple(dict.fromkeys(_text(tokenizer, ids) for ids in references)))
@@ -55,13 +64,23 @@ def _parted(example: Example) -> tuple[tuple[int, ...], list[int]]:
     return tuple(example.ids[:start]), list(example.ids[start:end])
 
 
-def _texts(model: Any, tokenizer: Any, pad: int, prompts: Sequence[tuple[int, ...]], length: int) -> Iterator[str]:
+def _texts(
+    model: Any,
+    tokenizer: Any,
+    pad: int,
+    ends: Sequence[int] | None,
+    prompts: Sequence[tuple[int, ...]],
+    length: int,
+) -> Iterator[str]:
     from transformers import GenerationConfig
 
     positions = getattr(model.config, "max_position_embeddings", None)
     room = length if positions is None else min(length, positions - len(prompts[0]))
     how = GenerationConfig(
-        max_new_tokens=max(1, room), do_sample=False, eos_token_id=end_tokens(model, tokenizer), pad_token_id=pad
+        max_new_tokens=max(1, room),
+        do_sample=False,
+        eos_token_id=None if ends is None else list(ends),
+        pad_token_id=pad,
     )
     ids = torch.tensor(prompts, device=next(model.parameters()).device)
     with quiet():

@@ -1,7 +1,7 @@
 """Measuring a model, with or without an adapter, on a data file."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,9 @@ def evaluate(settings: EvalSettings) -> EvalResult:
         load_adapter(loaded.model, adapter)
     longest = longest_row(loaded.model, loaded.tokenizer, data_settings.max_length)
     recipe = make_recipe(data_settings, data.kind, loaded.tokenizer, longest, labels, trained, data.speaks)
+    recipe = replace(recipe, beta=settings.beta or (trained.beta if trained else None))
     encoded = encode(data, loaded.tokenizer, recipe)
-    measure = loaded.measure(data.kind, settings.beta or (trained.beta if trained else None), settings.metrics)
+    measure = loaded.measure(recipe, settings.metrics)
     scores = score(loaded.model, encoded.examples, measure, settings.batch_size)
     return EvalResult(data.kind, scores, len(encoded.examples), encoded.cut, encoded.dropped)
 

@@ -1,43 +1,115 @@
 """Letting a model write, with or without an adapter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from lowrank.checkpoint import load_adapter
-from lowrank.data.recipe import Recipe, read_recipe
+from lowrank.data.chat.encoding import chat_prompt
+from lowrank.data.recipe import Recipe, chat_template_of, read_recipe
 from lowrank.data.rows import JUDGES
 from lowrank.data.tokens import prompt_ids
 from lowrank.errors import ConfigError
 from lowrank.hub import local_folder
 from lowrank.stages import stage
-from lowrank.train.models import end_tokens, find_model, quiet
+from lowrank.train.ends import end_tokens
+from lowrank.train.models import find_model, load_tokenizer, quiet
 from lowrank.train.settings import GenerateSettings
 from lowrank.train.task import Loaded, load
 
+OnText = Callable[[str], None]
 
-def generate(settings: GenerateSettings, on_text: Callable[[str], None] | None = None) -> str:
+
+def generate(settings: GenerateSettings, on_text: OnText | None = None) -> str:
     """The continuation of `settings.prompt`, which is also handed to `on_text` piece by piece while it is written.
 
     Greedy unless a temperature is given; sampling depends on `seed` alone. The prompt goes through the template the
-    adapter was trained with, or `settings.template`. torch's random state is put back afterwards.
+    adapter was trained with, or `settings.template`; as a user's turn through a chat template, where the adapter was
+    trained on chats or `settings` speak of one. torch's random state is put back afterwards.
 
     Raises LowrankError for whatever is wrong with the settings, the model or the adapter, and for a prompt that is too
     long.
     """
+    if settings.prompt is None:
+        raise ConfigError("--prompt is needed: the prompt, put into the template of the adapter if it has one")
+    writer = open_writer(settings)
+    ids = writer.ids([*writer.opening, {"role": "user", "content": settings.prompt}])
+    if not ids:
+        raise ConfigError("--prompt is empty, and this model has no token to begin with; give a prompt")
+    if len(ids) >= writer.positions:
+        raise ConfigError(f"--prompt is {len(ids)} tokens long, and this model holds {writer.positions}; shorten it")
+    return writer.write(ids, on_text)
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A model, how it is asked, and how it writes. ends: the tokens that end an answer."""
+
+    loaded: Loaded
+    recipe: Recipe
+    settings: GenerateSettings
+    ends: Sequence[int] | None
+
+    @property
+    def opening(self) -> list[dict[str, str]]:
+        """The turns before the first question: what --system says."""
+        return [] if self.settings.system is None else [{"role": "system", "content": self.settings.system}]
+
+    @property
+    def positions(self) -> int:
+        """How many tokens the model holds; more than anybody has, where it does not say."""
+        return getattr(self.loaded.model.config, "max_position_embeddings", None) or 10**9
+
+    def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The tokens that the model reads before it answers the last message."""
+        if self.recipe.chat_template:
+            return chat_prompt(self.loaded.tokenizer, self.recipe, messages)
+        return prompt_ids(self.loaded.tokenizer, self.recipe, messages[-1]["content"])
+
+    def write(self, ids: Sequence[int], on_text: OnText | None = None) -> str:
+        """What the model writes behind these tokens; the same for the same tokens and seed."""
+        from transformers import GenerationConfig
+
+        asked = self.settings
+        sampling = asked.temperature > 0
+        how = GenerationConfig(
+            max_new_tokens=min(asked.max_new_tokens, self.positions - len(ids)),
+            do_sample=sampling,
+            temperature=asked.temperature if sampling else None,
+            top_p=asked.top_p if sampling else None,
+            top_k=0 if sampling else None,
+            eos_token_id=self.ends,
+            pad_token_id=self.loaded.pad,
+        )
+        model: Any = self.loaded.model
+        prompt = torch.tensor([list(ids)], device=self.loaded.device)
+        stage("writing")
+        with torch.random.fork_rng(), quiet():
+            torch.manual_seed(asked.seed)
+            out = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=how,
+                streamer=_streamer(self.loaded.tokenizer, on_text) if on_text else None,
+            )
+        return str(self.loaded.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+
+
+def open_writer(settings: GenerateSettings) -> Writer:
+    """The model with its adapter, loaded, and the recipe by which it is asked. Raises LowrankError."""
     base = find_model(settings.model)
     adapter = None if settings.adapter is None else local_folder(settings.adapter)
-    recipe = _recipe(settings, read_recipe(adapter or base))
+    trained = read_recipe(adapter or base)
+    recipe = _recipe(settings, trained)
+    if settings.chat_template is not None:  # what is wrong with it is said before a model is loaded
+        chat_template_of(settings.chat_template, load_tokenizer(base), trained)
     loaded = load(base, recipe.kind, (), settings)
     if adapter is not None:
         load_adapter(loaded.model, adapter)
-    ids = prompt_ids(loaded.tokenizer, recipe, settings.prompt)
-    room = _room(loaded, ids)
-    stage("writing")
-    with torch.random.fork_rng(), quiet():
-        torch.manual_seed(settings.seed)
-        return _write(loaded, ids, min(settings.max_new_tokens, room), settings, on_text)
+    recipe = _conversing(settings, recipe, trained, loaded.tokenizer)
+    return Writer(loaded, recipe, settings, end_tokens(loaded.model, loaded.tokenizer, recipe))
 
 
 def _recipe(settings: GenerateSettings, trained: Recipe | None) -> Recipe:
@@ -53,44 +125,17 @@ def _recipe(settings: GenerateSettings, trained: Recipe | None) -> Recipe:
     return trained or Recipe("text", "{prompt}", 0)
 
 
-def _room(loaded: Loaded, ids: list[int]) -> int:
-    """How many tokens fit after the prompt."""
-    model: Any = loaded.model
-    positions = getattr(model.config, "max_position_embeddings", None) or len(ids) + 10**9
-    if not ids:
-        raise ConfigError("--prompt is empty, and this model has no token to begin with; give a prompt")
-    if len(ids) >= positions:
-        raise ConfigError(f"--prompt is {len(ids)} tokens long, and this model holds {positions}; shorten it")
-    return int(positions) - len(ids)
+def _conversing(settings: GenerateSettings, recipe: Recipe, trained: Recipe | None, tokenizer: Any) -> Recipe:
+    """The recipe with the chat template that holds, where the model is spoken with."""
+    if not (recipe.chat_template or settings.chat or settings.chat_template is not None):
+        if settings.system is not None:
+            raise ConfigError("--system is said in a chat template: give --chat or --chat-template, or leave it out")
+        return recipe
+    text, whose = chat_template_of(settings.chat_template, tokenizer, trained)
+    return replace(recipe, chat_template=text, template_of=whose)
 
 
-def _write(
-    loaded: Loaded, ids: list[int], length: int, settings: GenerateSettings, on_text: Callable[[str], None] | None
-) -> str:
-    from transformers import GenerationConfig
-
-    model: Any = loaded.model
-    sampling = settings.temperature > 0
-    how = GenerationConfig(
-        max_new_tokens=length,
-        do_sample=sampling,
-        temperature=settings.temperature if sampling else None,
-        top_p=settings.top_p if sampling else None,
-        top_k=0 if sampling else None,
-        eos_token_id=end_tokens(model, loaded.tokenizer),
-        pad_token_id=loaded.pad,
-    )
-    prompt = torch.tensor([ids], device=loaded.device)
-    out = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        generation_config=how,
-        streamer=_streamer(loaded.tokenizer, on_text) if on_text else None,
-    )
-    return str(loaded.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
-
-
-def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: Any, on_text: OnText) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc]

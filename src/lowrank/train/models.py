@@ -164,13 +164,6 @@ def pad_token(model: Any, tokenizer: Any) -> int:
     return int(pad)
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int] | None:
-    """Every token that ends an answer: the tokenizer's, which we train, and those the model came with."""
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
-    return sorted(ends) or None
-
-
 def checkpoint_activations(model: Any) -> None:
     """In place: keep few activations and compute the others again when the gradient needs them."""
     enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on

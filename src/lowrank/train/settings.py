@@ -196,8 +196,15 @@ class GenerateSettings(HeldSettings):
     """Everything `lowrank.train.generate` needs."""
 
     model: str = Field(description='A model: its folder, its name on the Hub, or "nano"')
-    prompt: Annotated[str, BeforeValidator(whole)] = Field(
-        description="The prompt, put into the template of the adapter if it has one"
+    prompt: Annotated[str | None, BeforeValidator(whole)] = Field(
+        None, description="The prompt, put into the template of the adapter if it has one"
+    )
+    chat: bool = Field(False, description="Talk with the model, turn by turn, in its chat template")
+    system: Annotated[str | None, BeforeValidator(whole)] = Field(
+        None, description="What the model is told before the first turn of a chat"
+    )
+    chat_template: str | None = Field(
+        None, description="File of a chat template; the one trained with, or the tokenizer's, where not given"
     )
     adapter: str | None = Field(
         None, description="An adapter: a folder, or a name on the Hub; the bare model if not given"
@@ -209,6 +216,16 @@ class GenerateSettings(HeldSettings):
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False, description="0 takes the likeliest token; 1 samples")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the likeliest tokens that hold this probability")
     seed: int = Field(0, ge=0, lt=2**63, description="Start of the sampling")
+
+    @model_validator(mode="after")
+    def _asks_in_one_way(self) -> Self:
+        if self.chat and self.prompt is not None:
+            raise ValueError("chat reads what you say from the terminal: leave prompt out, or chat")
+        if self.template is not None and (self.chat or self.chat_template is not None):
+            raise ValueError("template is for a bare prompt, and a chat has its chat template: give one of both")
+        if not self.chat and self.prompt is None:
+            raise ValueError("--prompt is needed: what the model goes on from; or chat, to talk with it")
+        return self
 
     @field_validator("temperature")
     @classmethod

@@ -10,12 +10,14 @@ from torch import nn
 
 from lowrank.data.batches import Batch, collate
 from lowrank.data.preference import one_behind_the_other
+from lowrank.data.recipe import Recipe
 from lowrank.data.rows import JUDGES, PER_TOKEN, Kind
 from lowrank.data.tokens import Example
 from lowrank.errors import CheckpointError, ConfigError
 from lowrank.injection.quantise import Watcher, quantise, what_is_held
 from lowrank.stages import stage
 from lowrank.train.answers import answers
+from lowrank.train.ends import end_tokens
 from lowrank.train.evaluation import Measure, Written
 from lowrank.train.head import find_head
 from lowrank.train.losses import loss_of
@@ -44,13 +46,15 @@ class Loaded:
     heads: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
 
-    def measure(self, kind: Kind, beta: float | None = None, metrics: Sequence[str] = ()) -> Measure:
-        """How rows of this kind are scored. beta: of a preference; what is usual where not given.
+    def measure(self, recipe: Recipe, metrics: Sequence[str] = ()) -> Measure:
+        """How rows that became tokens like this are scored.
 
         metrics: by name, what they are scored by beside the usual (`train.text_metrics`).
 
         Whether the model's head can be run alone, some positions at a time, is tried here.
         """
+
+        kind = recipe.kind
 
         def together(examples: Sequence[Example]) -> Batch:
             rows = one_behind_the_other(examples) if kind == "preference" else examples
@@ -59,12 +63,14 @@ class Loaded:
         head = None if kind in JUDGES else find_head(self.model)
         classes = kind == "classification"
         figures = of_classes_with_f1 if classes and metrics else FIGURES[kind]
-        written = self._written(metrics) if metrics and not classes else None
-        return Measure(together, loss_of(kind, head, beta), figures, kind not in PER_TOKEN, written)
+        written = self._written(recipe, metrics) if metrics and not classes else None
+        return Measure(together, loss_of(kind, head, recipe.beta), figures, kind not in PER_TOKEN, written)
 
-    def _written(self, metrics: Sequence[str]) -> Written:
+    def _written(self, recipe: Recipe, metrics: Sequence[str]) -> Written:
+        ends = end_tokens(self.model, self.tokenizer, recipe)
+
         def written(model: nn.Module, examples: Sequence[Example], batch_size: int) -> Figures:
-            return of_answers(answers(model, self.tokenizer, self.pad, examples, batch_size), metrics)
+            return of_answers(answers(model, self.tokenizer, self.pad, ends, examples, batch_size), metrics)
 
         return written
 

@@ -60,7 +60,7 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
         data = encode(rows, loaded.tokenizer, recipe)
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
         adapted = adapt(loaded, settings, starts)
-        measure = loaded.measure(rows.kind, recipe.beta, settings.metrics)
+        measure = loaded.measure(recipe, settings.metrics)
         if settings.pack:
             data, settings = packed(data, rows.kind, loaded, measure, recipe, settings)
         sources = _sources(settings, base, rows, held_out)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank.data.chat.offsets import tokenise
-from lowrank.data.chat.template import ChatTemplate
+from lowrank.data.chat.template import ChatTemplate, Messages
 from lowrank.data.chat.writing import Written, chosen, without_oldest, write
 from lowrank.data.dataset import Dataset
 from lowrank.data.examples import IGNORED, Encoded, Example
@@ -62,12 +62,10 @@ def refuse_endless(data: Dataset) -> None:
     )
 
 
-def chat_prompt(tokenizer: Any, recipe: Recipe, prompt: str) -> list[int]:
-    """The tokens of one question, up to where the answer begins."""
+def chat_prompt(tokenizer: Any, recipe: Recipe, messages: Messages) -> list[int]:
+    """The tokens of what was said so far, up to where the answer begins."""
     try:
-        text = ChatTemplate(recipe.chat_template, tokenizer).render(
-            [{"role": "user", "content": prompt}], (), generate=True
-        )
+        text = ChatTemplate(recipe.chat_template, tokenizer).render(messages, (), generate=True)
     except RowError as error:
         raise DataError(f"the prompt: {error}") from None
     found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 
-from lowrank.checkpoint.adapter_folder import RUN_FILE
 from lowrank.checkpoint.outputs import check_room, claimed
 from lowrank.errors import CheckpointError, LowrankWarning, MergeError, some
 from lowrank.files.regular import read_bytes
@@ -22,7 +21,7 @@ from lowrank.merge.disk.card import card, sha256_of
 from lowrank.merge.disk.plan import MergePlan, plan_merge
 from lowrank.merge.disk.progress import bar
 from lowrank.merge.disk.report import MergeReport, survival_warnings
-from lowrank.merge.disk.sidefiles import corrected_config, kept_recipe, side_files, write_synced
+from lowrank.merge.disk.sidefiles import corrected_config, kept_from_training, side_files, write_synced
 from lowrank.merge.disk.verify import Findings, verify_files
 from lowrank.merge.disk.write import link_or_clone, sync_data, write_files
 from lowrank.merge.onto import Onto, check_onto
@@ -207,9 +206,9 @@ def _write_side_files(job: _Job, folder: Path) -> list[str]:
     """All that lies beside the weights; notes for the report."""
     for name, path in side_files(job.base):
         write_synced(folder / name, bytes(read_bytes(path)))
-    recipe, note = kept_recipe(adapter.folder for adapter in job.adapters)
-    if recipe is not None:
-        write_synced(folder / RUN_FILE, recipe)
+    kept, notes = kept_from_training(job.base, [adapter.folder for adapter in job.adapters])
+    for name, content in kept.items():
+        write_synced(folder / name, content)
     if job.base.config is not None:
         plain = any(recipe.was_stored for recipe in job.plan.recipes)
         config = corrected_config(job.base.config, job.options.dtype_name, job.plan.untie, plain)
@@ -217,7 +216,7 @@ def _write_side_files(job: _Job, folder: Path) -> list[str]:
             write_synced(folder / "config.json", config)
     if job.base.index_name is not None:
         write_synced(folder / job.base.index_name, _index(job))
-    return [note] if note else []
+    return notes
 
 
 def _index(job: _Job) -> bytes:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint.adapter_folder import RUN_FILE
+from lowrank.files.regular import read_bytes
 from lowrank.modelfiles.base import INDEX_ENDING, OTHER_WEIGHTS, BaseFiles, inside, read_json
 from lowrank.modelfiles.tied import untied
 
+TEMPLATE = "chat_template.jinja"
 RUN_FILES = (RUN_FILE, "train.yaml", "log.jsonl")  # of the training that made the base, which is not the result's
 LEFT_OUT = frozenset({"README.md", "training_args.bin", "adapter_config.json", ".gitattributes", *RUN_FILES})
 DTYPE_FIELDS = ("dtype", "torch_dtype")
@@ -39,7 +41,7 @@ def _is_weights(name: str) -> bool:
 
 def own_texts(base: BaseFiles, folder: Path) -> list[str]:
     """The tokenizer and chat template of an adapter's folder, where they are not the base's."""
-    names = ("tokenizer.json", "chat_template.jinja")
+    names = ("tokenizer.json", TEMPLATE)
     return [
         name
         for name in names
@@ -48,19 +50,42 @@ def own_texts(base: BaseFiles, folder: Path) -> list[str]:
     ]
 
 
-def kept_recipe(folders: Iterable[Path]) -> tuple[bytes | None, str | None]:
-    """(run.json of the result, a note): the recipe by which adapters' rows became tokens, where all have the same.
+def kept_from_training(base: BaseFiles, folders: Iterable[Path]) -> tuple[dict[str, bytes], list[str]]:
+    """({name: content}, notes): what the adapters' trainings say of how rows became tokens, where all say the same.
 
-    So that `eval` and `generate` ask the merged model as they asked the base with the adapter.
+    run.json, so that `eval` and `generate` ask the merged model as they asked the base with the adapter; and the chat
+    template that conversations were written by, so that whoever serves the result writes them alike.
     """
     files = [folder / RUN_FILE for folder in folders]
     recipes = [read_json(file).get("recipe") if file.is_file() else None for file in files]
-    if all(recipe == recipes[0] for recipe in recipes):
-        return (None if recipes[0] is None else (json.dumps({"recipe": recipes[0]}, indent=2) + "\n").encode()), None
-    return None, (
-        "the adapters were trained with different prompts, so the result has no run.json: say --template to eval and "
-        "generate"
-    )
+    kept: dict[str, bytes] = {}
+    notes = []
+    if any(recipe != recipes[0] for recipe in recipes):
+        notes.append(
+            "the adapters were trained with different prompts, so the result has no run.json: say --template to eval "
+            "and generate"
+        )
+    elif recipes[0] is not None:
+        kept[RUN_FILE] = (json.dumps({"recipe": recipes[0]}, indent=2) + "\n").encode()
+    templates = {str(recipe.get("chat_template") or "") if isinstance(recipe, dict) else "" for recipe in recipes}
+    template = templates.pop() if len(templates) == 1 else ""
+    if templates:
+        notes.append("the adapters were trained with different chat templates: the result has the base's, if any")
+    elif template and template != (own := own_template(base)):
+        kept[TEMPLATE] = template.encode()
+        notes.append(
+            f"{TEMPLATE} is the chat template that was trained with{'' if own is None else ', not the one of the base'}"
+        )
+    return kept, notes
+
+
+def own_template(base: BaseFiles) -> str | None:
+    """The chat template that tokenizers read from the base's folder; None where it has none, or several."""
+    file, config = base.folder / TEMPLATE, base.folder / "tokenizer_config.json"
+    if file.is_file():
+        return bytes(read_bytes(file)).decode(errors="replace")
+    found = read_json(config).get("chat_template") if config.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def corrected_config(config: dict[str, Any], dtype: str | None, untie: bool, plain: bool = False) -> bytes | None:

@@ -70,7 +70,7 @@ class Task:
             loaded = load(self.base, self.recipe.kind, self.recipe.labels, self.settings)
             model, moving, total = self._moving(loaded, name, seed)
             rate = lr * math.sqrt(total / moving) if moving else 0.0
-            measure = loaded.measure(self.recipe.kind)
+            measure = loaded.measure(self.recipe)
             if moving:
                 how = self._loop_settings(rate, seed)
                 Loop(model, self.data.examples, [], measure, how, reporter or Reporter()).run()

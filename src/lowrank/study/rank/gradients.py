@@ -60,9 +60,10 @@ def gradient_spectra(settings: GradientRankSettings, progress: Progress = lambda
         loaded = load(base, data.kind, labels, settings)
         require_plain(loaded.model, "rank from gradients")
         planned = plan(loaded.model, target_config(settings))
-        few = encode(data.spread(settings.sample), loaded.tokenizer, recipe_of(settings, data, labels, loaded))
+        recipe = recipe_of(settings, data, labels, loaded)
+        few = encode(data.spread(settings.sample), loaded.tokenizer, recipe)
     directions = Directions(settings.most, settings.seed, loaded.device)
-    sketches = measured(loaded.model, planned, directions, few.examples, loaded.measure(data.kind), settings, progress)
+    sketches = measured(loaded.model, planned, directions, few.examples, loaded.measure(recipe), settings, progress)
     return Gradients(
         tuple(_spectrum(entry, sketches[entry.path], settings.most) for entry in planned.entries),
         len(few.examples),
