@@ -18,8 +18,9 @@ command = App(
 Examples with your own:
   lowrank generate --model llama/ --adapter runs/e2e --prompt "name[Aromi]" \\
       --temperature 0.7 --seed 1
-  lowrank generate --model llama/ --adapter runs/chats --chat \
-      --system "Answer in one sentence." """,
+  lowrank generate --model llama/ --adapter runs/chats --chat \\
+      --system "Be brief."
+""",
 )
 
 
