@@ -1,6 +1,7 @@
 """Figures of written answers: what is asked, what is counted, and what is said where a package is missing."""
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -120,3 +121,34 @@ def test_bleu_chrf_and_rouge_are_their_packages():
     scorer = rouge.RougeScorer(["rougeL"], use_stemmer=True)
     best = [max(scorer.score(text, a.written)["rougeL"].fmeasure for text in a.references) for a in said]
     assert found["rougel"] == pytest.approx(sum(best) / 2)
+
+
+def grams(text, n):
+    letters = "".join(text.split())
+    return Counter(letters[i : i + n] for i in range(len(letters) - n + 1))
+
+
+def chrf_by_hand(said):
+    """Of one reference each: precision and recall over the corpus, their means over n = 1..6, then F with β = 2."""
+    precisions, recalls = [], []
+    for n in range(1, 7):
+        pairs = [(grams(answer.written, n), grams(answer.references[0], n)) for answer in said]
+        alike = sum((one & other).total() for one, other in pairs)
+        precisions.append(alike / sum(one.total() for one, _ in pairs))
+        recalls.append(alike / sum(other.total() for _, other in pairs))
+    precision, recall = sum(precisions) / 6, sum(recalls) / 6
+    return 100 * 5 * precision * recall / (4 * precision + recall)
+
+
+def test_chrf_by_hand():
+    pytest.importorskip("sacrebleu")
+    said = [Answer("the cat is very red today", ("the cat is red today",)), Answer("a dog barks", ("the dog bites",))]
+    assert of_answers(said, ["chrf"])["chrf"] == pytest.approx(chrf_by_hand(said))
+
+
+def test_rouge_1_and_2_by_hand():
+    pytest.importorskip("rouge_score")
+    found = of_answers([Answer("the red cat", ("the cat sat", "no"))], ["rouge"])
+    assert found["rouge1"] == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
+    assert found["rouge2"] == 0.0
+    assert found["rougel"] == pytest.approx(2 / 3)

@@ -132,13 +132,33 @@ def _after(header: str, fixed: str) -> int:
 
 
 def _agree(row: Written, messages: Messages, chat: Conversation, template: ChatTemplate) -> None:
-    """Where the template marks answers itself, ours must be among its: a wrong mask is never silent."""
-    marked = template.marked(messages[: row.until], chat.tools)
-    theirs = {row.text[start:end].strip() for start, end in marked}
-    for turn, (start, end) in zip(row.turns, row.spans, strict=True):
-        ours = row.text[start:end].strip()
-        if chat.messages[turn].role == "assistant" and ours not in theirs:
+    """Where the template marks answers itself, ours must be what it marks, place by place: no wrong mask is silent."""
+    marked = _joined(template.marked(messages[: row.until], chat.tools), row.text)
+    for turn, span in zip(row.turns, row.spans, strict=True):
+        if chat.messages[turn].role == "assistant" and not any(_same(row.text, span, other) for other in marked):
+            ours = row.text[slice(*span)].strip()
             raise RowError(
                 f"message {turn}: the template's {{% generation %}} does not mark what rendering shows to be the "
                 f"answer ({ours[:30]!r}...{ours[-20:]!r}); mend the template and give it with --chat-template"
             )
+
+
+def _joined(marked: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """The marks, those with nothing but blanks between them as one: words and calls may be marked apart."""
+    found: list[tuple[int, int]] = []
+    for start, end in marked:
+        if found and not text[found[-1][1] : start].strip():
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((start, end))
+    return found
+
+
+def _same(text: str, ours: tuple[int, int], theirs: tuple[int, int]) -> bool:
+    """Whether both hold the same, but for blanks and for an empty thought that nobody wrote, which we leave out."""
+    (start, end), (first, last) = ours, theirs
+    if min(end, last) <= max(start, first):
+        return False
+    before, after = text[min(start, first) : max(start, first)], text[min(end, last) : max(end, last)]
+    thought = first < start and EMPTY.fullmatch(before) is not None
+    return not after.strip() and (not before.strip() or thought)
