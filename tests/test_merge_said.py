@@ -9,7 +9,7 @@ from torch import nn
 import lowrank
 from layer_cases import chain
 from lowrank import LoraConfig
-from lowrank.errors import LowrankWarning, MergeError
+from lowrank.errors import LowrankError, LowrankWarning, MergeError
 
 
 def small(dtype: torch.dtype, by: float, **settings: object) -> nn.Module:
@@ -81,3 +81,39 @@ def test_a_weight_parametrised_after_injection_is_an_error_in_merging(merge, by:
     model(x)
     with pytest.raises(MergeError, match=r"first: its weight is computed by a parametrisation .* remove that first"):
         merge(model)
+
+
+def test_a_layer_parametrised_after_injection_is_not_made_plain() -> None:
+    """Its class is the parametrisation's, made of the adapted one: the plain class would have no weight at all."""
+    model, x = chain("one", "two")
+    base, _ = chain()
+    base.load_state_dict({name: value for name, value in model.state_dict().items() if ".lora_" not in name})
+    lowrank.delete_adapter(model, "two")
+    nn.utils.parametrizations.weight_norm(model.first)
+    adapted, keys = model(x), model.state_dict().keys()
+    for gone in (lowrank.unload, lambda m: lowrank.delete_adapter(m, "one")):
+        with pytest.raises(LowrankError, match=r"first cannot be plain again: its weight is computed by a param"):
+            gone(model)
+        assert torch.equal(model(x), adapted) and model.state_dict().keys() == keys
+    lowrank.inject(model, LoraConfig(r=2, target_modules=["second"]), "elsewhere")
+    lowrank.delete_adapter(model, "elsewhere")
+    lowrank.set_active(model, ["one"])
+    assert torch.equal(model(x), adapted)
+    nn.utils.parametrize.remove_parametrizations(model.first, "weight")
+    lowrank.unload(model)
+    assert torch.allclose(model(x), base(x), atol=1e-6)
+
+
+def test_a_parametrised_layer_stops_a_merge_before_the_first_weight() -> None:
+    """The adapter that is merged is elsewhere; the one that would be dropped at the end cannot be."""
+    model, x = chain("one")
+    lowrank.inject(model, LoraConfig(r=2, target_modules=["second"]), "here")
+    lowrank.inject(model, LoraConfig(r=2, target_modules=["third"]), "there")
+    lowrank.delete_adapter(model, "one")
+    nn.utils.parametrizations.weight_norm(model.second)
+    before, answer = model.third.base_weight.clone(), model(x)
+    with pytest.raises(LowrankError, match="second cannot be plain again"):
+        lowrank.merge_and_unload(model)
+    assert torch.equal(model.third.base_weight, before) and torch.equal(model(x), answer)
+    lowrank.merge_and_unload(model, ["there"])
+    assert lowrank.adapter_configs(model).keys() == {"here"}

@@ -1,11 +1,12 @@
 """The adapters a model holds: which there are, which answer, which train."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from lowrank.errors import LowrankError
+from lowrank.errors import LowrankError, some
 from lowrank.injection.checkpointing import remove_hooks
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.presence import is_adapted, set_trainable, settle
@@ -13,7 +14,7 @@ from lowrank.injection.rounds import remove_rounds
 from lowrank.injection.saving import remove_saving
 from lowrank.injection.state import ATTRIBUTE, check_unfolded, find_state, require_adapter, require_state
 from lowrank.injection.traversal import base_modules
-from lowrank.layers.base import LoraLayer, let_go
+from lowrank.layers.base import PARAMETRISED, LoraLayer, let_go
 from lowrank.layers.overrides import BASE, override_tensors, remove_override, select_override
 
 
@@ -107,11 +108,20 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     drop(model, [name])
 
 
+def check_release(model: nn.Module, names: Collection[str]) -> None:
+    """Raise LowrankError where a layer cannot get its class back without `names`: a parametrisation made one of its
+    own of the adapted class, and knows its weight only by that."""
+    held = (path for path, layer in lora_layers(model) if is_parametrized(layer) and set(layer.adapter_names) <= {*names})
+    if faults := [path or "the model" for path in held]:
+        raise LowrankError(f"{some(faults)} cannot be plain again: {PARAMETRISED}")
+
+
 def drop(model: nn.Module, names: Iterable[str]) -> None:
-    """In place: forget adapters, all in one walk. Raises LowrankError inside of a `merged` block."""
+    """In place: forget adapters, all in one walk. Raises LowrankError inside of a `merged` block, and `check_release`."""
     state = require_state(model)
     check_unfolded(model, "delete_adapter")
     gone = set(names)
+    check_release(model, gone)
     with state.turnstile.change(model):
         everywhere = [*(place.module for place in state.places.values()), *(m for _, m in base_modules(model))]
         for module in {id(module): module for module in everywhere}.values():

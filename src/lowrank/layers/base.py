@@ -23,6 +23,7 @@ from lowrank.layers.reading import AdaptedWeight, own_weight, say_dropout
 
 PREFIX = "lora_"
 ASIDE = "_lowrank_aside"  # where a folded layer keeps its W0 and the names of its active adapters
+PARAMETRISED = "its weight is computed by a parametrisation that was put on after injection: remove that first"
 REPLACED = "its forward is replaced on the instance, which would bypass the adapter; inject before you patch the module"
 
 

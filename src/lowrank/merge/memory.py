@@ -10,7 +10,7 @@ from torch import nn
 
 from lowrank.core.factors import LoraFactors
 from lowrank.errors import LowrankWarning, MergeError, some
-from lowrank.injection.adapters import drop, lora_layers, override_modules, switch
+from lowrank.injection.adapters import check_release, drop, lora_layers, override_modules, switch
 from lowrank.injection.presence import record, settle
 from lowrank.injection.state import AdapterState, check_unfolded, require_adapter, require_state
 from lowrank.injection.targets import named_targets
@@ -70,6 +70,7 @@ def merge_and_unload(
     names = _chosen(model, adapters)
     settle(model)
     _check(model, names, everything=adapters is None)
+    check_release(model, names if adapters is not None else tuple(require_state(model).configs))
     _check_onto(model, names, onto, anyway)
     plain = plain_dtype(model) if onto == "16bit" and is_quantised(model) else None
     left: dict[str, float] = {}

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lowrank.core.merging import Change
-from lowrank.layers.base import LoraLayer
+from lowrank.layers.base import PARAMETRISED, LoraLayer
 
 
 @torch.no_grad()
@@ -15,7 +15,7 @@ def merge_fault(layer: LoraLayer, adapters: tuple[str, ...]) -> str | None:
     holds (a large change of a float16 weight), the layer is merged on trial.
     """
     if "weight" not in layer._parameters:
-        return "its weight is computed by a parametrisation that was put on after injection: remove that first"
+        return PARAMETRISED
     weight = layer.dense(layer)
     largest = _largest(weight)
     if not torch.isfinite(largest):
