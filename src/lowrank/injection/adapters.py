@@ -109,15 +109,17 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def check_release(model: nn.Module, names: Collection[str]) -> None:
-    """Raise LowrankError where a layer cannot get its class back without `names`: a parametrisation made one of its
-    own of the adapted class, and knows its weight only by that."""
-    held = (path for path, layer in lora_layers(model) if is_parametrized(layer) and set(layer.adapter_names) <= {*names})
-    if faults := [path or "the model" for path in held]:
+    """Raise LowrankError where a layer that holds no others than `names` cannot be plain again.
+
+    A parametrisation made a class of its own of the adapted one, and the weight is known by that class alone.
+    """
+    emptied = [(path, layer) for path, layer in lora_layers(model) if set(layer.adapter_names) <= set(names)]
+    if faults := [path or "the model" for path, layer in emptied if is_parametrized(layer)]:
         raise LowrankError(f"{some(faults)} cannot be plain again: {PARAMETRISED}")
 
 
 def drop(model: nn.Module, names: Iterable[str]) -> None:
-    """In place: forget adapters, all in one walk. Raises LowrankError inside of a `merged` block, and `check_release`."""
+    """In place: forget adapters, all in one walk. Raises LowrankError inside of a `merged` block; see `check_release`."""
     state = require_state(model)
     check_unfolded(model, "delete_adapter")
     gone = set(names)
