@@ -119,7 +119,7 @@ def check_release(model: nn.Module, names: Collection[str]) -> None:
 
 
 def drop(model: nn.Module, names: Iterable[str]) -> None:
-    """In place: forget adapters, all in one walk. Raises LowrankError inside of a `merged` block; see `check_release`."""
+    """In place: forget adapters, all in one walk. Raises as `check_release`, and inside of a `merged` block."""
     state = require_state(model)
     check_unfolded(model, "delete_adapter")
     gone = set(names)
