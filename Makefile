@@ -40,10 +40,10 @@ mutants: .venv/.dev      ## break the code on purpose, term by term, and see the
 	$(BIN)/python scripts/mutation_check.py
 
 FUZZ ?= 30
-fuzz: .venv/.dev         ## damaged files for FUZZ minutes, to the readers, to merging, and as bytes; what breaks is kept
+fuzz: .venv/.dev         ## damaged files for FUZZ minutes: readers, merging, bytes, rows of data; what breaks is kept
 	-$(PIP) -e '.[fuzz]'
-	for target in readers fuzz byte_formats; do \
-	  $(BIN)/python tests/hostile/$$target.py --minutes $$((($(FUZZ) + 2) / 3)) --seed $$(date +%s) || exit 1; done
+	for target in readers fuzz byte_formats rows; do \
+	  $(BIN)/python tests/hostile/$$target.py --minutes $$((($(FUZZ) + 3) / 4)) --seed $$(date +%s) || exit 1; done
 
 bench: .venv/.dev        ## the training step beside its peers and its floor (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/training_step.py --out benchmarks/results/training_step.json

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ sys.path.insert(0, str(HOSTILE))
 
 import byte_formats  # noqa: E402
 import readers  # noqa: E402
+import rows  # noqa: E402
 
 KEPT = sorted(HOSTILE.glob("reader-*"))
 
@@ -62,3 +64,37 @@ def test_fresh_cases(seeds, tmp_path):
         kind = readers.make_case(seeds, folder, number, seed=0)
         assert readers.broken_promise(folder, kind) is None, (number, kind)
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("case", sorted(HOSTILE.glob("rows-*")), ids=lambda case: case.name)
+def test_kept_rows(case):
+    """The same for files of data."""
+    assert rows.broken_promise(case) is None
+
+
+def test_sound_rows_are_trained(tmp_path):
+    """Without damage every seed becomes tokens, so a refusal is the damage's; and what is wrong with a mask is seen."""
+    for seed in rows.SEEDS:
+        path = tmp_path / "rows.jsonl"
+        other = {**seed, **({"label": {1: 2, "good": "bad", 3.5: 4.5}[seed["label"]]} if "label" in seed else {})}
+        rows.write(path, [seed, other])
+        settings = rows.DataSettings(cache=False)
+        data = rows.read_dataset(path, settings)
+        tok = rows.tokenizer("headers")
+        labels = rows.label_names(data) if data.kind == "classification" else ()
+        made = rows.encode(data, tok, rows.make_recipe(settings, data.kind, tok, 512, labels, speaks=data.speaks))
+        assert len(made.examples) == 2
+        assert rows.wrong(data, made, tok, settings) is None
+        if data.kind == "chat":
+            everything = [replace(e, labels=[rows.IGNORED, *e.ids[1:]]) for e in made.examples]
+            assert "nobody of the assistant's" in (
+                rows.wrong(data, replace(made, examples=everything), tok, settings) or ""
+            )
+
+
+def test_fresh_rows(tmp_path):
+    """The first cases of the fuzz target's own sequence."""
+    for number in range(300):
+        rows.make_case(tmp_path / "case", number, seed=0)
+        assert rows.broken_promise(tmp_path / "case") is None, number
+        shutil.rmtree(tmp_path / "case")

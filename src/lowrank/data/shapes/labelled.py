@@ -6,11 +6,13 @@ fraction (3.8), and all are numbers, they are numbers to predict; --kind says it
 
 import math
 import re
+import sys
 from typing import Any
 
 from lowrank.data.rows import RowError
 from lowrank.data.shapes.shape import Content, Fields, Shape, shown
 
+LARGEST = sys.float_info.max  # a whole number may be larger, and no float then
 NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
 WHOLE = re.compile(r"\s*[-+]?\d+\s*")
 
@@ -19,7 +21,7 @@ def is_number(value: Any) -> bool:
     """Whether a label could be predicted as a number: one that is finite, or text that says one."""
     if isinstance(value, str):
         return NUMBER.fullmatch(value) is not None and math.isfinite(float(value))
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def is_fraction(value: Any) -> bool:
