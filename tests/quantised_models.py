@@ -34,7 +34,22 @@ def oracle(layer: Any) -> Tensor:
 
     if layer.weight.dtype is torch.int8:
         return bnb.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
-    return bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return dequantised(layer.weight.data, layer.weight.quant_state)
+
+
+def dequantised(packed: Tensor, state: Any) -> Tensor:
+    """bitsandbytes' matrix of four bits, by its plain kernel where that for AVX-512 takes scales of other blocks."""
+    import bitsandbytes.functional as bnb
+    from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+
+    if state.shape[1] % state.blocksize == 0:
+        return bnb.dequantize_4bit(packed, state)
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
+    return _dequantize_4bit_compute(
+        packed.view(torch.uint8).flatten(), absmax.float(), state.code, state.blocksize, state.shape, state.dtype
+    )
 
 
 class Pair(nn.Module):
@@ -57,10 +72,11 @@ def quantise(model: nn.Module, scheme: str) -> nn.Module:
         if type(module) is nn.Linear and "lm_head" not in path:
             new = quantised_linear(scheme, module.in_features, module.out_features, module.weight.dtype, module.weight)
             new.bias = module.bias
+            new.support_avx512bf16_for_cpu = False  # it would answer in bfloat16 on processors that have this
             model.set_submodule(path, new)
     return model
 
 
 def llama(scheme: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A small quantised Llama whose weights fill their blocks."""
-    return quantise(models.causal("llama", hidden_size=64, intermediate_size=96).to(dtype), scheme)
+    """A small quantised Llama whose rows fill their blocks, without which bitsandbytes' own layers err with AVX-512."""
+    return quantise(models.causal("llama", hidden_size=64, intermediate_size=128).to(dtype), scheme)

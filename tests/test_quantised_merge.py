@@ -1,5 +1,6 @@
 """Merging into quantised bases: the same bits in memory and on disk, merged ≡ adapted, and a loss is said before."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import lowrank
 import models
+import quantised_models
 from lowrank import LoraConfig
-from lowrank.errors import CheckpointError, MergeError
+from lowrank.errors import CheckpointError, LowrankWarning, MergeError
 from lowrank.injection.adapters import lora_layers
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -33,7 +35,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     root = tmp_path_factory.mktemp("quantised")
-    plain = models.causal("llama", hidden_size=64, intermediate_size=96).to(torch.bfloat16)
+    plain = models.causal("llama", hidden_size=64, intermediate_size=128).to(torch.bfloat16)
     plain.save_pretrained(root / "float")
     model = AutoModelForCausalLM.from_pretrained(
         root / "float", dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**SCHEMES[request.param])
@@ -114,17 +116,67 @@ def test_onto_quantised_has_the_same_bits_in_memory_and_on_disk(base, tmp_path, 
         assert min(report.surviving.values()) > 0.5
 
 
-def test_onto_original_is_the_plain_model_s_merge(base, tmp_path):
-    adapted(base, tmp_path / "adapter")
-    lowrank.merge_checkpoint(base / "float", tmp_path / "adapter", tmp_path / "out", onto="original")
-    model = load(base / "float")
-    lowrank.load_adapter(model, tmp_path / "adapter")
-    lowrank.merge_and_unload(model)
-    assert same(load(tmp_path / "out"), model)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_onto_original_is_the_plain_model_s_merge_in_memory_and_on_disk(base, tmp_path, options):
+    model = adapted(base, tmp_path / "adapter", **options)
+    report = lowrank.merge_checkpoint(base / "float", tmp_path / "adapter", tmp_path / "out", onto="original")
+    plain = load(base / "float")
+    lowrank.load_adapter(plain, tmp_path / "adapter")
+    again = copy.deepcopy(model)
+    lowrank.merge_and_unload(again, onto="original", original=load(base / "float"))
+    with pytest.warns(LowrankWarning, match="apart from what was trained") as said:
+        lowrank.merge_and_unload(model, onto="original", original=base / "float")
+    lowrank.merge_and_unload(plain)
+    assert same(load(tmp_path / "out"), plain) and same(model, plain) and same(again, plain)
+    assert f"\n  {report_line(report)}" in str(said[0].message)
     with pytest.raises(MergeError, match="is quantised itself: give the model that it was made from"):
         lowrank.merge_checkpoint(base / "base", tmp_path / "adapter", tmp_path / "no", onto="original")
     with pytest.raises(MergeError, match="no weight that the adapter changes is quantised"):
         lowrank.merge_checkpoint(base / "float", tmp_path / "adapter", tmp_path / "no", onto="quantised")
+
+
+def report_line(report: Any) -> str:
+    """The summary's line for the weight that is farthest from what was trained."""
+    lines = report.summary().splitlines()
+    return next(lines[i + 1] for i, line in enumerate(lines) if line.startswith("apart from")).split("  ")[1]
+
+
+def test_the_report_says_how_far_each_weight_is_from_what_was_trained(base, tmp_path):
+    """By the norms of the weights themselves, and as answers to random x show it; the plain head is not among them."""
+    model, plain = adapted(base, tmp_path / "adapter"), load(base / "float")
+    report = lowrank.merge_checkpoint(base / "float", tmp_path / "adapter", tmp_path / "out", onto="original")
+    layers = {path: layer for path, layer in lora_layers(model) if path != "lm_head"}
+    assert report.apart.keys() == {f"{path}.weight" for path in layers}
+    for path, layer in layers.items():
+        held, factors = layer.dense(layer).float(), layer.factors("default")
+        change = (factors.scale * factors.b @ factors.a).detach()
+        difference = plain.get_submodule(path).weight.detach().float() - held
+        found, x = report.apart[f"{path}.weight"], torch.randn(4000, held.shape[1])
+        assert found.change == pytest.approx(float(difference.norm() / change.norm()), rel=0.01)
+        assert found.answers == pytest.approx(
+            float((x @ difference.t()).norm() / (x @ (held + change).t()).norm()), rel=0.1
+        )
+
+
+def test_another_model_is_no_original(base, tmp_path):
+    model = adapted(base, tmp_path / "adapter")
+    other = models.causal("llama", hidden_size=64, intermediate_size=128).to(torch.bfloat16)
+    for parameter in other.parameters():
+        parameter.data.normal_(std=0.02)
+    other.save_pretrained(tmp_path / "other")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for original in (other, tmp_path / "other"):
+        with pytest.raises(MergeError, match=r"not the model that the quantised one was made .* differs by 1\d\d%"):
+            lowrank.merge_and_unload(model, onto="original", original=original)
+    for original, fault in ((load(base / "base"), "no weight of numbers"), (base / "base", "no weight of numbers")):
+        with pytest.raises(MergeError, match=fault):
+            lowrank.merge_and_unload(model, onto="original", original=original)
+    with pytest.raises(MergeError, match="belong together"):
+        lowrank.merge_and_unload(model, onto="original")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(MergeError, match=r"other is not the model that the base of adapter was made from: W0 differs"):
+        lowrank.merge_checkpoint(tmp_path / "other", tmp_path / "adapter", tmp_path / "out", onto="original")
+    assert not (tmp_path / "out").exists()
 
 
 def test_some_of_several_adapters_are_merged_and_the_others_answer_on(base, tmp_path):
@@ -192,3 +244,29 @@ def test_damaged_quantised_weights_are_said_in_a_sentence(base, tmp_path):
         with pytest.raises((CheckpointError, MergeError), match=sentence):
             lowrank.merge_checkpoint(damaged, tmp_path / "adapter", tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_layers_without_an_adapter_are_not_repacked_while_the_model_has_one():
+    """bitsandbytes rounds the scales of a four-bit layer that answers in eval() on some CPUs."""
+    model = quantised_models.llama("nf4").eval()
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # as on such a CPU
+    lowrank.inject(model, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]))
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model(IDS)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    lowrank.unload(model)
+    assert len(layers) == 14 and all(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_a_model_that_was_repacked_is_not_merged_half():
+    model = quantised_models.llama("nf4")
+    lowrank.inject(model, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]))
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.quant_state.packing_format_for_cpu, weight.data = True, weight.data.clone()
+    with pytest.raises(MergeError, match=r"model.layers.1.mlp.up_proj cannot be read any more, .* load the model"):
+        lowrank.merge_and_unload(model)
+    assert lowrank.active_adapters(model) == ("default",)

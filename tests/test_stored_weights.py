@@ -5,6 +5,7 @@ import torch
 
 import lowrank
 from lowrank.core.stored import FourBit, Int8Rows, Mxfp4, Nested, Scaled, Stored
+from quantised_models import dequantised
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((37, 96), (64, 192), (10, 31), (300, 256))
@@ -30,7 +31,7 @@ def test_four_bits_are_bitsandbytes_s(kind, dtype, double, shape):
     if double:
         absmax = Nested(absmax, state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
     stored = FourBit(packed.flatten(), absmax, state.code, state.blocksize, state.shape, state.dtype, kind)
-    check_rows(stored, bnb.dequantize_4bit(packed, state))
+    check_rows(stored, dequantised(packed, state))
 
 
 def test_int8_is_bitsandbytes_s():

@@ -5,7 +5,7 @@
      "fused": {path: {"names": ["q", "v"], "rows": [[start, width, stride, count], ...]}},
      "start": [path, ...],
      "scales": {path: s},
-     "stored": {"form": ..., "dtype": ..., "probe": {path: [..]}}}
+     "stored": {"form": ..., "dtype": ..., "block": 64, "probe": {path: [..]}, "plain": [path, ...]}}
 
 fused: modules of which only some rows are adapted, which the weights file holds padded with zeros.
 start: modules whose file factors are [A; A_start] and [B, −B_start], because training did not start at ΔW = 0.
@@ -28,6 +28,8 @@ from lowrank.files.names import is_name
 Kind = TypeVar("Kind")
 NAME = "lowrank.json"
 FORMAT = 1
+DTYPES = ("float16", "bfloat16", "float32", "float64")  # in which a stored form can be read
+BLOCKS = range(1, 2**20)
 MOST_PARTS = 1000  # of one fused projection; q, k and v are three
 
 
@@ -101,9 +103,14 @@ def _stored(stored: dict[str, Any]) -> StoredBase:
         path: tuple(_number(number) for number in _checked(numbers, list, "probe"))
         for path, numbers in _table(stored.get("probe"), "probe").items()
     }
-    return StoredBase(
-        short(_checked(stored.get("form"), str, "form"), 80), _checked(stored.get("dtype"), str, "dtype"), probe
-    )
+    dtype = _checked(stored.get("dtype"), str, "dtype")
+    if dtype not in DTYPES:
+        raise ValueError(f"its stored form is read in {short(dtype, 40)!r}, which is none of {', '.join(DTYPES)}")
+    block = stored.get("block")
+    if block is not None and _checked(block, int, "block") not in BLOCKS:
+        raise ValueError(f"{block} numbers cannot share a scale in any form")
+    plain = _items(stored.get("plain", []), str, "plain")
+    return StoredBase(short(_checked(stored.get("form"), str, "form"), 80), dtype, probe, block, tuple(plain))
 
 
 def _fingerprint(base: dict[str, Any]) -> Fingerprint:

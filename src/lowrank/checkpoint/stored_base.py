@@ -19,19 +19,26 @@ ALIKE = 1e-6  # relative; less is a rounding of dtypes
 
 @dataclass(frozen=True, slots=True)
 class StoredBase:
-    """form: as `Stored.form` says it; dtype: of the matrix as it is read; probe: {module: the first numbers of W0}."""
+    """form: as `Stored.form` says it; dtype: of the matrix as it is read; probe: {module: the first numbers of W0}.
+
+    block: how many numbers share a scale, where the form has blocks; plain: adapted modules that were not quantised.
+    """
 
     form: str
     dtype: str
     probe: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    block: int | None = None
+    plain: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For `lowrank.json`."""
-        return {"form": self.form, "dtype": self.dtype, "probe": self.probe}
+        blocks = {} if self.block is None else {"block": self.block}
+        return {"form": self.form, "dtype": self.dtype, "probe": self.probe, "plain": list(self.plain)} | blocks
 
     def renamed(self, rename: Callable[[str], str]) -> "StoredBase":
         """The same for a model whose paths differ."""
-        return replace(self, probe={rename(path): numbers for path, numbers in self.probe.items()})
+        probe = {rename(path): numbers for path, numbers in self.probe.items()}
+        return replace(self, probe=probe, plain=tuple(rename(path) for path in self.plain))
 
     def differences(self, model: nn.Module) -> list[str]:
         """One sentence where the model holds other numbers than those that the adapter was trained over."""
@@ -64,13 +71,19 @@ class StoredBase:
 
 def stored_base(modules: Iterable[tuple[str, nn.Module]]) -> StoredBase | None:
     """What is to be remembered of adapted modules; None where none of them is in a stored form."""
-    found = [(path, stored_weight(module)) for path, module in modules if is_readable(module)]
+    all_modules = list(modules)
+    found = [(path, stored_weight(module)) for path, module in all_modules if is_readable(module)]
     if not found:
         return None
+    plain = tuple(path for path, module in all_modules if not is_readable(module))
     step = max(1, len(found) // MODULES)
     chosen = found[::step][:MODULES]
     probe = {path: tuple(stored.rows(slice(0, 1)).flatten()[:NUMBERS].double().tolist()) for path, stored in chosen}
-    return StoredBase(found[0][1].form, str(found[0][1].dtype).removeprefix("torch."), probe)
+    first = found[0][1]
+    block = getattr(first, "block", None)
+    return StoredBase(
+        first.form, str(first.dtype).removeprefix("torch."), probe, block if isinstance(block, int) else None, plain
+    )
 
 
 def _form(module: nn.Module) -> str:

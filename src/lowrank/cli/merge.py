@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -85,6 +86,6 @@ def merge(
             anyway=anyway,
         )
     if as_json:
-        say(json.dumps({name: getattr(report, name) for name in SHOWN} | {"out": str(report.out)}))
+        say(json.dumps({name: getattr(report, name) for name in SHOWN} | {"out": str(report.out)}, default=asdict))
     else:
         say(report.summary())  # its warnings have been lines on stderr already

@@ -10,6 +10,7 @@ from lowrank.errors import LowrankError, some
 from lowrank.injection.checkpointing import remove_hooks
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.presence import is_adapted, set_trainable, settle
+from lowrank.injection.repacking import let_repack
 from lowrank.injection.rounds import remove_rounds
 from lowrank.injection.saving import remove_saving
 from lowrank.injection.state import ATTRIBUTE, check_unfolded, find_state, require_adapter, require_state
@@ -144,6 +145,7 @@ def forget(model: nn.Module) -> None:
     """In place: drop the state and hooks of a model that has no adapters left, and let its base train as before."""
     state = require_state(model)
     state.unwatch()
+    let_repack(model)
     remove_hooks(model)
     remove_rounds(model)
     remove_saving(model)

@@ -19,6 +19,7 @@ from lowrank.injection.paths import plain_reason
 from lowrank.injection.plan import InjectionPlan
 from lowrank.injection.planning import bias_names, plan
 from lowrank.injection.presence import record, settle
+from lowrank.injection.repacking import keep_stored
 from lowrank.injection.rounds import add_rounds
 from lowrank.injection.saving import add_saving
 from lowrank.injection.state import ATTRIBUTE, AdapterState, check_trainable_here, check_unfolded, find_state
@@ -118,6 +119,7 @@ def _begin(model: nn.Module) -> AdapterState:
     state = AdapterState(trained_before=frozenset(name for name, p in every_name if p.requires_grad))
     model.__dict__[ATTRIBUTE] = state
     model.requires_grad_(False)
+    keep_stored(model)
     add_hooks(model)
     add_rounds(model)
     add_saving(model)

@@ -111,5 +111,6 @@ def _layer(bnb: Any, module: nn.Linear, scheme: Scheme, double: bool) -> Any:
         layer.weight = bnb.nn.Params4bit(
             weight, requires_grad=False, quant_type=scheme, compress_statistics=double, module=layer
         )
+        layer.support_avx512bf16_for_cpu = False  # it would repack what adapters, put on later, want to read
     layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return layer

@@ -124,9 +124,14 @@ class LoraLayer(nn.Module):
         return prepare(self.factors(adapter), weight, transposed=self.transposed, weighting=weighting)
 
     @torch.no_grad()
-    def merged_weight(self, adapters: tuple[str, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """W0 + Σ ΔW over `adapters`, a new tensor of W0's own shape, in `dtype` (W0's if not given), rounded once."""
-        weight = self.dense(self)
+    def merged_weight(
+        self, adapters: tuple[str, ...], dtype: torch.dtype | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """W0 + Σ ΔW over `adapters`, a new tensor of W0's own shape, in `dtype` (W0's if not given), rounded once.
+
+        weight: another W0, of which `dense` might be what a quantiser left.
+        """
+        weight = self.dense(self) if weight is None else weight
         changes = [self.change(name, weight=weight) for name in adapters]
         return merge_weight(weight, changes, dtype).view(frozen_shape(self))
 

@@ -13,7 +13,7 @@ from lowrank.layers.quantised import LoraQuantised
 # what the classes that are read here keep beside weight and bias, and a Linear has not
 OWN = (
     "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu", "source_cls",
-    "state", "index", "block_size", "activation_scheme", "has_bias",
+    "_lowrank_repacks", "state", "index", "block_size", "activation_scheme", "has_bias",
 )  # fmt: skip
 OWN_TENSORS = ("weight_scale_inv", "activation_scale")
 
@@ -24,7 +24,7 @@ def become_linear(module: nn.Module, weight: Tensor) -> None:
     Adapters that it has stay, with the same factors.
     """
     adapters = _take_off(module) if isinstance(module, LoraLayer) else None
-    conv1d = getattr(getattr(module, "source_cls", None), "__name__", None) == "Conv1D"
+    conv1d = was_conv1d(module)
     for name in OWN:
         module.__dict__.pop(name, None)
     for name in OWN_TENSORS:
@@ -42,6 +42,11 @@ def become_linear(module: nn.Module, weight: Tensor) -> None:
         for name in names:
             layer.add_factors(name, factors[name])
         layer.activate(active)
+
+
+def was_conv1d(module: nn.Module) -> bool:
+    """Whether a quantised layer was made from a Conv1D, which stores W0ᵀ where this holds W0."""
+    return getattr(getattr(module, "source_cls", None), "__name__", None) == "Conv1D"
 
 
 def _take_off(layer: LoraLayer) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]:

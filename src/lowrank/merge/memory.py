@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.core.factors import LoraFactors
+from lowrank.core.stored.of_module import is_readable
 from lowrank.errors import LowrankWarning, MergeError, some
 from lowrank.injection.adapters import check_release, drop, lora_layers, override_modules, switch
 from lowrank.injection.presence import record, settle
@@ -19,19 +20,22 @@ from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer, let_go
 from lowrank.layers.overrides import keep_override
 from lowrank.layers.quantised import LoraQuantised
+from lowrank.merge.apart import Apart, apart_table
 from lowrank.merge.disk.report import survival_warnings
 from lowrank.merge.onto import (
     Onto,
+    apart_from_trained,
     check_onto,
     dequantise_rest,
     fold_plain,
     fold_requantised,
-    is_quantised,
     plain_dtype,
     quantised_layers,
     requantised,
     require_survival,
+    stored_layers,
 )
+from lowrank.merge.originals import Original, Weights, original_weights
 from lowrank.merge.overflow import merge_fault
 from lowrank.merge.survival import surviving
 
@@ -43,6 +47,7 @@ def merge_and_unload(
     *,
     onto: Onto = "16bit",
     anyway: bool = False,
+    original: Original | None = None,
 ) -> nn.Module:
     """In place: W ← W0 + Σ s·B·A over `adapters` (default: the active ones), and give the plain model back.
 
@@ -54,8 +59,10 @@ def merge_and_unload(
     A quantised model becomes a plain one by default (onto="16bit"): every quantised layer is dequantised as training
     saw it, the changes are added and rounded once to the dtype of the model's other weights. onto="quantised" puts the
     sums into the layers' own form again, which is coarser than most changes: where less than half of a module's ‖ΔW‖²
-    would survive that, MergeError shows how much does, before anything changes; `anyway` does it all the same. (The
-    third way, "original", is to load the unquantised base and the adapter onto it, and `lowrank merge` on disk.)
+    would survive that, MergeError shows how much does, before anything changes; `anyway` does it all the same.
+    onto="original" adds the changes to the weights of `original`, the model that the quantised one was made from: a
+    folder, a name on the Hub, or that model in memory. W0 there is not the W0 of the training, so it warns with how far
+    each module's answers are from those that were trained.
 
     Warns (LowrankWarning) where rounding swallows more than half of ΔW.
 
@@ -71,19 +78,25 @@ def merge_and_unload(
     settle(model)
     _check(model, names, everything=adapters is None)
     check_release(model, names if adapters is not None else tuple(require_state(model).configs))
-    _check_onto(model, names, onto, anyway)
-    plain = plain_dtype(model) if onto == "16bit" and is_quantised(model) else None
+    weights = _check_onto(model, names, onto, anyway, original)
+    plain = plain_dtype(model) if onto != "quantised" and stored_layers(model) else None
     left: dict[str, float] = {}
+    far: dict[str, Apart] = {}
     with require_state(model).turnstile.change(model):
         shared = _shared_targets(model)
         layers = [(path, layer) for path, layer in lora_layers(model) if set(names) & set(layer.adapter_names)]
         dtypes = {str(plain or layer.base_weight.dtype).removeprefix("torch.") for _, layer in layers}
         for path, layer in _progress(layers, progress):
             own = tuple(name for name in names if name in layer.adapter_names)
-            left[path] = _fold(layer, own, id(layer.base_weight) in shared, plain)
+            weight = weights(path) if weights is not None and isinstance(layer, LoraQuantised) else None
+            if weight is not None and isinstance(layer, LoraQuantised):
+                far[path] = apart_from_trained(layer, own, weight)
+            left[path] = _fold(layer, own, id(layer.base_weight) in shared, plain, weight)
         if plain is not None:
-            dequantise_rest(model, plain)
+            dequantise_rest(model, plain, weights)
         _finish(model, names, drop_rest=adapters is None)
+    if far:
+        warnings.warn(apart_table(far), LowrankWarning, stacklevel=2)
     for text in survival_warnings(left, ", ".join(sorted(dtypes)), "model.float() before"):
         warnings.warn(text, LowrankWarning, stacklevel=2)
     return model
@@ -160,12 +173,28 @@ def _check(model: nn.Module, names: tuple[str, ...], everything: bool) -> None:
         raise MergeError(f"cannot merge: {some(faults, separator='; ')}")
 
 
-def _check_onto(model: nn.Module, names: tuple[str, ...], onto: Onto, anyway: bool) -> None:
-    """Whether the way to merge can be had for this model, found before the first weight is touched."""
-    if onto == "original":
-        raise MergeError("onto original: load the unquantised model, the adapter onto it, and merge that one")
+def _check_onto(
+    model: nn.Module, names: tuple[str, ...], onto: Onto, anyway: bool, original: Original | None
+) -> Weights | None:
+    """Whether the way to merge can be had for this model, found before the first weight is touched.
+
+    Returns what reads the original's weights, where these are asked for.
+    """
+    if (original is None) is (onto == "original"):
+        raise MergeError(
+            "onto original and original=... belong together: give both, the model that was quantised, or none"
+        )
+    if unread := [path for path, layer in stored_layers(model).items() if not is_readable(layer)]:
+        raise MergeError(
+            f"merge: {some(unread)} cannot be read any more, since bitsandbytes has repacked it for inference: load "
+            "the model again, and give it the adapter before it answers"
+        )
+    if original is not None:
+        if not (held := stored_layers(model)):
+            raise MergeError("onto original: no layer of this model is quantised; leave `onto` out")
+        return original_weights(original, held)
     if onto == "16bit":
-        return
+        return None
     stored = quantised_layers(list(lora_layers(model)))
     if not stored:
         raise MergeError("onto quantised: no adapted layer of this model is quantised; leave `onto` out")
@@ -174,6 +203,7 @@ def _check_onto(model: nn.Module, names: tuple[str, ...], onto: Onto, anyway: bo
         require_survival({path: requantised(stored[path], some)[0] for path, some in own.items() if some}, anyway)
     except NotImplementedError as error:
         raise MergeError(f"onto quantised: {error}; merge onto 16bit") from error
+    return None
 
 
 def _finite(factors: LoraFactors) -> bool:
@@ -188,13 +218,16 @@ def _shared_targets(model: nn.Module) -> set[int]:
 
 
 @torch.no_grad()
-def _fold(layer: LoraLayer, names: tuple[str, ...], untie: bool, plain: torch.dtype | None) -> float:
+def _fold(
+    layer: LoraLayer, names: tuple[str, ...], untie: bool, plain: torch.dtype | None, original: Tensor | None
+) -> float:
     """In place: the merged values become the layer's weight, and the merged adapters leave. Returns ΔW's share left.
 
-    plain: the dtype in which quantised layers become plain ones; None where they keep their form.
+    plain: the dtype in which quantised layers become plain ones; None where they keep their form. original: a quantised
+    layer's W0 before it was that, where the change is for it.
     """
     if isinstance(layer, LoraQuantised):
-        return fold_requantised(layer, names) if plain is None else fold_plain(layer, names, plain)
+        return fold_requantised(layer, names) if plain is None else fold_plain(layer, names, plain, original)
     merged_weight = layer.merged_weight(names)
     left = surviving(layer, names, merged_weight)
     if untie:

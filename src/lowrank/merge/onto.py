@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.core.factors import LoraFactors
 from lowrank.core.stored import Stored, requantise
@@ -15,6 +15,8 @@ from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer, let_go
 from lowrank.layers.plain import become_linear, put_stored
 from lowrank.layers.quantised import LoraQuantised
+from lowrank.merge.apart import Apart, apart
+from lowrank.merge.originals import Weights
 from lowrank.merge.survival import surviving
 
 Onto = Literal["16bit", "original", "quantised"]
@@ -41,13 +43,25 @@ def plain_dtype(model: nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def fold_plain(layer: LoraQuantised, names: tuple[str, ...], dtype: torch.dtype) -> float:
-    """In place: a plain layer with W0 + Σ ΔW, W0 as training saw it, rounded once. Returns ΔW's share left."""
-    weight = layer.merged_weight(names, dtype)
-    left = surviving(layer, names, weight)
+def fold_plain(
+    layer: LoraQuantised, names: tuple[str, ...], dtype: torch.dtype, original: Tensor | None = None
+) -> float:
+    """In place: a plain layer with W0 + Σ ΔW, rounded once. Returns ΔW's share left.
+
+    original: W0 before it was quantised; as training saw it where not given.
+    """
+    weight = layer.merged_weight(names, dtype, original)
+    left = surviving(layer, names, weight, original)
     let_go(layer, names)
     become_linear(layer, weight)
     return left
+
+
+def apart_from_trained(layer: LoraQuantised, names: tuple[str, ...], original: Tensor) -> Apart:
+    """How far `original` + Σ ΔW is from what was trained, over the weight that the layer holds."""
+    held = layer.dense(layer)
+    changes, trained = ([layer.change(name, weight=weight) for name in names] for weight in (original, held))
+    return apart(original, held, changes, trained)
 
 
 @torch.no_grad()
@@ -88,11 +102,15 @@ def survival_table(shares: Mapping[str, float], most: int = 20) -> str:
 
 
 @torch.no_grad()
-def dequantise_rest(model: nn.Module, dtype: torch.dtype) -> None:
-    """In place: every layer that is still quantised becomes a plain one, adapters included, and the model says so."""
-    for _, module in list(base_modules(model)):
+def dequantise_rest(model: nn.Module, dtype: torch.dtype, weights: Weights | None = None) -> None:
+    """In place: every layer that is still quantised becomes a plain one, adapters included, and the model says so.
+
+    weights: what each weight was before it was quantised; as training saw it where not given.
+    """
+    for path, module in list(base_modules(model)):
         if isinstance(module, nn.Linear) and is_stored(module):
-            become_linear(module, stored_weight(module).matrix(dtype))
+            weight = stored_weight(module).matrix(dtype) if weights is None else weights(path).to(dtype, copy=True)
+            become_linear(module, weight)
     _forget_quantiser(model)
 
 
@@ -114,9 +132,9 @@ def _quantises(step: Any) -> bool:
     return any(hasattr(operation, "hf_quantizer") for operation in getattr(step, "operations", ()))
 
 
-def is_quantised(model: nn.Module) -> bool:
-    """Whether some linear layer of the model is in a stored form."""
-    return any(isinstance(module, nn.Linear) and is_stored(module) for _, module in base_modules(model))
+def stored_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """{path: layer} of the model's linear layers in a stored form, adapted or not."""
+    return {path: m for path, m in base_modules(model) if isinstance(m, nn.Linear) and is_stored(m)}
 
 
 def quantised_layers(layers: list[tuple[str, LoraLayer]]) -> dict[str, LoraQuantised]:

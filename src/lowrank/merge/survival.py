@@ -9,9 +9,12 @@ ROWS = 256  # of a weight, evenly spaced: they tell whether the whole survives, 
 
 
 @torch.no_grad()
-def surviving(layer: LoraLayer, adapters: tuple[str, ...], merged: Tensor) -> float:
-    """1 − ‖merged − (W0 + ΔW)‖² / ‖ΔW‖² over some rows, at least 0; merged: W0 + Σ ΔW over `adapters`, rounded."""
-    weight = layer.dense(layer)
+def surviving(layer: LoraLayer, adapters: tuple[str, ...], merged: Tensor, weight: Tensor | None = None) -> float:
+    """1 − ‖merged − (W0 + ΔW)‖² / ‖ΔW‖² over some rows, at least 0; merged: W0 + Σ ΔW over `adapters`, rounded.
+
+    weight: W0, as stored; the layer's own where not given.
+    """
+    weight = layer.dense(layer) if weight is None else weight
     wide = torch.promote_types(torch.float32, weight.dtype)
     rows = torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0]), device=weight.device).long()
     base = weight[rows].to(wide)

@@ -202,16 +202,22 @@ def _unadapted(base: BaseFiles, adapter: Adapter, found: Match) -> list[str]:
 def _another_base(base: BaseFiles, adapter: Adapter, found: Match) -> list[str]:
     """A note where the adapter was trained over W0 in a stored form, and the base has other numbers."""
     stored = adapter.files.companion.stored
-    if stored is None:
-        return []
-    tensors = {one.path: found.heads.get(name, name) for name, one in found.changed.items()}
-    share = stored.distance(lambda path: first_numbers(base, tensors.get(path)))
-    if not share:
+    share = distance_of_bases(base, adapter, found)
+    if stored is None or not share:
         return []
     return [
         f"{adapter.label} was trained over a base held in {stored.form}, from which W0 here differs by {share:.1%}: "
         "the merged answers are not quite those of the training"
     ]
+
+
+def distance_of_bases(base: BaseFiles, adapter: Adapter, found: Match) -> float | None:
+    """By how much W0 here differs from that of the training, over what the adapter remembers; None if it does not."""
+    stored = adapter.files.companion.stored
+    if stored is None:
+        return None
+    tensors = {one.path: found.heads.get(name, name) for name, one in found.changed.items()}
+    return stored.distance(lambda path: first_numbers(base, tensors.get(path)))
 
 
 def _add(adapter: Adapter, key: Key, tensor: Tensor, name: str, found: Match) -> list[str]:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 import warnings as python_warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,10 @@ from lowrank.checkpoint.outputs import check_room, claimed
 from lowrank.errors import CheckpointError, LowrankWarning, MergeError, some
 from lowrank.files.regular import read_bytes
 from lowrank.files.safetensors import FLOATS
+from lowrank.merge.apart import Apart
 from lowrank.merge.disk.adapters import Adapter, WeightedAdapter, read_adapters
 from lowrank.merge.disk.card import card, sha256_of
+from lowrank.merge.disk.onto_original import distances
 from lowrank.merge.disk.plan import MergePlan, plan_merge
 from lowrank.merge.disk.progress import bar
 from lowrank.merge.disk.report import MergeReport, survival_warnings
@@ -92,7 +94,7 @@ def merge_checkpoint(
         plain, in the dtype of the base's other weights. "quantised": merged weights go back into the base's own form;
         before a byte is written the share of ‖ΔW‖² that survives that is computed, weight by weight, and MergeError
         shows it where it is less than half, unless `anyway`. "original": `base` is the unquantised model that the
-        adapter's base was made from.
+        adapter's base was made from; the report says how far each weight is from the one that was trained.
     allow_pickle: read an old adapter's `adapter_model.bin`, with weights_only.
 
     The folder gets its name when everything in it is verified and on the disk; killed before, it leaves no result.
@@ -112,9 +114,10 @@ def merge_checkpoint(
         inputs = {"base model": files.folder} | {f"adapter {adapter.folder}": adapter.folder for adapter in read}
         with claimed(out, inputs) as place:
             job = _prepare(files, read, place, options)
+            far = distances(job.plan.recipes, options.threads) if onto == "original" else {}
             clock.lap("plan")
             linked, notes, findings = _run(job, clock, progress)
-    report = _report(job, Path(out), linked, notes, findings, clock)
+    report = _report(job, Path(out), linked, notes, findings, far, clock)
     for text in report.warnings:
         python_warnings.warn(text, LowrankWarning, stacklevel=2)
     return report
@@ -250,7 +253,13 @@ def _verify(job: _Job, folder: Path) -> Findings:
 
 
 def _report(
-    job: _Job, out: Path, linked: tuple[str, ...], notes: list[str], findings: Findings, clock: _Clock
+    job: _Job,
+    out: Path,
+    linked: tuple[str, ...],
+    notes: list[str],
+    findings: Findings,
+    far: Mapping[str, Apart],
+    clock: _Clock,
 ) -> MergeReport:
     recipes = job.plan.recipes
     dtypes = {recipe.dtype for recipe in recipes if recipe.contributions}
@@ -270,4 +279,5 @@ def _report(
         worst=findings.worst,
         seconds=clock.seconds,
         repacked=len(job.plan.shares),
+        apart=dict(far),
     )

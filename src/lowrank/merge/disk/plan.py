@@ -11,6 +11,7 @@ from lowrank.errors import MergeError, some
 from lowrank.files.safetensors import DTYPE_NAMES, DTYPES, FLOATS, build_layout
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.match import Match, match
+from lowrank.merge.disk.onto_original import check_original
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.requantised import requantised_recipes, survey
 from lowrank.merge.disk.tie import Ties, settle_ties
@@ -68,6 +69,8 @@ def plan_merge(
     changed = _changed(matches)
     heads = {head: embedding for found in matches for head, embedding in found.heads.items()}
     ties = settle_ties(base, changed, replaced, heads)
+    if onto == "original":
+        check_original(base, adapters, matches)
     if onto == "quantised":
         return _requantised(base, adapters, matches, changed, replaced, ties, anyway)
     _check_all_read(base)

@@ -1,9 +1,10 @@
 """What a merge did."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank.errors import some
+from lowrank.merge.apart import Apart, apart_table
 
 SWALLOWED = 0.5  # below this share of ‖ΔW‖², more of the change is lost in rounding than is left
 
@@ -16,7 +17,8 @@ class MergeReport:
     size of the weights; linked: weight files that share the base's blocks; renamed: leading parts of names that were
     exchanged; notes, warnings: what a careful reader would want to know; surviving: {tensor: share of ‖ΔW‖² left after
     rounding}; rows: merged rows recomputed in float64; worst: the largest error in parts of what is allowed;
-    seconds: how long each stage took; repacked: merged weights that went back into the base's stored form.
+    seconds: how long each stage took; repacked: merged weights that went back into the base's stored form; apart:
+    {tensor: how far it is from the one that was trained}, of a merge onto the original of a quantised base.
     """
 
     out: Path
@@ -33,6 +35,7 @@ class MergeReport:
     worst: float
     seconds: dict[str, float]
     repacked: int = 0
+    apart: dict[str, Apart] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for the result, one for its verification, one for each finding; the warnings are left out."""
@@ -47,6 +50,7 @@ class MergeReport:
             lines.append(f"left of ‖ΔW‖² after rounding: at least {self.surviving[least]:.1%} ({least})")
         lines += [f"names exchanged, {text}" for text in self.renamed]
         lines += [f"{some(self.linked)}: shared with the base"] if self.linked else []
+        lines += [apart_table(self.apart)] if self.apart else []
         return "\n".join([*lines, *self.notes])
 
     def _verified(self) -> list[str]:

@@ -1,0 +1,36 @@
+"""What a quantiser would leave of a matrix, by the name of the form: a base that is not at hand, made anew."""
+
+import torch
+from torch import Tensor
+
+from lowrank.core.stored.of_module import of_quant_state
+from lowrank.core.stored.requantise import requantise
+from lowrank.core.stored.scaled import Int8Rows
+
+FOUR_BIT = {
+    f"{kind.upper()}{words}": (kind, double)
+    for kind in ("nf4", "fp4")
+    for words, double in (("", False), (", double quantised", True))
+}
+BLOCK = 64  # bitsandbytes' own, where nothing else is said
+
+
+def held_as(matrix: Tensor, form: str, dtype: torch.dtype, block: int | None = None) -> Tensor | None:
+    """Q(W), (d, k), of the matrix W: what bitsandbytes' quantiser of `form` (`Stored.form`) leaves of it.
+
+    dtype: of W when it was quantised. None for forms that are not made here, and for four bits without bitsandbytes.
+    """
+    if form == "int8":
+        half = matrix.half().float()  # as bitsandbytes rounds it first
+        return requantise(half, Int8Rows(half[:0].char(), half[:0, 0])).matrix()
+    if form not in FOUR_BIT:
+        return None
+    try:
+        from bitsandbytes.functional import quantize_4bit
+    except ImportError:
+        return None
+    kind, double = FOUR_BIT[form]
+    packed, state = quantize_4bit(
+        matrix.to(dtype).contiguous(), blocksize=block or BLOCK, compress_statistics=double, quant_type=kind
+    )
+    return of_quant_state(packed, state).matrix()
