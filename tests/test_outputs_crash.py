@@ -1,6 +1,7 @@
 """Killed at any moment, a command leaves a whole result or none, and the next start clears what is left."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -113,8 +114,10 @@ def test_a_disk_that_takes_nothing_is_one_sentence(
     assert not {path for path in snapshot(tmp_path) if path not in ("out", "out/log.jsonl")}
 
 
-def test_a_training_that_is_asked_to_end_unwinds(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, its own status, nothing hidden; and the next start has the folder."""
+def test_a_training_that_is_asked_to_end_says_how_it_goes_on(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step is finished and written down; one line, its own status, nothing hidden; and that line goes on."""
     out = tmp_path / "out"
     line = COMMANDS["train"].replace("--steps 1", "--steps 100000 --log-every 1").split()
     process = subprocess.Popen(
@@ -124,15 +127,21 @@ def test_a_training_that_is_asked_to_end_unwinds(home: Path, tmp_path: Path, mon
         stdout=subprocess.DEVNULL,
         text=True,
     )
-    while process.poll() is None and not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text()):
+    while process.poll() is None and not ((out / "log.jsonl").exists() and '"loss"' in (out / "log.jsonl").read_text()):
         time.sleep(0.05)
     process.terminate()
     said = process.communicate()[1]
-    assert (process.returncode, said.splitlines()[-1]) == (143, "lowrank: ended by SIGTERM")
-    assert "Traceback" not in said
-    assert snapshot(tmp_path).keys() == {"out", "out/log.jsonl", "out/train.yaml"}
+    found = re.fullmatch(r"lowrank: stopped by SIGTERM after step (\d+); to go on: lowrank (.*)", said.splitlines()[-1])
+    assert process.returncode == 143 and "Traceback" not in said and found, said
+    step = int(found[1])
+    there = {"out", "out/log.jsonl", "out/train.yaml", "out/checkpoints"}
+    files = {f"out/checkpoints/step-{step}{file}" for file in ("", "/state.json", "/state.safetensors")}
+    assert snapshot(tmp_path).keys() == there | files
     monkeypatch.chdir(home)
-    assert cli.main([*COMMANDS["train"].split(), str(out)]) == 0
+    assert cli.main([*COMMANDS["train"].split(), str(out)]) == 2
+    assert "a run that is not finished: go on with --resume" in capsys.readouterr().err
+    assert cli.main([*found[2].split(), "--steps", str(step + 1)]) == 0
+    assert (out / "adapter_config.json").exists() and not (out / "checkpoints").exists()
 
 
 def test_a_demo_that_was_stopped_does_not_block_the_next(tmp_path: Path) -> None:

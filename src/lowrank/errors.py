@@ -47,6 +47,17 @@ class Diverged(LowrankError):  # noqa: N818  the field's word
     """A training whose loss or gradient is not finite any more, so that nothing can be learned from there."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A training that was asked to stop and did, written down: by a signal, or because its time was up.
+
+    The message says how it is gone on with. number: the signal, None where the time was up.
+    """
+
+    def __init__(self, message: str, number: int | None) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 class LowrankWarning(UserWarning):
     """Something that works but is probably not what was meant."""
 

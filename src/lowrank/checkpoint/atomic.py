@@ -17,12 +17,14 @@ import ctypes
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lowrank.checkpoint.temporaries import delete, sweep, temporary
 from lowrank.errors import OutputError
+
+Content = bytes | Sequence[memoryview]  # of a file: at once, or by parts that are written where they lie
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
@@ -37,9 +39,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, data: Content) -> None:
     with open(path, "wb") as file:
-        file.write(data)
+        for part in (data,) if isinstance(data, bytes) else data:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
@@ -66,7 +69,7 @@ def write_file(path: Path, data: bytes) -> None:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(folder: Path, files: Mapping[str, Content]) -> None:
     """Write `files` (name: content) into `folder`, all of them or none; see the module for what is guaranteed.
 
     Raises OutputError where the files cannot be written.
@@ -84,7 +87,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         ) from error
 
 
-def _swap_folder(folder: Path, files: Mapping[str, bytes]) -> bool:
+def _swap_folder(folder: Path, files: Mapping[str, Content]) -> bool:
     """Put a new folder with `files` in the place of `folder`; False, with nothing changed, where that is impossible."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = temporary(folder)
@@ -127,7 +130,7 @@ def exchange(one: Path, other: Path) -> bool:
     return bool(rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
 
 
-def _replace_each(folder: Path, files: Mapping[str, bytes]) -> None:
+def _replace_each(folder: Path, files: Mapping[str, Content]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     beside = {name: temporary(folder / name) for name in files}
     try:

@@ -18,7 +18,7 @@ from lowrank.cli.pulse import pulsing
 from lowrank.cli.signals import Ended, unwinding
 from lowrank.cli.streams import say_anything
 from lowrank.cli.wrong_calls import check_values, wrong_call
-from lowrank.errors import LowrankError, LowrankWarning, short
+from lowrank.errors import LowrankError, LowrankWarning, Stopped, short
 
 COMMANDS = {
     "demo": "The whole story in a minute, offline: teach a small decoder a skill, merge it, prove the merge.",
@@ -41,6 +41,7 @@ COMMANDS = {
 MODULES = {"eval": "evaluate"}  # where a module cannot be called as its command is
 
 FAILED, WRONG_CALL, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
+OUT_OF_TIME = 75  # sysexits' word for what may be tried again
 LONGEST = 2000  # characters of a message
 
 
@@ -68,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command (from sys.argv where no arguments are given) and return the exit status.
 
     0: done; 2: a wrong call or input, one sentence on stderr; 1: something that nobody foresaw, one sentence too;
-    130: interrupted; 141: the reader of stdout is gone; 143, 129: ended by SIGTERM, or by the SIGHUP of a terminal.
+    130: interrupted; 141: the reader of stdout is gone; 143, 129: ended by SIGTERM, or by the SIGHUP of a terminal;
+    75: a training whose time was up, to be gone on with.
     """
     say_anything()
     try:
@@ -77,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except LowrankError as error:
         return _complain(str(error))
+    except Stopped as stopped:
+        print(f"lowrank: {_line(stopped)}", file=sys.stderr)
+        return OUT_OF_TIME if stopped.number is None else 128 + stopped.number
     except Ended as ended:
         print(f"lowrank: ended by {Signals(ended.number).name}", file=sys.stderr)
         return 128 + ended.number

@@ -1,8 +1,10 @@
 """What train, eval and generate show: a panel and a bar on a terminal, plain lines elsewhere."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from signal import Signals
 from typing import Any, Self
 
 from rich.console import Console
@@ -79,6 +81,11 @@ class RunDisplay(Reporter):
     def evaluated(self, step: int, scores: Scores) -> None:
         """A line above the bar."""
         self._lines([f"step {step}/{self.steps}  evaluation: {describe(scores)}"])
+
+    def stopping(self, number: int) -> None:
+        """By the system's own call: a signal may come in the middle of another print."""
+        name = Signals(number).name
+        os.write(2, f"\nlowrank: {name}: this step, then a checkpoint; once more stops at once\n".encode())
 
     def finished(self, result: TrainResult, settings: TrainSettings) -> None:
         """What came out, and what can be done with it."""

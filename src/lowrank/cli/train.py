@@ -7,8 +7,10 @@ from cyclopts import App, Group, Parameter
 
 from lowrank.cli.flags import given
 from lowrank.data.settings import DataSettings
+from lowrank.errors import ConfigError
 from lowrank.train.config_file import resolve
 from lowrank.train.settings import AdapterSettings, HeldSettings, LoopSettings, TrainSettings
+from lowrank.train.state.settings import CheckpointSettings
 
 command = App(
     name="train",
@@ -22,6 +24,7 @@ Examples with your own:
       --prompt-column mr --completion-column ref --eval-split 0.05 \\
       --targets all-linear --rank 8 --lr 3e-3 --batch-size 32
   lowrank train --model org/name@main --data org/set:train.jsonl --out runs/hub
+  lowrank train --resume runs/e2e
 
 Flags beat the lines of --config, which beat the defaults.
 PEFT loads what is saved.""",
@@ -40,6 +43,10 @@ def train(
     rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=2))] = None,
     loop: Annotated[LoopSettings | None, Parameter(name="*", group=Group("The training", sort_key=3))] = None,
     machine: Annotated[HeldSettings | None, Parameter(name="*", group=Group("The machine", sort_key=4))] = None,
+    keeping: Annotated[
+        CheckpointSettings | None, Parameter(name="*", group=Group("Stopping and going on", sort_key=5))
+    ] = None,
+    resume: Annotated[Path | None, Parameter(group=Group("Stopping and going on", sort_key=5))] = None,
 ) -> None:
     """Teach a model from a file of examples, and save the adapter.
 
@@ -57,8 +64,13 @@ def train(
         A YAML file of settings, named as the flags are (rank: 8)
     full
         Train every weight instead, and save a whole model
+    resume
+        Go on with the run in this folder, with its settings; the result has the bytes of a run that was never stopped
     """
-    flags = given(adapter, rows, loop, machine, model=model, data=data, out=out, full=full)
+    flags = given(adapter, rows, loop, machine, keeping, model=model, data=data, out=out, full=full)
+    if resume is not None:
+        _resume(resume, flags, config)
+        return
     settings = resolve(TrainSettings, flags, config)
 
     from lowrank.cli.console import RunDisplay
@@ -66,4 +78,19 @@ def train(
 
     with RunDisplay() as display:
         result = run(settings, display)
+    display.finished(result, settings)
+
+
+def _resume(folder: Path, flags: dict[str, object], config: Path | None) -> None:
+    for name, value in (("out", flags.get("out")), ("config", config)):
+        if value is not None:
+            raise ConfigError(f"--resume {folder} goes on there, with the settings of that run: leave --{name} out")
+
+    from lowrank.cli.console import RunDisplay
+    from lowrank.train.state.resume import settings_of
+    from lowrank.train.trainer import resume
+
+    settings = settings_of(folder, flags)
+    with RunDisplay() as display:
+        result = resume(folder, display, **flags)
     display.finished(result, settings)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lowrank.train.generation import generate
     from lowrank.train.result import TrainResult
     from lowrank.train.settings import EvalSettings, GenerateSettings, TrainSettings
-    from lowrank.train.trainer import run
+    from lowrank.train.trainer import resume, run
 
 _HOMES = {
     "EvalResult": "lowrank.train.evaluator",
@@ -23,12 +23,14 @@ _HOMES = {
     "TrainSettings": "lowrank.train.settings",
     "evaluate": "lowrank.train.evaluator",
     "generate": "lowrank.train.generation",
+    "resume": "lowrank.train.trainer",
     "run": "lowrank.train.trainer",
 }
 
 __all__ = [  # noqa: RUF022  in the order of use
     "TrainSettings",
     "run",
+    "resume",
     "TrainResult",
     "EvalSettings",
     "evaluate",

@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from lowrank.data.tokens import Example
 from lowrank.errors import Diverged, LowrankError
 from lowrank.injection.dead import complaint, without_gradient
 from lowrank.stages import stage
+from lowrank.train.culprits import culprits, named
 from lowrank.train.evaluation import Measure, score
 from lowrank.train.loop_state import Interval, LoopState
 from lowrank.train.memory import peak_memory
@@ -21,6 +24,7 @@ from lowrank.train.processes import summed
 from lowrank.train.reporting import Progress, Reporter
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import LoopSettings, StepSettings
+from lowrank.train.watch import Watch
 
 
 def steps_of(settings: StepSettings, rows: int) -> int:
@@ -41,6 +45,7 @@ class Loop:
     measure: Measure
     settings: LoopSettings
     reporter: Reporter
+    watch: Watch = field(default_factory=Watch)
     state: LoopState = field(init=False)
     steps: int = field(init=False)
 
@@ -56,39 +61,46 @@ class Loop:
         taken, where no gradient reaches an adapter.
         """
         state = self.state
-        self._evaluate_where_due()  # before the first step; or what a run that goes on had not come to
+        self._settle()  # before the first step; where a run goes on, what it had not come to
         self.model.train()
-        for rows in self._batches():
+        for numbers in self._batches():
             stage("training", state.step, self.steps)
-            rate = self._step(rows)
+            rate = self._step(numbers)
             self.reporter.stepped(state.step)
             if state.step % self.settings.log_every == 0 or state.step == self.steps:
                 self._report(rate)
-            self._evaluate_where_due()
+            self._settle()
         self.model.eval()
         self._restore_best()
         return state
 
-    def _batches(self) -> Iterator[list[Example]]:
-        """Those of the steps that are left."""
+    @property
+    def place(self) -> tuple[int, int]:
+        """(epoch, batch in it) of the next step."""
+        return divmod(self.state.step, math.ceil(len(self.examples) / self.settings.batch_size))
+
+    def _batches(self) -> Iterator[Sequence[int]]:
+        """The numbers of the examples in each step that is left."""
         settings, rows = self.settings, self.examples
         lengths = [len(example.ids) for example in rows] if settings.group_by_length else None
         order = batches_from(self.state.step, len(rows), settings.batch_size, settings.seed, lengths)
-        for _ in range(self.state.step, self.steps):
-            yield [rows[i] for i in next(order)]
+        return islice(order, self.steps - self.state.step)
 
-    def _step(self, rows: Sequence[Example]) -> float:
+    def _step(self, numbers: Sequence[int]) -> float:
         """One step; returns the learning rate it was taken at."""
         began = time.monotonic()
         settings, state = self.settings, self.state
+        rows = [self.examples[i] for i in numbers]
         count = summed(self.measure.count(rows), next(self.model.parameters()).device)
         total = self._backward(rows, count)
         if state.step == 0 and (dead := without_gradient(self.model)):
             raise LowrankError(complaint(dead))
         factor = rate_factor(settings.schedule, state.step, self.steps, round(settings.warmup * self.steps))
+        factor *= 0.5**state.halvings
         norm = state.optimiser.step(factor)
         state.step += 1
-        _check_finite(state.step, total / count, norm)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            self._diverged(numbers, rows, total / count, norm)
         read = sum(len(example.ids) for example in rows)
         state.trained += count
         state.tokens += read
@@ -112,6 +124,14 @@ class Loop:
             totals.append(loss.total.detach())
         return float(torch.stack(totals).sum())
 
+    def _diverged(self, numbers: Sequence[int], rows: Sequence[Example], loss: float, norm: float) -> NoReturn:
+        what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        where = named(self.watch, numbers, culprits(self.model, self.measure, rows))
+        raise Diverged(
+            f"step {self.state.step}: {what}{where}, so nothing more can be learned, and {self.watch.saved()}; try a "
+            "smaller --lr, a longer --warmup, or --dtype float32"
+        )
+
     def _report(self, rate: float) -> None:
         interval, self.state.interval = self.state.interval, Interval()
         speed = interval.tokens / max(interval.seconds, 1e-9)
@@ -119,17 +139,20 @@ class Loop:
         memory = peak_memory(next(self.model.parameters()).device)
         self.reporter.progressed(Progress(self.state.step, mean, rate, speed, self.state.trained, memory))
 
-    def _evaluate_where_due(self) -> None:
+    def _settle(self) -> None:
+        """What is due between two steps."""
         state = self.state
         every = self.settings.eval_every or math.ceil(self.steps / 5)
         due = state.step % every == 0 or state.step == self.steps
         if self.held_out and due and not state.evaluated:
-            self._evaluate()
+            with self.watch.evaluating():
+                self._evaluate()
+        self.watch.between(self)
 
     def _evaluate(self) -> None:
         settings, state = self.settings, self.state
         scores = score(self.model, self.held_out, self.measure, settings.micro_batch or settings.batch_size)
-        _check_evaluation(state.step, scores.loss)
+        _check_evaluation(state.step, scores.loss, self.watch.saved())
         state.evaluations.append((state.step, scores))
         if settings.keep == "best" and state.best == (state.step, scores):
             state.best_weights = [p.detach().clone() for p in state.optimiser.parameters]
@@ -142,20 +165,11 @@ class Loop:
                 parameter.copy_(kept)
 
 
-def _check_finite(step: int, loss: float, norm: float) -> None:
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        raise Diverged(
-            f"step {step}: {what}, so nothing more can be learned, and nothing was saved; try a smaller --lr, a longer "
-            "--warmup, or --dtype float32"
-        )
-
-
-def _check_evaluation(step: int, loss: float) -> None:
+def _check_evaluation(step: int, loss: float, saved: str) -> None:
     """Said at once: the best of numbers among which one is none cannot be told, and run.json cannot hold it."""
     if not math.isfinite(loss):
         where = "before the first step" if step == 0 else f"after step {step}"
         raise Diverged(
-            f"{where}: the loss on the evaluation rows is {loss}, so no training can be judged by it, and nothing was "
-            "saved; try --dtype float32, or look for the row by evaluating halves of the file"
+            f"{where}: the loss on the evaluation rows is {loss}, so no training can be judged by it, and "
+            f"{saved}; try --dtype float32, or look for the row by evaluating halves of the file"
         )

@@ -5,6 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ class Reporter:
     def evaluated(self, step: int, scores: Scores) -> None:
         """After an evaluation; step 0 is before training."""
 
+    def stopping(self, number: int) -> None:
+        """From a signal's handler: the signal that came, after which the step is finished and a checkpoint written."""
+
 
 class Log(Reporter):
     """A reporter that appends one JSON record a line to a file, each written before the run goes on.
@@ -89,8 +93,20 @@ class Log(Reporter):
         self.began = time.monotonic()
         self.warned = False
 
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, over all its starts."""
+        return time.monotonic() - self.began
+
+    def go_on(self, length: int | None, seconds: float) -> None:
+        """In place: as it was when it had so many bytes, after so many seconds; later lines are written anew."""
+        self.began = time.monotonic() - seconds
+        with suppress(OSError):
+            if length is not None and os.path.getsize(self.path) > length:
+                os.truncate(self.path, length)
+
     def _write(self, record: dict[str, Any]) -> None:
-        record["seconds"] = round(time.monotonic() - self.began, 3)
+        record["seconds"] = round(self.seconds, 3)
         try:
             append_whole(self.path, (json.dumps(record) + "\n").encode())
         except OSError as error:
@@ -134,3 +150,8 @@ class Several(Reporter):
         """To all."""
         for reporter in self.reporters:
             reporter.evaluated(step, scores)
+
+    def stopping(self, number: int) -> None:
+        """To all."""
+        for reporter in self.reporters:
+            reporter.stopping(number)

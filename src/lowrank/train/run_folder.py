@@ -4,9 +4,10 @@ log.jsonl      one record a line: steps and evaluations
 train.yaml     every setting, as it was resolved; `lowrank train --config` reads it
 run.json       how rows were made into tokens, and what came out
 adapter_*      the adapter, in PEFT's format (or a whole model, with full)
+checkpoints/   while the run lasts, what it goes on from (`train.state`); afterwards where that was asked for
 
-The last two come at the end, together. A folder with the first two alone is what an interrupted or diverged run leaves;
-it is there to be looked at, and the next run may have it.
+run.json and the adapter come at the end, together. A folder with the first two alone is what a run leaves that ended
+before its first checkpoint; it is there to be looked at, and the next run may have it.
 """
 
 import json
@@ -22,10 +23,13 @@ from torch import nn
 
 from lowrank.checkpoint.atomic import sync, write_file
 from lowrank.checkpoint.outputs import entries, new_folder
-from lowrank.checkpoint.temporaries import delete, leftovers, temporary
+from lowrank.checkpoint.temporaries import delete, leftovers, sweep, temporary
 from lowrank.data.recipe import FILE, SETTINGS
 from lowrank.errors import OutputError
 from lowrank.train.models import quiet
+from lowrank.train.state.settings import CheckpointSettings
+from lowrank.train.state.store import FOLDER as CHECKPOINTS
+from lowrank.train.state.store import remove_all, steps_kept
 
 LOG = "log.jsonl"
 RESULT = "result"  # its hidden name is where the adapter or model is written before it is put in place
@@ -33,16 +37,23 @@ LAST = (".safetensors", ".index.json", "adapter_config.json")  # without these, 
 
 
 def new_run(place: Path) -> None:
-    """Raise OutputError where `place` holds anything but what a run left that saved nothing.
+    """Raise OutputError where `place` holds anything but what a run left that saved nothing."""
+    finish(place)
+    if any(steps_kept(place)):
+        raise OutputError(
+            f"{place} holds a run that is not finished: go on with --resume {place}, give a new folder, or delete it"
+        )
+    if LOG not in (held := entries(place)) or not set(held) <= {LOG, SETTINGS, CHECKPOINTS}:
+        new_folder(place)
 
-    A run that was killed while it put its result in place has trained and written everything: that is done first.
-    """
+
+def finish(place: Path) -> None:
+    """A run that was killed while it put its result in place has trained and written everything: put it there now."""
     for beside in leftovers(place):
         if beside.name.startswith(f".{RESULT}.") and (place / FILE).exists() and not (beside / FILE).exists():
             _move(beside, place)
             delete(beside)
-    if LOG not in (held := entries(place)) or not set(held) <= {LOG, SETTINGS}:
-        new_folder(place)
+    sweep(place / CHECKPOINTS)
 
 
 def begin(folder: Path, settings: Mapping[str, object]) -> None:
@@ -50,6 +61,7 @@ def begin(folder: Path, settings: Mapping[str, object]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOG).write_bytes(b"")  # first: with it, the folder is known for a run's
+        remove_all(folder)
     except OSError as error:
         raise OutputError(f"cannot write to {folder} ({error.strerror or error}): give another --out") from error
     write_settings(folder, settings)
@@ -74,6 +86,12 @@ def complete(folder: Path, record: Mapping[str, Any], save: Callable[[Path], Non
         kept = _elsewhere(folder, record, save)
         where = f"what was trained is in {kept} instead" if kept else "no other place could be written either"
         raise OutputError(f"{folder}: the result cannot be written ({_reason(error)}); {where}") from error
+
+
+def settle(folder: Path, settings: CheckpointSettings) -> None:
+    """The checkpoints of a run that is complete go, unless some were asked for."""
+    if settings.keep_checkpoints is None:
+        remove_all(folder)
 
 
 def _complete(folder: Path, record: Mapping[str, Any], save: Callable[[Path], None]) -> None:

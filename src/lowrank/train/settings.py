@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, field_validator, mod
 from lowrank.data.names import unescape, whole
 from lowrank.data.settings import DataSettings, Names, Pairs, Settings
 from lowrank.data.sources import VALID, has_part
+from lowrank.train.state.settings import CheckpointSettings
 
 MOST_STEPS, MOST_EPOCHS = 10**9, 10**6  # more is a slip, and would be waited for in vain
 LEAST_TEMPERATURE = 1e-3
@@ -134,7 +135,7 @@ class RunSettings(DataSettings, StepSettings, MachineSettings):
     data: str = Field(description="A file of rows, several with commas, or a folder with train.*, valid.*, test.*")
 
 
-class TrainSettings(AdapterSettings, LoopSettings, RunSettings, HeldSettings):
+class TrainSettings(AdapterSettings, LoopSettings, RunSettings, HeldSettings, CheckpointSettings):
     """Everything `lowrank.train.run` needs. `model`, `data` and `out` are required."""
 
     out: str = Field(description="The folder to make: adapter, log and resolved settings")

@@ -1,7 +1,10 @@
 """One run from settings to a saved adapter: check, read, load, inject, train, save."""
 
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,23 +13,31 @@ from lowrank.checkpoint import save_adapter
 from lowrank.checkpoint.outputs import Inputs, check_room, claimed
 from lowrank.data.dataset import Dataset, read_dataset, split
 from lowrank.data.sources import TEST, VALID, has_part
-from lowrank.data.tokens import Encoded, encode
-from lowrank.errors import ConfigError, DataError, LowrankError
+from lowrank.data.tokens import encode
+from lowrank.errors import ConfigError, DataError, Diverged, LowrankError
 from lowrank.hub import pinned
 from lowrank.train.adapting import adapt, lora_config, watcher
 from lowrank.train.asked import check_kind
-from lowrank.train.evaluation import Measure
 from lowrank.train.loftq import LOFTQ, LoftqStarts
 from lowrank.train.loop import Loop, steps_of
 from lowrank.train.loop_state import LoopState
 from lowrank.train.models import find_model
 from lowrank.train.packing import packed
+from lowrank.train.places import Places
 from lowrank.train.recipes import labels_of, recipe_of
 from lowrank.train.reporting import Log, Reporter, Several
-from lowrank.train.result import TrainResult, record, result_of
-from lowrank.train.run_folder import LOG, begin, complete, new_run, save_whole
+from lowrank.train.result import TrainResult, finished, record, result_of
+from lowrank.train.run_folder import LOG, begin, complete, finish, new_run, save_whole, settle, write_settings
 from lowrank.train.settings import RunSettings, TrainSettings
+from lowrank.train.state.forward import ForwardState
+from lowrank.train.state.identity import made_of
+from lowrank.train.state.keeper import Keeper
 from lowrank.train.state.randomness import seeded
+from lowrank.train.state.resume import about, check_same, settings_of
+from lowrank.train.state.settings import seconds_of
+from lowrank.train.state.stopping import Stop
+from lowrank.train.state.store import latest
+from lowrank.train.state.value import RunValue
 from lowrank.train.summary import summarise
 from lowrank.train.task import Loaded, load
 
@@ -42,11 +53,33 @@ def run(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResul
     while training where the loss stops being finite or the memory does not suffice.
     """
     check_alone()
+    began = time.monotonic()
     with claimed(settings.out, inputs_of(settings), new_run) as folder:
-        return _run(settings, folder, reporter or Reporter())
+        return _run(settings, folder, reporter or Reporter(), began)
 
 
-def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResult:
+def resume(folder: str | Path, reporter: Reporter | None = None, **changes: Any) -> TrainResult:
+    """Go on with the run in a folder from its last checkpoint, or from its beginning where it came to none.
+
+    The result has the bytes of a run that was never stopped. changes: settings by name, those that change no number of
+    a step (`state.resume` names them). A run that is complete is left as it is.
+
+    Raises LowrankError as `run` does, and for settings, a base, data or a tokenizer that are not the run's.
+    """
+    check_alone()
+    began = time.monotonic()
+    settings = settings_of(Path(folder), changes)
+    with claimed(settings.out, inputs_of(settings), finish) as place:
+        if (result := finished(place, settings)) is not None:
+            settle(place, settings)
+            return replace(result, folder=Path(folder))
+        return _run(settings, place, reporter or Reporter(), began, latest(place))
+
+
+def _run(
+    settings: TrainSettings, folder: Path, reporter: Reporter, began: float, value: RunValue | None = None
+) -> TrainResult:
+    """value: where to go on from; from the beginning where there is none."""
     base = find_model(settings.model)
     if not settings.full:
         lora_config(settings, ())  # what is wrong with it should be said before minutes of reading
@@ -65,13 +98,26 @@ def _run(settings: TrainSettings, folder: Path, reporter: Reporter) -> TrainResu
             data, settings = packed(data, rows.kind, loaded, measure, recipe, settings)
         sources = _sources(settings, base, rows, held_out)
         settings = settings.model_copy(update=sources)
-        _check_room(loaded.model, folder, settings.full)
-        begin(folder, settings.resolved())
         steps = steps_of(settings, len(data.examples))
-        listener = Several(Log(folder / LOG), reporter)
+        now = about(settings, steps, made_of(base, settings, loaded.tokenizer, data.examples), loaded.device)
+        if value is not None:
+            check_same(folder, value.facts.about, now, value.facts.step)
+        _check_room(loaded.model, folder, settings.full)
+        begin(folder, settings.resolved()) if value is None else write_settings(folder, settings.resolved())
+        log = Log(folder / LOG)
+        listener = Several(log, reporter)
         listener.started(summarise(settings, loaded, adapted, measure, rows, data, evaluated, recipe, steps), steps)
-        state = _train(loaded, measure, data, evaluated, settings, listener)
-    complete(folder, record(recipe, state, loaded) | sources, lambda place: _save(loaded, settings, place))
+        stop = Stop(began + seconds_of(settings.stop_after) if settings.stop_after else None, reporter.stopping)
+        places = Places(rows, data, loaded.tokenizer, recipe)
+        keeper = Keeper(folder, settings.out, settings, now, log, stop, ForwardState(loaded.model), places)
+        held = evaluated.examples if evaluated else []
+        loop = Loop(loaded.model, data.examples, held, measure, settings, listener, keeper)
+        if value is not None:
+            keeper.go_on(loop, value)
+        state = _train(loop, keeper, loaded.device)
+    found = record(recipe, state, loaded, len(data.examples))
+    complete(folder, found | sources, lambda place: _save(loaded, settings, place))
+    settle(folder, settings)
     return result_of(Path(settings.out), state)
 
 
@@ -122,21 +168,19 @@ def read_rows(settings: RunSettings) -> tuple[Dataset, Dataset | None]:
     return rows, held_out and held_out.spread(settings.eval_rows)
 
 
-def _train(
-    loaded: Loaded,
-    measure: Measure,
-    data: Encoded,
-    evaluated: Encoded | None,
-    settings: TrainSettings,
-    listener: Reporter,
-) -> LoopState:
-    held_out = evaluated.examples if evaluated else []
-    loop = Loop(loaded.model, data.examples, held_out, measure, settings, listener)
+def _train(loop: Loop, keeper: Keeper, device: torch.device) -> LoopState:
+    """Until all steps are taken; from the last checkpoint again, where the training diverged and that is asked for."""
     try:
-        return loop.run()
+        with keeper.stop.listening():
+            while True:
+                try:
+                    return loop.run()
+                except Diverged as error:
+                    if not keeper.goes_back(loop, error):
+                        raise
     except torch.OutOfMemoryError:
         raise LowrankError(
-            f"step {loop.state.step + 1}: the memory of {loaded.device} does not suffice; try a smaller --micro-batch "
+            f"step {loop.state.step + 1}: the memory of {device} does not suffice; try a smaller --micro-batch "
             "(same result), --gradient-checkpointing (same result), or a smaller --max-length"
         ) from None
 

@@ -1,11 +1,17 @@
-"""The random states of this process: torch's on every device, numpy's and Python's."""
+"""The random states of this process: torch's on the CPU and the device, numpy's and Python's."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from lowrank.train.state.value import RandomFacts
+
+WORDS = 3  # the version of Python's own tuple that has these words
 
 
 @contextmanager
@@ -24,3 +30,33 @@ def seeded(seed: int) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def drawn(device: torch.device) -> tuple[dict[str, Tensor], RandomFacts]:
+    """Where the random numbers are: torch's as tensors, Python's and numpy's as facts."""
+    tensors = {"torch": torch.get_rng_state()}
+    if device.type != "cpu":
+        tensors[device.type] = _module(device).get_rng_state(device)
+    _, words, normal = random.getstate()
+    numpy: Any = np.random.get_state(legacy=False)
+    inner = numpy["state"]
+    facts = RandomFacts(
+        python=(list(words), normal),
+        numpy=(inner["key"].tolist(), int(inner["pos"]), int(numpy["has_gauss"]), float(numpy["gauss"])),
+    )
+    return tensors, facts
+
+
+def draw_on(device: torch.device, tensors: Mapping[str, Tensor], facts: RandomFacts) -> None:
+    """In place: all random numbers go on from there. A device that the tensors do not know keeps its own."""
+    torch.set_rng_state(tensors["torch"])
+    if device.type in tensors:
+        _module(device).set_rng_state(tensors[device.type], device)
+    words, normal = facts.python
+    random.setstate((WORDS, tuple(words), normal))
+    keys, place, has_gauss, gauss = facts.numpy
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)
