@@ -55,7 +55,7 @@ def made(out: Path) -> dict[str, Any]:
     """What a run gave: the files of its adapter, and its log without what a clock says."""
     found: dict[str, Any] = {name: (out / name).read_bytes() for name in ADAPTER}
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    clocks = ("seconds", "tokens_per_second")
+    clocks = ("seconds", "tokens_per_second", "memory_bytes")
     found["log"] = [{name: value for name, value in line.items() if name not in clocks} for line in lines]
     found["run"] = json.loads((out / "run.json").read_text())
     return found

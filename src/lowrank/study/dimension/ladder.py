@@ -21,10 +21,10 @@ from lowrank.study.dimension.settings import DimensionSettings
 from lowrank.study.dimension.subspace import check_dimension, owners
 from lowrank.study.dimension.training import FROZEN, FULL, Point, Task, moving_names
 from lowrank.train.models import find_model
+from lowrank.train.preparing import inputs_of, read_rows
 from lowrank.train.recipes import labels_of, recipe_of
 from lowrank.train.reporting import Reporter
 from lowrank.train.task import Loaded, load
-from lowrank.train.trainer import inputs_of, read_rows
 
 SETTINGS = "dimension-settings.json"
 RESULT = "dimension.json"
