@@ -208,7 +208,7 @@ def test_too_long_chats_lose_their_oldest_turns_then_the_beginning_of_the_prompt
     whole = len(encoded(tokenizer, chat(*TURNS)).examples[0].ids)
     data = encoded(tokenizer, chat(*TURNS), longest=whole - 1)
     assert data.cut == 1
-    assert data.examples == encoded(tokenizer, chat(TURNS[0], *TURNS[3:])).examples
+    assert list(data.examples) == list(encoded(tokenizer, chat(TURNS[0], *TURNS[3:])).examples)
     short = len(data.examples[0].ids) - 5
     (example,) = encoded(tokenizer, chat(*TURNS), longest=short).examples
     assert len(example.ids) == short
@@ -278,7 +278,8 @@ def test_a_tokenizer_without_offsets_is_asked_for_the_pieces():
             return self.inner(text, **how)
 
     fast = byte_tokenizer(HEADERS)
-    assert encoded(Slow(fast), chat(*TURNS)) == encoded(fast, chat(*TURNS))
+    found, wanted = (encoded(one, chat(*TURNS)).examples for one in (Slow(fast), fast))
+    assert list(found) == list(wanted)
 
 
 def test_texts_are_split_and_prompts_cut_from_the_left():

@@ -23,6 +23,7 @@ ALLOWED = {
     "cli/__init__.py": "/dev/null",
     "data/cache/keys.py": "hashes data files and a tokenizer's, in pieces",
     "data/cache/rows.py": "JSON of its own, under a checksum",
+    "data/cache/spool.py": "writes, for this process alone",
     "data/cache/store.py": "the same, in a folder that nobody else may write to",
     "data/chat/template.py": "a file that the user names, and one that ships with lowrank",
     "data/readers/json_rows.py": "rows, with bounds of its own: a data file is read as a stream, and may be any size",

@@ -8,6 +8,7 @@ import torch
 from common import DATA
 
 from lowrank.checkpoint import load_adapter
+from lowrank.data.faults import Faults
 from lowrank.data.readers import read_records
 from lowrank.data.recipe import Recipe, read_recipe
 from lowrank.data.tokens import prompt_ids
@@ -42,7 +43,7 @@ def bleu(model: str, adapter: Path | None) -> tuple[float, float, int]:
 def meanings() -> dict[str, list[str]]:
     """{meaning: its references} of the test set, in order."""
     found = defaultdict(list)
-    for record in read_records(DATA / "e2e/testset_w_refs.csv", True, [])[0]:
+    for record in read_records(DATA / "e2e/testset_w_refs.csv", True, Faults(), {}):
         found[record.fields["mr"]].append(record.fields["ref"])
     return dict(found)
 

@@ -1,11 +1,13 @@
 """Rows with a label: the tokenizer's own form of a text or a pair; trained: the label, a class or a number."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from lowrank.data.dataset import Dataset
-from lowrank.data.examples import Encoded, Example
+from lowrank.data.examples import Example
 from lowrank.data.recipe import Recipe
-from lowrank.data.too_long import CUT, ERROR, policy_of, refuse
+from lowrank.data.tally import Tally
+from lowrank.data.too_long import CUT, ERROR, policy_of
 from lowrank.errors import DataError
 
 
@@ -35,23 +37,37 @@ def _numbers(data: Dataset) -> list[float]:
     return [float(row.fields["label"]) for row in data.rows]
 
 
-def encode_labelled(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
+def encode_labelled(data: Dataset, tokenizer: Any, recipe: Recipe, tally: Tally) -> list[Example]:
+    """Every row with its class or its number."""
     labels = _numbers(data) if data.kind == "regression" else _classes(data, recipe)
     texts = [_unframed(row.fields["text"], tokenizer) for row in data.rows]
     paired = [row.fields["text_pair"] for row in data.rows if "text_pair" in row.fields]
+    tally.rows += len(texts)
+    tally.paired += len(paired)
     if paired and len(paired) < len(texts):
-        raise DataError(f"{data.path}: {len(paired)} of {len(texts)} rows have a second text; all or none must")
-    pairs = paired or None
-    lengths = [len(ids) for ids in tokenizer(texts, pairs, verbose=False)["input_ids"]]
-    found = tokenizer(texts, pairs, truncation=True, max_length=recipe.max_length)
-    types = found["token_type_ids"] if "token_type_ids" in found else [None] * len(texts)
+        return []  # which is no data set, as is said when all rows were seen
+    found = _forms(tokenizer, texts, paired or None, recipe.max_length)
     policy = policy_of(data.kind, recipe.too_long)
-    long = {number for number, length in enumerate(lengths) if length > recipe.max_length}
-    if policy == ERROR:
-        refuse(data, sorted(long), recipe.max_length)
-    examples = [
-        Example(ids, [label], type_ids) for label, ids, type_ids in zip(labels, found["input_ids"], types, strict=True)
-    ]
-    if policy == CUT:
-        return Encoded(examples, cut=len(long))
-    return Encoded([example for number, example in enumerate(examples) if number not in long], dropped=len(long))
+    examples = []
+    for row, label, (ids, types, length) in zip(data.rows, labels, found, strict=True):
+        long = length > recipe.max_length
+        if long and policy == ERROR:
+            tally.long.add(data.place(row))
+        tally.cut += long and policy == CUT
+        tally.dropped += long and policy != CUT
+        if not long or policy == CUT:
+            examples.append(Example(ids, [label], types))
+    return examples
+
+
+def _forms(
+    tokenizer: Any, texts: list[str], pairs: list[str] | None, longest: int
+) -> Iterator[tuple[list[int], list[int] | None, int]]:
+    """(ids, type ids, tokens that the row would have had) of every text or pair, at most so long."""
+    whole = tokenizer(texts, pairs, verbose=False)
+    for number, ids in enumerate(whole["input_ids"]):
+        row, length = whole, len(ids)
+        if length > longest:
+            pair = None if pairs is None else [pairs[number]]
+            row, number = tokenizer([texts[number]], pair, truncation=True, max_length=longest), 0
+        yield row["input_ids"][number], row["token_type_ids"][number] if "token_type_ids" in row else None, length

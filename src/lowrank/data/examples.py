@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 IGNORED = -100  # the label of a token that is not trained, in torch and transformers alike
 
@@ -25,7 +27,15 @@ class Example:
         return sum(label != IGNORED for label in self.labels)
 
 
-@dataclass(frozen=True, slots=True)
+def lengths_of(examples: Sequence[Example]) -> Any:
+    """How many tokens each has: (rows,) whole numbers of numpy, 8 bytes a row. Those that are on disk know theirs."""
+    import numpy
+
+    known = getattr(examples, "lengths", None)
+    return numpy.array([len(example.ids) for example in examples], dtype=numpy.int64) if known is None else known
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A data set as tokens.
 
@@ -33,6 +43,7 @@ class Encoded:
     became several for their length; rewritten: conversations that became several rows, since their template writes
     earlier turns in another way than it wrote them when they were answers; packed: how many rows the examples
     hold, where several are put end to end; reused: whether the tokens were made by an earlier run.
+    totals: (all tokens, labels that count, the least label, the largest), counted where they are not given.
     """
 
     examples: Sequence[Example]
@@ -42,13 +53,27 @@ class Encoded:
     rewritten: int = 0
     packed: int = 0
     reused: bool = False
+    totals: tuple[int, int, float, float] | None = None
 
     @property
     def tokens(self) -> int:
         """All tokens, those of the prompts included."""
-        return sum(len(example.ids) for example in self.examples)
+        return self._totals[0]
 
     @property
     def trained(self) -> int:
         """The labels that count: tokens to predict, or rows to classify."""
-        return sum(example.trained for example in self.examples)
+        return self._totals[1]
+
+    @property
+    def between(self) -> tuple[float, float]:
+        """The least and the largest label: of rows to predict, the numbers; of others it says nothing."""
+        return self._totals[2:]
+
+    @cached_property
+    def _totals(self) -> tuple[int, int, float, float]:
+        if self.totals is not None:
+            return self.totals
+        labels = [label for example in self.examples for label in example.labels]
+        counted = sum(label != IGNORED for label in labels)
+        return int(lengths_of(self.examples).sum()), counted, min(labels, default=0), max(labels, default=0)

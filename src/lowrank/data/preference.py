@@ -11,50 +11,49 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-from lowrank.data.chat.encoding import encoded, refuse_endless
+from lowrank.data.chat.encoding import encoded
 from lowrank.data.chat.template import ChatTemplate
 from lowrank.data.chat.writing import Written, chosen, without_oldest, write
 from lowrank.data.dataset import Dataset
-from lowrank.data.examples import IGNORED, Encoded, Example
-from lowrank.data.faults import settle
+from lowrank.data.examples import IGNORED, Example
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import Conversation, Row, RowError
-from lowrank.data.too_long import CUT, ERROR, policy_of, refuse, without_beginning
+from lowrank.data.tally import Tally
+from lowrank.data.too_long import CUT, ERROR, policy_of, without_beginning
 
 Pair = tuple[Example, Example]
 TextRow = Callable[[str, str], Example]  # (prompt, answer) as a completion's row
-REMEDY = "mend the row, or leave such rows out with --bad-rows skip"
 
 
-def encode_preferences(data: Dataset, tokenizer: Any, recipe: Recipe, text_row: TextRow, bos: Sequence[int]) -> Encoded:
+def encode_preferences(
+    data: Dataset, tokenizer: Any, recipe: Recipe, text_row: TextRow, bos: Sequence[int], tally: Tally
+) -> list[Example]:
     """Every row as an example of two answers. text_row: how a prompt and an answer in strings become a row.
 
-    Raises DataError for rows that cannot be written, for those whose answers are the same tokens, and where no answer
-    of a conversation would ever end.
+    Faults are rows that cannot be written, and those whose answers are the same tokens.
     """
     template = ChatTemplate(recipe.chat_template, tokenizer) if data.speaks else None
     policy = policy_of(data.kind, recipe.too_long)
-    found, faults, long, cut = [], [], [], 0
-    for number, row in enumerate(data.rows):
+    found = []
+    for row in data.rows:
         try:
             pair = _pair(row, template, text_row)
         except RowError as error:
-            faults.append(f"{data.place(row)}: {error}")
+            tally.faults.add(f"{data.place(row)}: {error}")
             continue
         if max(len(side.ids) for side in pair) > recipe.max_length:
-            long.append(number)
+            if policy == ERROR:
+                tally.long.add(data.place(row))
             fitted = _fitted(pair, row, template, recipe, bos) if policy == CUT else None
-            cut += fitted is not None
+            tally.cut += fitted is not None
+            tally.dropped += fitted is None
             if fitted is None:
                 continue
             pair = fitted
         found.append(joined(*pair))
-    settle(faults, data.bad_rows, REMEDY)
-    if policy == ERROR:
-        refuse(data, long, recipe.max_length)
-    if template is not None and found and not any(_ends(example, template) for example in found):
-        refuse_endless(data)
-    return Encoded(found, cut=cut, dropped=len(long) - cut)
+        tally.answers += template is not None
+        tally.ended += not tally.ended and template is not None and _ends(found[-1], template)
+    return found
 
 
 def _ends(example: Example, template: ChatTemplate) -> bool:

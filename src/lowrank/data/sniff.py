@@ -1,8 +1,9 @@
 """Which shape every record has, and which column is what."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lowrank.data.readers.record import Record
 from lowrank.data.rows import Kind
@@ -10,6 +11,9 @@ from lowrank.data.settings import DataSettings
 from lowrank.data.shapes import FLAGGED, ROLES, SHAPES, Fields, Shape
 from lowrank.data.shapes.labelled import is_fraction
 from lowrank.errors import DataError
+
+EITHER = {"classification", "regression"}  # what a row whose label is a whole number may be
+NAMINGS = 1000  # sets of names whose shapes are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +24,21 @@ class Columns:
     named: frozenset[str]
 
 
-def columns_of(source: str | Path, present: Sequence[str], settings: DataSettings) -> Columns:
-    """What the settings say. Raises DataError for a column that the data does not have."""
+def columns_of(settings: DataSettings) -> Columns:
+    """What the settings say; every other role has the column of its name."""
     asked = dict(settings.columns) | {
         role: column for role in FLAGGED if (column := getattr(settings, f"{role}_column")) is not None
     }
-    for role, column in asked.items():
-        if column not in present:
+    return Columns({role: asked.get(role, role) for role in ROLES}, frozenset(asked))
+
+
+def check_columns(source: str | Path, columns: Columns, present: Collection[str]) -> None:
+    """Raises DataError for a column that was named and that the data does not have."""
+    for role, column in columns.of.items():
+        if role in columns.named and column not in present:
             raise DataError(
                 f"{source}: there is no column {column!r} for {flag_of(role)}; it has {', '.join(map(repr, present))}"
             )
-    return Columns({role: asked.get(role, role) for role in ROLES}, frozenset(asked))
 
 
 def flag_of(role: str) -> str:
@@ -38,67 +46,80 @@ def flag_of(role: str) -> str:
     return f"--{role.replace('_', '-')}-column" if role in FLAGGED else f"--columns.{role}"
 
 
-def sniff(records: Sequence[Record], columns: Columns, kind: Kind | None) -> list[Shape]:
-    """The shape of every record, all of one kind: looked for in each, since the first may be the exception.
+@dataclass(slots=True)
+class Sniffer:
+    """The shape of every record, looked for in each as it comes, since the first may be the exception.
 
-    A record without any shape gets that of the others, whose reader will say what it lacks.
+    A whole number as label may be the name of a class or a number to predict: which, the other rows say, so it is known
+    at the end. Until then such a row is read as a number, which reads what a name would.
     """
-    usual: Shape | None = None
-    first_of: dict[Kind, tuple[Record, Shape]] = {}
-    found: list[Shape | None] = []
-    numbers = kind is None and _hold_fractions(records, columns)
-    for record in records:
-        shapes = _one_label(_shapes(record, columns, kind), numbers)
-        for shape in shapes:
-            first_of.setdefault(shape.kind, (record, shape))
-        usual = usual or (shapes[0] if shapes else None)
-        found.append(shapes[0] if shapes else None)
-    if len(first_of) > 1:
-        places = ", ".join(f"{record.place} is {shape.label} ({shape.kind})" for record, shape in first_of.values())
-        raise DataError(f"rows of different kinds: {places}; keep one kind in a file, or choose with --kind")
-    if usual is None:
-        usual = _meant(columns.named, kind) or _unknown(records[0])
-    return [shape or usual for shape in found]
+
+    columns: Columns
+    kind: Kind | None
+    usual: Shape | None = None  # what most likely was meant by a record without any shape
+    numbers: bool = False  # whether a label of the data can only be a number to predict
+    _first: dict[tuple[Kind, bool], tuple[str, Shape]] = field(default_factory=dict)  # (kind, whether it is either)
+    _met: bool = False  # whether a record had a shape
+    _by_names: dict[tuple[str, ...], list[Shape]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.columns.named or self.kind:
+            self.usual = next((s for s in SHAPES if self._asked(s)), None)
+
+    def shape(self, record: Record) -> Shape | None:
+        """The shape of this record; that of the others where it has none, whose reader will say what it lacks; None
+        where it has none and no other one is known."""
+        if self.kind is None and not self.numbers:
+            self.numbers = is_fraction(record.fields.get(self.columns.of["label"]))
+        found = self._shapes(record)
+        if not found:
+            return self.usual
+        either = {shape.kind for shape in found} >= EITHER if len(found) > 1 else False
+        for shape in found:
+            if (shape.kind, either) not in self._first:
+                self._first[shape.kind, either] = (record.place, shape)
+        if not self._met:
+            self.usual, self._met = found[0], True
+        return next(shape for shape in found if shape.kind != "classification") if either else found[0]
+
+    def settled(self) -> Kind | None:
+        """The kind of all records, when all were seen; None where none has a shape. Raises DataError for several."""
+        kinds: dict[Kind, tuple[str, Shape]] = {}
+        for (kind, either), first in self._first.items():
+            if not (either and kind == ("classification" if self.numbers else "regression")):
+                kinds.setdefault(kind, first)
+        if len(kinds) > 1:
+            places = ", ".join(f"{place} is {shape.label} ({shape.kind})" for place, shape in kinds.values())
+            raise DataError(f"rows of different kinds: {places}; keep one kind in a file, or choose with --kind")
+        return next(iter(kinds), self.usual.kind if self.usual else None)
+
+    def _shapes(self, record: Record) -> list[Shape]:
+        """The shapes this record could have. Columns the user named must be used; a row that prefers holds a
+        conversation too, and mere text is what nothing else fits."""
+        names = tuple([name for name, value in record.fields.items() if value is not None])
+        if (possible := self._by_names.get(names)) is None:
+            has = {role for role, column in self.columns.of.items() if column in names}
+            possible = [shape for shape in SHAPES if self._asked(shape) and has.issuperset(shape.needed)]
+            if len(self._by_names) < NAMINGS:
+                self._by_names[names] = possible
+        if not possible:
+            return []
+        fields = Fields(record.fields, self.columns.of)
+        found = [shape for shape in possible if shape.fits(fields)]
+        if len(found) < 2:
+            return found
+        preferred = [shape for shape in found if shape.kind == "preference"]
+        return preferred or [shape for shape in found if shape.kind != "text"] or found
+
+    def _asked(self, shape: Shape) -> bool:
+        return self.kind in (None, shape.kind) and self.columns.named <= set(shape.roles)
 
 
-def _shapes(record: Record, columns: Columns, kind: Kind | None) -> list[Shape]:
-    """The shapes this record could have. Columns the user named must be used; a row that prefers holds a
-    conversation too, and mere text is what nothing else fits."""
-    fields = Fields(record.fields, columns.of)
-    found = [
-        shape
-        for shape in SHAPES
-        if kind in (None, shape.kind)
-        and columns.named <= set(shape.roles)
-        and all(fields.get(role) is not None for role in shape.needed)
-        and shape.fits(fields)
-    ]
-    preferred = [shape for shape in found if shape.kind == "preference"]
-    return preferred or [shape for shape in found if shape.kind != "text"] or found
-
-
-def _meant(named: frozenset[str], kind: Kind | None) -> Shape | None:
-    """The shape that was asked for, by its columns or its kind."""
-    asked = [shape for shape in SHAPES if named <= set(shape.roles) and kind in (None, shape.kind)]
-    return asked[0] if asked and (named or kind) else None
-
-
-def _unknown(record: Record) -> Shape:
+def refuse_unknown(place: str, fields: Mapping[str, Any]) -> None:
+    """Raises DataError: a record of no shape, among records of none."""
     known = ", ".join(dict.fromkeys(shape.label for shape in SHAPES))
-    fields = ", ".join(map(repr, record.fields))
+    names = ", ".join(map(repr, fields))
     raise DataError(
-        f"{record.place}: none of {known} among its fields ({fields}); say which column is which with --prompt-column "
+        f"{place}: none of {known} among its fields ({names}); say which column is which with --prompt-column "
         "and --completion-column, --text-column and --label-column, or --columns messages=NAME"
     )
-
-
-def _hold_fractions(records: Sequence[Record], columns: Columns) -> bool:
-    """Whether a label of the data can only be a number to predict."""
-    return any(is_fraction(record.fields.get(columns.of["label"])) for record in records)
-
-
-def _one_label(shapes: list[Shape], numbers: bool) -> list[Shape]:
-    """A whole number may be the name of a class or a number to predict: which, the other rows say."""
-    if not {"classification", "regression"} <= {shape.kind for shape in shapes}:
-        return shapes
-    return [shape for shape in shapes if shape.kind != ("classification" if numbers else "regression")]

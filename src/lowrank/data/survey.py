@@ -1,16 +1,18 @@
 """What a data set is as tokens: rows with what is trained in them, lengths, first and last tokens, rows met twice."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from lowrank.data.examples import IGNORED, Encoded, Example
+from lowrank.data.examples import IGNORED, Encoded, Example, lengths_of
 from lowrank.errors import printable
 
 BINS = 10
 OFTEN = 10
+DIGEST = 16  # bytes
 
 Runs = list[tuple[str, bool]]  # (text, whether it is trained)
 
@@ -29,19 +31,34 @@ class Survey:
 
 def survey(data: Encoded, tokenizer: Any) -> Survey:
     """The figures of all rows."""
-    sizes = [len(example.ids) for example in data.examples]
-    low = min(sizes)
-    width = -(-(max(sizes) - low + 1) // BINS)
-    counts = Counter((size - low) // width for size in sizes)
-    edges = tuple((low - 1 + (number + 1) * width, counts[number]) for number in range(max(counts) + 1))
-    spans = [run for example in data.examples for run in _trained(example)]
-    distinct = {(tuple(example.ids), tuple(example.labels)) for example in data.examples}
+    import numpy
+
+    first: Counter[int] = Counter()
+    last: Counter[int] = Counter()
+    digests = bytearray()  # 16 bytes a row say whether two are one
+    for example in data.examples:
+        for span in _trained(example):
+            first[span[0]] += 1
+            last[span[-1]] += 1
+        said = repr((list(example.ids), list(example.labels))).encode()
+        digests += hashlib.blake2b(said, digest_size=DIGEST).digest()
+    distinct = numpy.unique(numpy.frombuffer(digests, dtype=f"V{DIGEST}"))
     return Survey(
-        edges,
-        _often([span[0] for span in spans], tokenizer),
-        _often([span[-1] for span in spans], tokenizer),
-        len(sizes) - len(distinct),
+        _bins(lengths_of(data.examples)),
+        _often(first, tokenizer),
+        _often(last, tokenizer),
+        len(digests) // DIGEST - len(distinct),
     )
+
+
+def _bins(sizes: Any) -> tuple[tuple[int, int], ...]:
+    """(the longest length of a bin, rows in it), from the shortest row to the longest."""
+    import numpy
+
+    low, high = int(sizes.min()), int(sizes.max())
+    width = -(-(high - low + 1) // BINS)
+    counts = numpy.bincount((sizes - low) // width).tolist()
+    return tuple((low - 1 + (number + 1) * width, count) for number, count in enumerate(counts))
 
 
 def runs(example: Example, tokenizer: Any, apart: str = "") -> Runs:
@@ -63,5 +80,5 @@ def _trained(example: Example) -> list[Sequence[int]]:
     return [[int(token) for token in group] for on, group in groups if on]
 
 
-def _often(tokens: Sequence[int], tokenizer: Any) -> tuple[tuple[str, int], ...]:
-    return tuple((printable(tokenizer.decode([token]), "\n\t"), n) for token, n in Counter(tokens).most_common(OFTEN))
+def _often(tokens: Counter[int], tokenizer: Any) -> tuple[tuple[str, int], ...]:
+    return tuple((printable(tokenizer.decode([token]), "\n\t"), n) for token, n in tokens.most_common(OFTEN))

@@ -16,17 +16,19 @@ from collections.abc import Callable
 from typing import Any
 
 from lowrank.data.cache.keys import tokens_key
-from lowrank.data.cache.tokens import keep, load
-from lowrank.data.cache.warned import heard
+from lowrank.data.cache.store import get, keep
+from lowrank.data.cache.tokens import encoded
+from lowrank.data.cache.warned import repeat
 from lowrank.data.chat.encoding import chat_prompt, encode_chats
 from lowrank.data.classification import encode_labelled
 from lowrank.data.dataset import Dataset
+from lowrank.data.encoding import Encoding
 from lowrank.data.examples import IGNORED, Encoded, Example
 from lowrank.data.preference import encode_preferences
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import Kind
-from lowrank.data.too_long import CUT, ERROR, SPLIT, pieces, policy_of, refuse, without_beginning
-from lowrank.errors import DataError
+from lowrank.data.tally import Tally
+from lowrank.data.too_long import CUT, ERROR, SPLIT, pieces, policy_of, without_beginning
 from lowrank.stages import stage
 
 __all__ = ["IGNORED", "Encoded", "Example", "encode", "prompt_ids"]
@@ -35,20 +37,16 @@ __all__ = ["IGNORED", "Encoded", "Example", "encode", "prompt_ids"]
 def encode(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
     """Every row as tokens, at most `recipe.max_length` of them; those that the cache has from an earlier run.
 
-    Raises DataError where no row has anything left to train.
+    Raises DataError where no row has anything left to train, and for what is wrong with rows as tokens.
     """
-    stage(f"tokenising {len(data.rows):,} rows")
+    stage("tokenising rows", 0, len(data.rows))
     key = tokens_key(data.key, tokenizer, recipe)
-    if (kept := load(key)) is not None:
-        return kept
-    with heard() as warned:
-        found = ENCODERS[data.kind](data, tokenizer, recipe)
-    if not found.examples:
-        raise DataError(
-            f"{data.path}: no row has a token to train within {recipe.max_length} tokens; raise --max-length, or "
-            "shorten the prompts"
-        )
-    return keep(key, found, warned)
+    kept = get(key) if key else None
+    if kept is None:
+        found, _ = keep(key, lambda: Encoding(data, tokenizer, recipe, ENCODERS[data.kind]))
+        return encoded(found)
+    repeat(kept.header["warned"])
+    return encoded(kept, reused=True)
 
 
 def prompt_ids(tokenizer: Any, recipe: Recipe, prompt: str) -> list[int]:
@@ -85,7 +83,7 @@ def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return found
 
 
-def _completions(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
+def _completions(data: Dataset, tokenizer: Any, recipe: Recipe, tally: Tally) -> list[Example]:
     bos = _bos(tokenizer)
     answers = [row.fields["completion"] for row in data.rows]
     prompts = [_begun(ids, bos) for ids in _plain(tokenizer, [recipe.prompt(r.fields["prompt"]) for r in data.rows])]
@@ -94,10 +92,10 @@ def _completions(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
     for prompt, answer in zip(prompts, ended, strict=True):
         given = prompt if recipe.train_on == "all" else [IGNORED] * len(prompt)
         rows.append(Example([*prompt, *answer], given + answer))
-    return _fitted(data, rows, recipe, bos)
+    return _fitted(data, rows, recipe, bos, tally)
 
 
-def _preferences(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
+def _preferences(data: Dataset, tokenizer: Any, recipe: Recipe, tally: Tally) -> list[Example]:
     bos = _bos(tokenizer)
 
     def row(prompt: str, answer: str) -> Example:
@@ -107,36 +105,36 @@ def _preferences(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
         labels = [*[IGNORED] * len(given), *said]
         return Example([*given, *said], [IGNORED, *labels[1:]])
 
-    return encode_preferences(data, tokenizer, recipe, row, bos)
+    return encode_preferences(data, tokenizer, recipe, row, bos, tally)
 
 
-def _texts(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
+def _texts(data: Dataset, tokenizer: Any, recipe: Recipe, tally: Tally) -> list[Example]:
     bos = _bos(tokenizer)
     texts = [row.fields["text"] for row in data.rows]
     rows = [
         _ended(_begun(ids, bos), text, tokenizer) for ids, text in zip(_plain(tokenizer, texts), texts, strict=True)
     ]
-    return _fitted(data, [Example(ids, ids) for ids in rows], recipe, bos)
+    return _fitted(data, [Example(ids, ids) for ids in rows], recipe, bos, tally)
 
 
-def _fitted(data: Dataset, whole: list[Example], recipe: Recipe, bos: list[int]) -> Encoded:
+def _fitted(data: Dataset, whole: list[Example], recipe: Recipe, bos: list[int], tally: Tally) -> list[Example]:
     """The rows at the longest length, and none of those that have nothing to train."""
     policy = policy_of(data.kind, recipe.too_long)
     longest = recipe.max_length
-    long = {number for number, example in enumerate(whole) if len(example.ids) > longest}
-    if policy == ERROR:
-        refuse(data, sorted(long), longest)
-    kept: list[Example] = []
-    for number, example in enumerate(whole):
-        kept += FIT[policy](example, longest, bos) if number in long else [example]
-    firsts = [Example(example.ids, [IGNORED, *example.labels[1:]]) for example in kept]
-    trained = [example for example in firsts if example.trained]
-    return Encoded(
-        trained,
-        cut=len(long) - (len(whole) - len(kept)) if policy == CUT else 0,
-        dropped=len(whole) - len(trained) if policy != SPLIT else len(kept) - len(trained),
-        split=len(long) if policy == SPLIT else 0,
-    )
+    trained: list[Example] = []
+    for row, example in zip(data.rows, whole, strict=True):
+        long = len(example.ids) > longest
+        if long and policy == ERROR:
+            tally.long.add(data.place(row))
+            continue
+        parts = FIT[policy](example, longest, bos) if long else [example]
+        firsts = [Example(part.ids, [IGNORED, *part.labels[1:]]) for part in parts]
+        kept = [part for part in firsts if part.trained]
+        trained += kept
+        tally.cut += long and policy == CUT and bool(parts)
+        tally.split += long and policy == SPLIT
+        tally.dropped += (1 if policy != SPLIT else len(parts)) - len(kept)
+    return trained
 
 
 def _cut(example: Example, longest: int, bos: list[int]) -> list[Example]:
@@ -153,7 +151,7 @@ FIT: dict[str, Callable[[Example, int, list[int]], list[Example]]] = {
     "drop": lambda _example, _longest, _bos: [],
 }
 
-ENCODERS: dict[Kind, Callable[[Dataset, Any, Recipe], Encoded]] = {
+ENCODERS: dict[Kind, Callable[[Dataset, Any, Recipe, Tally], list[Example]]] = {
     "text": _texts,
     "completion": _completions,
     "chat": encode_chats,

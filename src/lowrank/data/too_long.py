@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from lowrank.data.dataset import Dataset
 from lowrank.data.examples import IGNORED, Example
 from lowrank.data.rows import Kind
-from lowrank.errors import ConfigError, DataError
+from lowrank.errors import ConfigError
 
 CUT, DROP, SPLIT, ERROR = "cut", "drop", "split", "error"
 USUAL: dict[Kind, str] = {"text": SPLIT}  # all others are cut
@@ -19,16 +18,6 @@ def policy_of(kind: Kind, asked: str | None) -> str:
             "use cut, drop or error"
         )
     return asked or USUAL.get(kind, CUT)
-
-
-def refuse(data: Dataset, rows: Sequence[int], longest: int) -> None:
-    """Raises DataError where there are such rows. rows: their places in the data set."""
-    if rows:
-        places = ", ".join(data.place(data.rows[i]) for i in rows[:3]) + (", ..." if len(rows) > 3 else "")
-        raise DataError(
-            f"{len(rows):,} rows are longer than {longest} tokens ({places}); raise --max-length, or choose "
-            "--too-long cut or drop"
-        )
 
 
 def without_beginning(example: Example, longest: int, bos: Sequence[int]) -> Example | None:

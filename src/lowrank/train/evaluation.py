@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.data.batches import Batch, chunks
-from lowrank.data.tokens import Example
+from lowrank.data.examples import Example, lengths_of
 from lowrank.stages import stage
 from lowrank.train.loss import LossOf
 from lowrank.train.metrics import Counted, Figures
@@ -68,7 +68,7 @@ def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch
     """The scores of `model` on the rows, weighted by what is trained in each; training mode is put back afterwards."""
     was_training = model.training
     model.eval()
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    by_length = lengths_of(examples).argsort(kind="stable").tolist()
     total, count = 0.0, 0
     tallies: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowrank.data.batches import batches_from, chunks
-from lowrank.data.tokens import Example
+from lowrank.data.examples import Example, lengths_of
 from lowrank.errors import Diverged, LowrankError
 from lowrank.injection.dead import complaint, without_gradient
 from lowrank.stages import stage
@@ -82,7 +82,7 @@ class Loop:
     def _batches(self) -> Iterator[Sequence[int]]:
         """The numbers of the examples in each step that is left."""
         settings, rows = self.settings, self.examples
-        lengths = [len(example.ids) for example in rows] if settings.group_by_length else None
+        lengths = lengths_of(rows) if settings.group_by_length else None
         order = batches_from(self.state.step, len(rows), settings.batch_size, settings.seed, lengths)
         return islice(order, self.steps - self.state.step)
 

@@ -5,13 +5,11 @@ state along the row (linear attention, convolutions over time) or that does not 
 the first words of a row would be read after the last ones of another.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from lowrank.data.batches import Batch
-from lowrank.data.packing import end_to_end, pack, parts
+from lowrank.data.packing import Packs, end_to_end, pack, parts
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import PER_TOKEN, Kind
 from lowrank.data.tokens import IGNORED, Encoded, Example
@@ -38,17 +36,18 @@ def packed(
         return data, settings.model_copy(update={"group_by_length": True})
     found = pack(data, recipe.max_length)
     head = measure.loss.head if isinstance(measure.loss, NextToken) else None
+    assert isinstance(found.examples, Packs)
     check_apart(loaded.model, found.examples, measure, head)
     return found, settings
 
 
-def check_apart(model: nn.Module, packs: Sequence[Example], measure: Measure, head: Head | None) -> None:
+def check_apart(model: nn.Module, packs: Packs, measure: Measure, head: Head | None) -> None:
     """Raise ConfigError where the logits of packed rows are not those of the same rows alone, within rounding."""
-    several = [number for number, example in enumerate(packs) if len(example.starts) > 1]
-    if not several:
+    several = packs.shared
+    if not len(several):
         return  # no row shares a pack
     stage("trying whether packed rows stay apart")
-    chosen = [packs[several[0]], packs[several[-1]]]  # the longest rows, for windows, and many short ones
+    chosen = [packs[int(several[0])], packs[int(several[-1])]]  # the longest rows, for windows, and many short ones
     rows = [[_whole(row) for row in parts(example)] for example in chosen]
     allowed = max(AGREE.get(p.dtype, 0.0) for p in model.parameters())
     try:

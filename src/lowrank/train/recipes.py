@@ -25,6 +25,6 @@ def recipe_of(settings: DataSettings, rows: Dataset, labels: tuple[str, ...], lo
     recipe = make_recipe(settings, rows.kind, loaded.tokenizer, longest, labels, speaks=rows.speaks)
     if rows.kind != "preference":
         return recipe
-    whole = not rows.speaks and all("prompt" not in row.fields for row in rows.rows)  # texts that hold their prompts
+    whole = not rows.speaks and "prompt" not in rows.names  # texts that hold their prompts
     template = "{prompt}" if whole else recipe.template
     return replace(recipe, beta=getattr(settings, "beta", None) or BETA, template=template)

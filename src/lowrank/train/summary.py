@@ -116,8 +116,8 @@ def _loss(loss: LossOf, loaded: Loaded, data: Encoded) -> str:
             return f"{what}, all logits at once: the head of {type(loaded.model).__name__} does not run alone"
         return f"{what}, at most {chunk_size(loss.head.vocabulary):,} positions before the head at once"
     if loss is squared_error:
-        labels = [example.labels[0] for example in data.examples]
-        return f"mean squared error; labels from {min(labels):g} to {max(labels):g}"
+        least, largest = data.between
+        return f"mean squared error; labels from {least:g} to {largest:g}"
     return "cross-entropy of the labels"
 
 
@@ -136,7 +136,7 @@ def _warn(settings: TrainSettings, rows: Dataset, data: Encoded, loaded: Loaded)
             LowrankWarning,
             stacklevel=2,
         )
-    if rows.kind == "regression" and (largest := max(abs(example.labels[0]) for example in data.examples)) > LARGE:
+    if rows.kind == "regression" and (largest := max(map(abs, data.between))) > LARGE:
         warnings.warn(
             f"{rows.path}: labels go up to {largest:g}, and a head that starts near 0 learns such numbers slowly; "
             "divide them first",
@@ -153,7 +153,7 @@ def _warn(settings: TrainSettings, rows: Dataset, data: Encoded, loaded: Loaded)
     if (
         rows.kind == "completion"
         and settings.train_on != "all"
-        and all(len(e.ids) == e.trained + len(e.starts) for e in data.examples)
+        and data.tokens == data.trained + (data.packed or len(data.examples))  # all but the first of each
     ):
         warnings.warn(
             f"{rows.path}: every token is trained, the prompts have become no tokens at all; is --template right?",

@@ -29,9 +29,13 @@ def rows_key(source: str | Path, files: Sequence[Path], settings: DataSettings) 
     return _digest("rows", _code(), str(source), contents, said)
 
 
-def chosen_key(key: str, indices: Sequence[int]) -> str:
+def chosen_key(key: str, indices: Any) -> str:
     """Of some of the rows."""
-    return _digest("chosen", key, hashlib.sha256(",".join(map(str, indices)).encode()).hexdigest()) if key else ""
+    import numpy
+
+    if not key:
+        return ""
+    return _digest("chosen", key, hashlib.sha256(numpy.asarray(indices, dtype="<i8").tobytes()).hexdigest())
 
 
 def tokens_key(key: str, tokenizer: Any, recipe: Recipe) -> str:

@@ -1,24 +1,30 @@
 """Rows on disk: JSON in an Arrow column, made into rows again when they are asked for."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-from lowrank.data.cache import store
+from lowrank.data.cache.store import Stored
 from lowrank.data.cache.table import Table
 from lowrank.data.rows import Conversation, Message, Row
 
-ROWS = 2048  # in a batch
+ROWS, CHARACTERS = 2048, 1 << 22  # at most in a record batch, but for the last row of it
+PART_ROWS, PART_CHARACTERS = 1024, 1 << 20  # at most in a part, but for the last row of it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StoredRows(Sequence[Row]):
-    """Rows of a mapped table, or those at some of its places."""
+    """Rows of a stored table, or those at some of its places: 8 bytes of memory each, and none for all of them.
+
+    files: where rows come from, by number; odd: the rows that JSON would not give back, by their place.
+    """
 
     table: Table
-    places: Sequence[int]
+    places: Any  # a range, or a numpy array
+    files: Sequence[Path]
+    odd: Mapping[int, Row]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -29,59 +35,112 @@ class StoredRows(Sequence[Row]):
     def __getitem__(self, at: slice) -> "StoredRows": ...
     def __getitem__(self, at: int | slice) -> "Row | StoredRows":
         if isinstance(at, slice):
-            return self.choose(range(len(self))[at])
-        batch, row = self.table.find(self.places[at])
-        return _row(batch.column("row")[row].as_py())
+            return StoredRows(self.table, self.places[at], self.files, self.odd)
+        place = int(self.places[at])
+        batch, row = self.table.find(place)
+        text = batch.column(0)[row].as_py()
+        return self.odd[place] if text is None else _row(text, self.files)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[at] for at in range(len(self)))
 
-    def choose(self, indices: Sequence[int]) -> "StoredRows":
+    def parts(self) -> Iterator[list[Row]]:
+        """All rows in order, some at a time: few where they are long."""
+        part: list[Row] = []
+        size = 0
+        for place in self.places:
+            batch, at = self.table.find(int(place))
+            text = batch.column(0)[at].as_py()
+            part.append(self.odd[int(place)] if text is None else _row(text, self.files))
+            size += len(text or "")
+            if len(part) == PART_ROWS or size >= PART_CHARACTERS:
+                yield part
+                part, size = [], 0
+        if part:
+            yield part
+
+    def choose(self, indices: Any) -> "StoredRows":
         """The rows at these places."""
-        return StoredRows(self.table, [self.places[i] for i in indices])
+        import numpy
+
+        own = self.places
+        chosen = numpy.asarray(indices, dtype=numpy.int64)
+        places = chosen * own.step + own.start if isinstance(own, range) else own[chosen]
+        return StoredRows(self.table, places, self.files, self.odd)
 
 
-def load(key: str) -> tuple[Mapping[str, Any], StoredRows] | None:
-    """(what was kept beside them, the rows) of a key, where they are kept."""
-    found = store.get(key) if key else None
-    return None if found is None else (found.header, _stored(found))
-
-
-def keep(key: str, header: Mapping[str, Any], rows: Sequence[Row]) -> Sequence[Row]:
-    """The rows as they are kept from now on; as they came, where they cannot be."""
-    import pyarrow
-
-    schema = pyarrow.schema([("row", pyarrow.large_string())])
-    try:
-        found = store.put(key, header, schema, _batches(rows, schema)) if key else None
-    except ValueError:  # a value that JSON does not know: dates, bytes
-        return rows
-    return rows if found is None else _stored(found)
-
-
-def _stored(found: store.Stored) -> StoredRows:
+def stored_rows(found: Stored, files: Sequence[Path], odd: Mapping[int, Row]) -> StoredRows:
+    """All rows of a stored table."""
     table = Table(found.batches)
-    return StoredRows(table, range(len(table)))
+    return StoredRows(table, range(len(table)), files, odd)
 
 
-def _batches(rows: Sequence[Row], schema: Any) -> Iterator[Any]:
-    """The rows as record batches. Raises ValueError for a row that JSON would not give back as it is."""
+def row_schema() -> Any:
+    """One column, a row's JSON; null for the rows that JSON would not give back."""
     import pyarrow
 
-    for start in range(0, len(rows), ROWS):
-        texts = [_text(row) for row in rows[start : start + ROWS]]
-        yield pyarrow.record_batch([pyarrow.array(texts, pyarrow.large_string())], schema=schema)
+    return pyarrow.schema([("row", pyarrow.large_string())])
 
 
-def _text(row: Row) -> str:
-    value = [row.line, row.fields, _said(row.chat), None if row.path is None else str(row.path), _said(row.rejected)]
+@dataclass(slots=True)
+class Packer:
+    """Rows into record batches, and what is noticed on the way: count; speaks, whether any row is a conversation;
+    names: the fields that rows have; odd: rows with values that JSON does not know (dates, bytes), by their place.
+    """
+
+    files: Sequence[Path]
+    count: int = 0
+    speaks: bool = False
+    names: dict[str, None] = field(default_factory=dict)
+    odd: dict[int, Row] = field(default_factory=dict)
+
+    def batches(self, rows: Iterable[Row]) -> Iterator[Any]:
+        """The rows as record batches, so many at a time."""
+        import pyarrow
+
+        schema = row_schema()
+        numbers = {file: number for number, file in enumerate(self.files)}
+        part: list[str | None] = []
+        size = 0
+        for row in rows:
+            part.append(text := self._text(row, numbers))
+            size += len(text or "")
+            if len(part) == ROWS or size >= CHARACTERS:
+                yield pyarrow.record_batch([pyarrow.array(part, schema.field(0).type)], schema=schema)
+                part, size = [], 0
+        if part:
+            yield pyarrow.record_batch([pyarrow.array(part, schema.field(0).type)], schema=schema)
+
+    def about(self) -> dict[str, Any]:
+        """What was noticed, as JSON values."""
+        return {"speaks": self.speaks, "names": list(self.names)}
+
+    def _text(self, row: Row, numbers: Mapping[Path, int]) -> str | None:
+        self.names |= dict.fromkeys(row.fields)
+        self.speaks = self.speaks or row.chat is not None
+        text = _text(row, None if row.path is None else numbers[row.path])
+        if text is None:
+            self.odd[self.count] = row
+        self.count += 1
+        return text
+
+
+def _text(row: Row, file: int | None) -> str | None:
+    """The row as JSON; None where that would not give it back as it is."""
+    value = [row.line, row.fields, _said(row.chat), file, _said(row.rejected)]
     try:
         text = json.dumps(value)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-    if json.loads(text) != value:
-        raise ValueError("a value that is not JSON's")
-    return text
+    except TypeError:
+        return None
+    plain = _is_plain(row.chat) and _is_plain(row.rejected)
+    return text if plain or json.loads(text) == value else None
+
+
+def _is_plain(chat: Conversation | None) -> bool:
+    """Whether nothing but text is said, which JSON always gives back."""
+    if chat is None:
+        return True
+    return not chat.tools and all(type(value) is str for m in chat.messages for value in m.fields.values())
 
 
 def _said(chat: Conversation | None) -> list[Any] | None:
@@ -90,9 +149,9 @@ def _said(chat: Conversation | None) -> list[Any] | None:
     return [[[dict(m.fields), m.trained] for m in chat.messages], [dict(tool) for tool in chat.tools], chat.given]
 
 
-def _row(text: str) -> Row:
-    line, fields, chat, path, rejected = json.loads(text)
-    return Row(line, fields, _heard(chat), None if path is None else Path(path), _heard(rejected))
+def _row(text: str, files: Sequence[Path]) -> Row:
+    line, fields, chat, file, rejected = json.loads(text)
+    return Row(line, fields, _heard(chat), None if file is None else files[file], _heard(rejected))
 
 
 def _heard(value: list[Any] | None) -> Conversation | None:

@@ -10,19 +10,21 @@ import secrets
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowrank.checkpoint.temporaries import delete, sweep, temporary
 from lowrank.data.cache.place import ENDING, root
+from lowrank.data.cache.spool import Summed, Work, mapped, own, spool, write_stream
 from lowrank.errors import LowrankWarning
 
 TRAILER = struct.Struct("<QQI8s")  # bytes of the stream, bytes of the header, CRC-32 of both, the mark
 MARK = b"lowrank1"
 CHUNK = 1 << 22
 _said: set[Path] = set()
+Some = TypeVar("Some", bound=Work)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,69 +46,54 @@ def get(key: str) -> Stored | None:
             if found is None:
                 return None
             header, size = found
-        mapped = pyarrow.memory_map(str(place)).read_buffer(size)
-        return Stored(header, list(pyarrow.ipc.open_stream(mapped)))
+        return Stored(header, mapped(place, size))
     except (OSError, ValueError, pyarrow.ArrowException):
         return None
 
 
-def put(key: str, header: Mapping[str, Any], schema: Any, batches: Iterator[Any]) -> Stored | None:
-    """Store record batches, one at a time in memory. None, said once, where the place cannot be written."""
-    folder = root()
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        sweep(folder)
-        beside = temporary(folder / f"{key}{ENDING}.{secrets.token_hex(4)}")  # threads may write one key at once
+def keep(key: str, start: Callable[[], Some]) -> tuple[Stored, Some]:
+    """Do work, one record batch at a time in memory, and store what it makes: (what is stored, the work).
+
+    Under the key, where there is one, for this run and others. Where that place cannot be written or is full, which is
+    said once, the work is started anew and goes where it goes without a key (`data.cache.spool`).
+    """
+    if key:
+        work = start()
         try:
-            with open(beside, "xb", opener=_own) as file:
-                _write(file, header, schema, batches)
-            os.replace(beside, folder / f"{key}{ENDING}")
-        except BaseException:
-            delete(beside)
-            raise
-    except OSError as error:
-        _say(folder, error)
-        return None
-    return get(key)
+            return _put(key, work), work
+        except OSError as error:
+            _say(root(), error)
+    work = start()
+    batches = spool(work)
+    return Stored(work.header(), batches), work
 
 
-def _own(path: str, flags: int) -> int:
-    """Opened for nobody but the user: rows may be private."""
-    return os.open(path, flags, 0o600)
+def _put(key: str, work: Work) -> Stored:
+    folder = root()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    sweep(folder)
+    beside = temporary(folder / f"{key}{ENDING}.{secrets.token_hex(4)}")  # threads may write one key at once
+    try:
+        with open(beside, "xb", opener=own) as file:
+            header, size = _write(file, work)
+        place = beside
+        if work.lasting:
+            place = folder / f"{key}{ENDING}"
+            os.replace(beside, place)
+        return Stored(header, mapped(place, size))
+    finally:
+        delete(beside)
 
 
-class _Summed:
-    """A file that knows what went through it. pyarrow writes to it as to any file."""
-
-    closed = False
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.size, self.sum = file, 0, 0
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        self.sum = zlib.crc32(view, self.sum)
-        self.size += view.nbytes
-        self.file.write(view)
-        return view.nbytes
-
-    def flush(self) -> None:
-        """At the end, with the file."""
-
-    def close(self) -> None:
-        """The file goes on."""
-
-
-def _write(file: Any, header: Mapping[str, Any], schema: Any, batches: Iterator[Any]) -> None:
-    import pyarrow
-
-    summed = _Summed(file)
-    with pyarrow.ipc.new_stream(pyarrow.PythonFile(summed, "w"), schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
+def _write(file: Any, work: Work) -> tuple[Mapping[str, Any], int]:
+    """(the header as it will be read, bytes of the stream)."""
+    summed = Summed(file)
+    write_stream(summed, work.schema, work.batches())
     size = summed.size
-    summed.write(json.dumps(header).encode())
+    text = json.dumps(work.header())
+    summed.write(text.encode())
     file.write(TRAILER.pack(size, summed.size - size, summed.sum, MARK))
+    return json.loads(text), size
 
 
 def _header(file: Any) -> tuple[Mapping[str, Any], int] | None:
@@ -133,8 +120,8 @@ def _say(folder: Path, error: OSError) -> None:
     if folder not in _said:
         _said.add(folder)
         warnings.warn(
-            f"rows and tokens are not kept on disk: {folder} cannot be written ({error.strerror or error}); name "
-            "another place in LOWRANK_CACHE, or say --no-cache",
+            f"rows and tokens are not kept for another run: {folder} cannot be written ({error.strerror or error}); "
+            "name another place in LOWRANK_CACHE, or say --no-cache",
             LowrankWarning,
             stacklevel=3,
         )

@@ -1,20 +1,18 @@
 """Examples on disk: lists of numbers in Arrow columns, made into Python's when a batch needs them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, overload
 
-from lowrank.data.cache import store
+from lowrank.data.cache.store import Stored
 from lowrank.data.cache.table import Table
-from lowrank.data.cache.warned import repeat
-from lowrank.data.examples import Encoded, Example
-
-ROWS = 2048  # in a batch
+from lowrank.data.examples import IGNORED, Encoded, Example
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class StoredExamples(Sequence[Example]):
-    """The examples of a mapped table."""
+    """The examples of a stored table."""
 
     table: Table
 
@@ -36,46 +34,47 @@ class StoredExamples(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return (self[at] for at in range(len(self)))
 
+    @cached_property
+    def lengths(self) -> Any:
+        """(rows,) how many tokens each has, from where the lists begin: no token is read."""
+        import numpy
 
-def load(key: str) -> Encoded | None:
-    """The data set that is kept under the key; its warnings are said again."""
-    found = store.get(key) if key else None
-    if found is None:
-        return None
-    repeat(found.header["warned"])
-    return Encoded(StoredExamples(Table(found.batches)), **found.header["counts"], reused=True)
-
-
-def keep(key: str, data: Encoded, warned: Sequence[str]) -> Encoded:
-    """The data set as it is kept from now on; as it came, where it cannot be."""
-    if not key:
-        return data
-    counts = {name: getattr(data, name) for name in ("cut", "dropped", "split", "rewritten")}
-    of = _schema(data.examples)
-    found = store.put(key, {"counts": counts, "warned": list(warned)}, of, _batches(data.examples, of))
-    return data if found is None else replace(data, examples=StoredExamples(Table(found.batches)))
+        edges = [batch.column(0).offsets.to_numpy() for batch in self.table.batches]
+        return numpy.concatenate([numpy.diff(offsets) for offsets in edges]) if edges else numpy.zeros(0, numpy.int64)
 
 
-def _schema(examples: Sequence[Example]) -> Any:
+def encoded(found: Stored, reused: bool = False) -> Encoded:
+    """The data set that is stored."""
+    counts = found.header["counts"]
+    totals = tuple(found.header["totals"])
+    return Encoded(StoredExamples(Table(found.batches)), **counts, reused=reused, totals=totals)
+
+
+def token_schema(whole: bool) -> Any:
     """ids and type_ids are whole numbers; labels are, unless they are numbers to predict."""
     import pyarrow
 
-    whole = all(isinstance(label, int) for example in examples for label in example.labels)
-    numbers = pyarrow.int32() if whole else pyarrow.float64()
-    kinds = {"ids": pyarrow.int32(), "labels": numbers, "type_ids": pyarrow.int8()}
+    kinds = {
+        "ids": pyarrow.int32(),
+        "labels": pyarrow.int32() if whole else pyarrow.float64(),
+        "type_ids": pyarrow.int8(),
+    }
     return pyarrow.schema([(name, pyarrow.large_list(kind)) for name, kind in kinds.items()])
 
 
-def _batches(examples: Sequence[Example], of: Any) -> Iterator[Any]:
-    """The examples as record batches of this schema."""
+def token_batch(examples: Sequence[Example], of: Any) -> Any:
+    """The examples as one record batch of this schema."""
     import pyarrow
 
-    for start in range(0, len(examples), ROWS):
-        part = examples[start : start + ROWS]
-        columns = [[e.ids for e in part], [e.labels for e in part], [e.type_ids for e in part]]
-        yield pyarrow.record_batch(
-            [pyarrow.array(column, field.type) for column, field in zip(columns, of, strict=True)], schema=of
-        )
+    columns = [[e.ids for e in examples], [e.labels for e in examples], [e.type_ids for e in examples]]
+    arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, of, strict=True)]
+    return pyarrow.record_batch(arrays, schema=of)
+
+
+def totals(batch: Any) -> tuple[int, int, float, float]:
+    """(tokens, labels that count, the least label, the largest) of a record batch that is not empty."""
+    ids, labels = (batch.column(number).values.to_numpy() for number in (0, 1))
+    return len(ids), int((labels != IGNORED).sum()), labels.min().item(), labels.max().item()
 
 
 def _values(column: Any, row: int) -> list[Any] | None:

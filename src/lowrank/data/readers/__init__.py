@@ -1,7 +1,9 @@
 """Files to records: one file a format, chosen by the ending. A new format is a reader and a line in READERS."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from lowrank.data.faults import Faults
 from lowrank.data.readers.arrow import read_arrow, read_parquet
 from lowrank.data.readers.json_rows import read_json, read_jsonl
 from lowrank.data.readers.opening import PACKED, kind_of
@@ -27,8 +29,10 @@ def is_data(path: Path) -> bool:
     return kind_of(path) in READERS
 
 
-def read_records(path: Path, header: bool, bad: list[str]) -> tuple[list[Record], tuple[str, ...] | None]:
-    """(all rows, the columns that hold for all of them); sentences about lines that are no rows go into `bad`.
+def read_records(path: Path, header: bool, bad: Faults, columns: dict[str, int]) -> Iterator[Record]:
+    """Every row, one at a time; sentences about lines that are no rows go into `bad`.
+
+    columns: those that hold for all rows of the file are entered, with 0, before the first row comes.
 
     Raises DataError, naming the file, where it is missing, of an unknown kind, damaged as a whole or not UTF-8.
     """
@@ -36,16 +40,16 @@ def read_records(path: Path, header: bool, bad: list[str]) -> tuple[list[Record]
     if reader is None:
         what = f"a {kind_of(path)!r} file" if kind_of(path) else "a file without an ending"
         raise DataError(f"{path}: how {what} holds rows is not known; give one of {ENDINGS}")
-    records: list[Record] = []
     try:
         file = reader(path, header)
+        for name in file.columns or ():
+            columns.setdefault(name, 0)
         for found in file.records:
             if isinstance(found, Record):
-                records.append(found)
+                yield found
             else:
-                bad.append(found.says)
+                bad.add(found.says)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.object[error.start]:#04x} in it is not UTF-8; save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"data file {path}: {error.strerror or error}") from None
-    return records, file.columns

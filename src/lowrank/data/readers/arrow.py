@@ -7,7 +7,7 @@ from typing import Any
 from lowrank.data.readers.record import DataFile, Record
 from lowrank.errors import DataError
 
-ROWS = 1024  # that are made into Python's values at once
+ROWS = 256  # that are made into Python's values at once
 
 
 def read_parquet(path: Path, header: bool) -> DataFile:

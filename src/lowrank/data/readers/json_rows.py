@@ -8,12 +8,12 @@ from typing import Any
 
 from lowrank.data.readers.opening import open_text
 from lowrank.data.readers.record import BadRecord, DataFile, Record
+from lowrank.data.readers.window import Window
 from lowrank.errors import DataError
 
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # only an escape can bring one into a UTF-8 file
 DEEPEST = 100  # brackets in brackets: beyond any data, and far below what Python's own recursion bears
 TOO_DEEP = f"nested more than {DEEPEST} deep"
-BETWEEN = re.compile(r"[\s,]*")
 
 
 def read_jsonl(path: Path, header: bool) -> DataFile:
@@ -25,9 +25,7 @@ def read_jsonl(path: Path, header: bool) -> DataFile:
 def read_json(path: Path, header: bool) -> DataFile:
     """One array of objects, or objects one after the other; each row knows the line that it starts at."""
     _no_header(path, header)
-    with open_text(path) as file:
-        text = file.read()
-    return DataFile(_objects(path, text))
+    return DataFile(_objects(path))
 
 
 def _no_header(path: Path, header: bool) -> None:
@@ -49,28 +47,24 @@ def _lines(path: Path) -> Iterator[Record | BadRecord]:
             yield _checked(path, number, value, line)
 
 
-def _objects(path: Path, text: str) -> Iterator[Record | BadRecord]:
-    decoder = json.JSONDecoder()
-    at = BETWEEN.match(text).end()  # type: ignore[union-attr]
-    array = text[at : at + 1] == "["
-    at += array
-    line, counted = 1, 0
-    while True:
-        at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]
-        line, counted = line + text.count("\n", counted, at), at
-        if at == len(text) or (array and text[at] == "]"):
-            break
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            where = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            raise DataError(
-                f"{path}:{where}: not JSON ({_reason(error)}); a json file holds one array of rows"
-            ) from None
-        yield _checked(path, line, value, text[at:end])
-        at = end
-    if array and at == len(text):
-        raise DataError(f"{path}:{line}: not JSON (the array is not closed); was the file cut short?")
+def _objects(path: Path) -> Iterator[Record | BadRecord]:
+    """The rows, read as they are asked for: in memory is a piece of the file, or one row where that is longer."""
+    with open_text(path) as file:
+        window = Window(file)
+        array = window.skip() and window.text[window.at] == "["
+        window.at += array
+        while window.skip() and not (array and window.text[window.at] == "]"):
+            line = window.line
+            try:
+                value, text = window.value()
+            except (ValueError, RecursionError) as error:
+                where = line + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else line
+                raise DataError(
+                    f"{path}:{where}: not JSON ({_reason(error)}); a json file holds one array of rows"
+                ) from None
+            yield _checked(path, line, value, text)
+        if array and window.at == len(window.text):
+            raise DataError(f"{path}:{window.line}: not JSON (the array is not closed); was the file cut short?")
 
 
 def _checked(path: Path, line: int, value: Any, text: str) -> Record | BadRecord:
