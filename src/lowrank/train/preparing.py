@@ -49,10 +49,12 @@ class Prepared:
         """How many there will be."""
         return steps_of(self.settings, len(self.data.examples))
 
-    def loop(self, listener: Reporter, watch: Watch) -> Loop:
-        """The loop, with its summary told. Warns of what will probably not go as meant."""
+    def loop(self, listener: Reporter, watch: Watch, start: int | None) -> Loop:
+        """The loop, with its summary told. start: the step that it goes on from. Warns of what may not go as meant."""
         settings, loaded, measure, data, held = self.settings, self.loaded, self.measure, self.data, self.evaluated
         lines = summarise(settings, loaded, self.adapted, measure, self.rows, data, held, self.recipe, self.steps)
+        if start is not None:
+            lines.append(("goes on", f"after step {start:,}"))
         listener.started(lines, self.steps)
         return Loop(loaded.model, data.examples, held.examples if held else [], measure, settings, listener, watch)
 

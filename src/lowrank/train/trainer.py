@@ -11,6 +11,7 @@ from torch import nn
 
 from lowrank.checkpoint import save_adapter
 from lowrank.checkpoint.outputs import check_room, claimed
+from lowrank.data.recipe import FILE
 from lowrank.errors import ConfigError, Diverged, LowrankError
 from lowrank.train.loop import Loop
 from lowrank.train.loop_state import LoopState
@@ -63,7 +64,13 @@ def resume(folder: str | Path, reporter: Reporter | None = None, **changes: Any)
         if (result := finished(place, settings)) is not None:
             settle(place, settings)
             return replace(result, folder=Path(folder))
-        return _run(settings, place, reporter or Reporter(), began, latest(place))
+        value = latest(place)
+        if value is None and (place / FILE).exists():
+            raise ConfigError(
+                f"--resume {folder}: the run is complete and its checkpoints are gone, so it cannot take more steps; "
+                "they stay where --keep-checkpoints says so"
+            )
+        return _run(settings, place, reporter or Reporter(), began, value)
 
 
 def _run(
@@ -86,7 +93,7 @@ def _run(
         stop = Stop(began + seconds_of(settings.stop_after) if settings.stop_after else None, reporter.stopping)
         places = Places(found.rows, found.data, loaded.tokenizer, found.recipe)
         keeper = Keeper(folder, settings.out, settings, now, log, stop, ForwardState(loaded.model), places)
-        loop = found.loop(Several(log, reporter), keeper)
+        loop = found.loop(Several(log, reporter), keeper, None if value is None else value.facts.step)
         if value is not None:
             keeper.go_on(loop, value)
         state = _train(loop, keeper, loaded.device)

@@ -1,7 +1,9 @@
 """What forward passes change of a model by themselves: running statistics, the tables of dynamic rotary embeddings.
 
-Most models change nothing. A buffer has changed where another tensor stands in its place, or the same one was written
-to; a number where it is another one. Going on with a fresh model would compute other bits, so both belong to a run.
+Most models change nothing. Going on with a fresh model would compute other bits where one does, so what has changed
+belongs to a run: buffers that hold other values than at the start, and plain numbers of modules. torch does not count
+all writing to a tensor (batch normalisation's is not), so a copy is compared; of a buffer that is too large for one,
+which is a weight in another form, the tensor's own count has to do.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,22 +14,38 @@ from torch import Tensor, nn
 from lowrank.errors import CheckpointError
 from lowrank.train.state.value import Number
 
+LARGE = 2**24  # bytes
+
+
+class _First:
+    """A buffer as it was."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        small = buffer.numel() * buffer.element_size() <= LARGE
+        self.buffer, self.version = buffer, buffer._version
+        self.copy = buffer.detach().clone() if small else None
+
+    def is_not(self, buffer: Tensor) -> bool:
+        """Whether this is another one, or has other values."""
+        if self.copy is None or buffer.shape != self.copy.shape or buffer.dtype != self.copy.dtype:
+            return buffer is not self.buffer or buffer._version != self.version
+        return not torch.equal(buffer, self.copy)
+
 
 class ForwardState:
     """Watches a model from the moment on that this is made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._buffers = {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+        self._buffers = {name: _First(buffer) for name, buffer in model.named_buffers()}
         self._numbers = dict(_numbers(model))
 
     def buffers(self) -> dict[str, Tensor]:
         """Those that have changed since, by their names."""
-        return {name: buffer for name, buffer in self.model.named_buffers() if self._is_new(name, buffer)}
-
-    def _is_new(self, name: str, buffer: Tensor) -> bool:
-        first, version = self._buffers.get(name, (None, 0))
-        return buffer is not first or buffer._version != version
+        found = self.model.named_buffers()
+        return {
+            name: buffer for name, buffer in found if name not in self._buffers or self._buffers[name].is_not(buffer)
+        }
 
     def numbers(self) -> dict[str, Number]:
         """{module:attribute: value} of those that are others than they were."""

@@ -77,6 +77,8 @@ class Keeper(Watch):
         if self.last is None:
             return Watch.saved(self)  # with slots, `super()` would look for another class
         where = checkpoint(Path(self.name), self.last)
+        if self.settings.on_divergence == "back":
+            return f"{where} is the last good checkpoint, gone back to {HALVINGS} times in vain"
         return f"{where} is the last good checkpoint, which {self._line} --on-divergence back goes on from"
 
     def goes_back(self, loop: Loop, error: Diverged) -> bool:

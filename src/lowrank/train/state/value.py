@@ -5,6 +5,7 @@ state.safetensors   weights.NAME (what is trained), kept.NAME (what else an adap
 state.json          `Facts`
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,27 +126,12 @@ def read(folder: Path) -> RunValue:
     if isinstance(found := content.get("format"), int) and found > FORMAT:
         raise CheckpointError(f"{path} has format {found}, this version reads up to {FORMAT}: upgrade lowrank")
     try:
-        facts = Facts.model_validate(_tuples(content))
+        facts = Facts.model_validate_json(json.dumps(content))  # of a Python value, lists are no tuples
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise CheckpointError(f"{path}: {short(where, 80)}: {fault['msg'].lower()}: {REMEDY}") from None
     return RunValue(read_tensors(folder / TENSORS), facts)
-
-
-def _tuples(content: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists alone; where a tuple is meant, one is made."""
-    found = dict(content)
-    if isinstance(found.get("place"), list):
-        found["place"] = tuple(found["place"])
-    if isinstance(found.get("random"), list):
-        found["random"] = [
-            {name: tuple(value) if isinstance(value, list) else value for name, value in one.items()}
-            if isinstance(one, dict)
-            else one
-            for one in found["random"]
-        ]
-    return found
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> Content:
