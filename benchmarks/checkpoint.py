@@ -2,8 +2,8 @@
 
     python benchmarks/checkpoint.py [--folder /a/disk] [--rounds 9] [--rows 100000] [--out results.json]
 
-write     the run's value of an all-linear adapter of rank 16 of a 1.1 B model (factors, Adam's averages, random states),
-          taken from a loop and written: what training waits for
+write     the run's value of an all-linear adapter of rank 16 of a 1.1 B model (factors, Adam's averages, ...), taken
+          from a loop and written: what training waits for
 cp        the same files copied and synced: the floor
 step      the optimiser's step after a checkpoint, over one that no checkpoint came before
 begin     a training of many rows, in a process of its own, until its first step is taken; rows and tokens are kept
@@ -182,6 +182,7 @@ def main() -> None:
             "start": starting(Path(name), asked.rows, min(5, asked.rounds)),
             "conditions": conditions(torch.get_num_threads()),
         }
+    print(json.dumps(result, indent=1))
     keep(result, asked.out)
 
 

@@ -221,7 +221,7 @@ def test_a_row_whose_own_loss_is_no_number_is_named(home: Path, tmp_path: Path) 
     write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(Diverged, match=rf"by the row of {data}:9\)"), pytest.warns(LowrankWarning, match="1 of 21"):
         train.run(settings(home, tmp_path / "run", model=str(model), data=str(data)))
-    with pytest.raises(Diverged, match=rf"by the row of {data}:9\)"), pytest.warns(LowrankWarning, match="1 of 21"):
+    with pytest.raises(Diverged, match=rf"by the rows of {data}:9, "), pytest.warns(LowrankWarning, match="1 of 21"):
         train.run(settings(home, tmp_path / "run", model=str(model), data=str(data), pack=True, batch_size=20))
 
 

@@ -23,6 +23,7 @@ FREE = {
     "metrics",
     "log_every",
     "cache",
+    "device",
     "model",
     "data",
     "out",
