@@ -152,3 +152,14 @@ def test_preference_rows_may_be_read_for_their_chosen_answers_alone(tmp_path):
     assert read_dataset(path, DataSettings()).kind == "preference"
     data = read_dataset(path, DataSettings(completion_column="chosen"))
     assert fields(data) == [{"prompt": "p", "completion": "good"}]
+
+
+def test_a_table_without_names_is_told_so(tmp_path):
+    (tmp_path / "cola.tsv").write_text("gj04\t1\t\tThe sailors rode the breeze.\ngj04\t0\t*\tThe breeze rode.\n")
+    with pytest.raises(DataError, match=r"'The sailors rode the breeze\.'\) does not look like names of columns"):
+        read_dataset(tmp_path / "cola.tsv", DataSettings())
+    said = DataSettings(header=False, text_column="4", label_column="2")
+    assert [row.fields["label"] for row in read_dataset(tmp_path / "cola.tsv", said).rows] == ["1", "0"]
+    (tmp_path / "named.tsv").write_text("mr\tref\na\tb\n")
+    with pytest.raises(DataError, match="say which column is which"):
+        read_dataset(tmp_path / "named.tsv", DataSettings())

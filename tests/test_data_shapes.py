@@ -129,3 +129,36 @@ def test_faults_name_row_message_and_remedy(tmp_path, row, part):
         read(tmp_path, {"messages": [U, A]}, row)
     assert all(word in str(raised.value) for word in ("d.jsonl:2", "--bad-rows skip", part)), str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "fields"),
+    [
+        ({"sentence": "a", "label": 1}, "classification", {"text": "a", "label": "1"}),
+        (
+            {"sentence1": "a", "sentence2": "b", "label": 1},
+            "classification",
+            {"text": "a", "text_pair": "b", "label": "1"},
+        ),
+        (
+            {"premise": "a", "hypothesis": "b", "label": 3.5},
+            "regression",
+            {"text": "a", "text_pair": "b", "label": "3.5"},
+        ),
+        ({"prompt": "a", "response": "b"}, "completion", {"prompt": "a", "completion": "b"}),
+        ({"instruction": "u", "context": "", "response": "a"}, "chat", None),
+        ({"conversation": SHAREGPT}, "chat", None),
+    ],
+)
+def test_columns_that_well_known_sets_call_otherwise(tmp_path, row, kind, fields):
+    data = read(tmp_path, row)
+    assert data.kind == kind
+    assert data.unused == ()
+    if fields is not None:
+        assert data.rows[0].fields == fields
+
+
+def test_a_column_that_is_named_by_the_user_beats_what_it_is_usually_called(tmp_path):
+    row = {"sentence": "a", "sentence1": "b", "label": 1}
+    assert read(tmp_path, row, text_column="sentence1").rows[0].fields["text"] == "b"
+    assert read(tmp_path, {**row, "text": "c"}).rows[0].fields["text"] == "c"

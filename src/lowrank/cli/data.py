@@ -25,6 +25,7 @@ def show(
     *,
     model: str,
     data: str,
+    eval_data: str | None = None,
     rows: int = 3,
     tokens: Annotated[bool, Parameter(negative=())] = False,
     html: Path | None = None,
@@ -39,6 +40,9 @@ def show(
         The model whose tokenizer and chat template make the rows; its weights are not read
     data
         A file of rows, several with commas, or a folder with train.*
+    eval_data
+        Rows that will be evaluated: those that stand among the trained ones are named; a folder's valid.* and test.*
+        where not given
     rows
         So many rows are shown, spread evenly over the data
     tokens
@@ -50,25 +54,23 @@ def show(
     """
     from lowrank.checkpoint.atomic import write_file
     from lowrank.cli.claim import claimed_file
-    from lowrank.cli.data_display import page
+    from lowrank.cli.data_display import figures, page
     from lowrank.cli.data_display import show as display
-    from lowrank.data.survey import runs, survey
+    from lowrank.data.survey import described, runs, survey
     from lowrank.train.preview import preview
 
-    seen = preview(model, data, settings or DataSettings.model_validate({}))
+    seen = preview(model, data, settings or DataSettings.model_validate({}), eval_data)
     examples = seen.encoded.examples
     places = [number * len(examples) // rows for number in range(min(rows, len(examples)))] if rows > 0 else []
     if rows >= len(examples):
         places = list(range(len(examples)))
     shown = [
-        (
-            f"row {n + 1} of {len(examples)}: {len(examples[n].ids)} tokens, {examples[n].trained} trained",
-            runs(examples[n], seen.tokenizer, "|" if tokens else ""),
-        )
+        (f"row {n + 1} of {len(examples)}: {said}", runs(example, seen.tokenizer, "|" if tokens else ""))
         for n in places
+        for said, example in described(examples[n], seen.recipe)
     ]
-    found = survey(seen.encoded, seen.tokenizer)
-    with claimed_file(html, {"data": data, "model": model}, force) as place:
+    found = figures(survey(seen.encoded, seen.tokenizer, seen.recipe), seen.met)
+    with claimed_file(html, {"data": data, "evaluation data": eval_data, "model": model}, force) as place:
         if place is not None:
             write_file(place, page(seen.summary, found, shown).encode())
     display(seen.summary, found, shown)

@@ -32,7 +32,7 @@ def encode_preferences(
 
     Faults are rows that cannot be written, and those whose answers are the same tokens.
     """
-    template = ChatTemplate(recipe.chat_template, tokenizer) if data.speaks else None
+    template = ChatTemplate(recipe.dated_template, tokenizer) if data.speaks else None
     policy = policy_of(data.kind, recipe.too_long)
     found = []
     for row in data.rows:

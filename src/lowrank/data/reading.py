@@ -64,7 +64,7 @@ class Reading:
                 continue
             self._shapes.setdefault((shape.label, shape.optional), shape)
             try:
-                yield _row(record, shape, self.columns.of)
+                yield _row(record, shape, self.columns.among(record.fields))
             except RowError as fault:
                 self.faults.add(f"{record.place}: {fault}")
 
@@ -111,7 +111,9 @@ class Reading:
         return kind
 
     def _say_what_lacks(self, usual: Shape) -> None:
-        said = [f"{record.place}: {_lack(record, usual, self.columns.of)}" for record in self._shapeless]
+        said = [
+            f"{record.place}: {_lack(record, usual, self.columns.among(record.fields))}" for record in self._shapeless
+        ]
         self.faults.shown[:] = [*said, *self.faults.shown][:SHOWN]
         self.faults.count += len(said)
         if said:
@@ -127,7 +129,8 @@ class Reading:
 
     def _unused(self) -> list[tuple[str, int]]:
         """The columns beside those used, but for empty ones."""
-        used = {self.columns.of[role] for shape in self._shapes.values() for role in shape.roles}
+        columns = self.columns.among(self._filled)
+        used = {columns[role] for shape in self._shapes.values() for role in shape.roles}
         return [(name, count) for name, count in self._filled.items() if count and name not in used]
 
     def _check_labels(self) -> None:

@@ -1,11 +1,13 @@
 """How rows were made into tokens: what eval and generate must repeat exactly, kept beside the adapter as `run.json`."""
 
+import datetime
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lowrank.checkpoint.adapter_folder import RUN_FILE
+from lowrank.data.chat.dates import dated, writes_date
 from lowrank.data.chat.template import template_hash, template_text
 from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
@@ -23,7 +25,7 @@ TRAIN_ON: dict[Kind, tuple[str | None, ...]] = {
     "regression": (None,),
     "preference": (None,),
 }
-LATER = ("train_on", "chat_template", "template_of", "too_long")  # what runs of older versions do not have
+LATER = ("train_on", "chat_template", "template_of", "too_long", "date")  # what runs of older versions do not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Recipe:
     beta: how much a preference weighs against staying near the model without the adapter (DPO's β).
     train_on: what of a conversation is trained, None for the assistant's turns; chat_template: the text of the template
     conversations are written by, empty for other rows; template_of: whose it is, in words; too_long: what is done with
-    rows longer than max_length, None for what is usual for their kind.
+    rows longer than max_length, None for what is usual for their kind; date: the day (YYYY-MM-DD) that a chat template
+    writes which writes one, so that training and asking again see the same text.
     columns: the kind and columns chosen for the training file; they hold for a file to evaluate unless others are.
     """
 
@@ -47,6 +50,12 @@ class Recipe:
     template_of: str = ""
     too_long: str | None = None
     beta: float | None = None
+    date: str = ""
+
+    @property
+    def dated_template(self) -> str:
+        """The chat template, which writes the recipe's date."""
+        return dated(self.chat_template, self.date)
 
     def prompt(self, text: str) -> str:
         """What the model reads before it answers `text`."""
@@ -82,6 +91,7 @@ def make_recipe(
     columns += [("columns", settings.columns)] if settings.columns else []
     speaks = kind == "chat" if speaks is None else speaks
     text, whose = chat_template_of(settings.chat_template, tokenizer, trained) if speaks else ("", "")
+    date = date_of(text, settings.chat_date, trained)
     return Recipe(
         kind,
         settings.template,
@@ -92,7 +102,15 @@ def make_recipe(
         text,
         whose,
         settings.too_long,
+        date=date,
     )
+
+
+def date_of(chat_template: str, asked: str | None = None, trained: Recipe | None = None) -> str:
+    """The day that the template writes: the one asked for, the one trained with, today; empty where it writes none."""
+    if not writes_date(chat_template):
+        return ""
+    return asked or (trained.date if trained else "") or str(datetime.date.today())
 
 
 def chat_template_of(file: str | None, tokenizer: Any, trained: Recipe | None) -> tuple[str, str]:

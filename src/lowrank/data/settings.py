@@ -1,13 +1,24 @@
 """What a user may say of the data: which columns are what, and how rows become tokens."""
 
+import re
+from datetime import date
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from lowrank.data.names import split_names, split_pairs, unescape
 
+DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
 Pairs = BeforeValidator(split_pairs)
+
+
+def _exists(day: str) -> bool:
+    try:
+        date.fromisoformat(day)
+    except ValueError:
+        return False
+    return True
 
 
 class Settings(BaseModel):
@@ -41,6 +52,9 @@ class DataSettings(Settings):
         None, description="What of a chat is trained: every answer (the default), the last, the completion's, or all"
     )
     chat_template: str | None = Field(None, description="File of a chat template; the tokenizer's where not given")
+    chat_date: str | None = Field(
+        None, description="The day (YYYY-MM-DD) for chat templates that write the date; today where not given"
+    )
     too_long: Literal["cut", "drop", "split", "error"] | None = Field(
         None, description="Rows over the longest length: chats lose old turns, prompts their beginning, text is split"
     )
@@ -61,6 +75,14 @@ class DataSettings(Settings):
             if role in FLAGGED:
                 raise ValueError(f"{role!r} has a flag of its own, --{role.replace('_', '-')}-column")
         return columns
+
+    @field_validator("chat_date", mode="before")
+    @classmethod
+    def _is_a_day(cls, day: object) -> object:
+        """YAML reads a day that is not quoted as one."""
+        if day is not None and not (DAY.fullmatch(str(day)) and _exists(str(day))):
+            raise ValueError("must be a day as in 2026-11-30")
+        return day if day is None else str(day)
 
     @model_validator(mode="after")
     def _has_prompt(self) -> Self:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowrank.data.readers.opening import kind_of
 from lowrank.data.readers.record import Record
 from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
@@ -16,12 +17,38 @@ EITHER = {"classification", "regression"}  # what a row whose label is a whole n
 NAMINGS = 1000  # sets of names whose shapes are remembered
 
 
+# what well-known sets call a role; a column of the role's own name always comes first
+ALSO = {
+    "text": ("sentence", "sentence1", "premise", "question1"),
+    "text_pair": ("sentence2", "hypothesis", "question2"),
+    "completion": ("response",),
+    "output": ("response",),
+    "answer": ("response",),
+    "input": ("context",),
+    "messages": ("conversation", "dialogue", "dialog"),
+}
+OTHERS = frozenset(name for names in ALSO.values() for name in names)
+TABLES = (".csv", ".tsv")
+LONGEST_NAME = 40  # of a column: beyond, the first line of a table is rather a row
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """of: {role: column}; named: the roles whose column the user said, which must therefore be used."""
 
     of: dict[str, str]
     named: frozenset[str]
+
+    def among(self, names: Collection[str]) -> dict[str, str]:
+        """{role: column} for a record of these names: what else a role is called, where none has the role's own."""
+        if OTHERS.isdisjoint(names):
+            return self.of
+        return {
+            role: column
+            if role in self.named or column in names
+            else next((name for name in ALSO.get(role, ()) if name in names), column)
+            for role, column in self.of.items()
+        }
 
 
 def columns_of(settings: DataSettings) -> Columns:
@@ -98,13 +125,13 @@ class Sniffer:
         conversation too, and mere text is what nothing else fits."""
         names = tuple([name for name, value in record.fields.items() if value is not None])
         if (possible := self._by_names.get(names)) is None:
-            has = {role for role, column in self.columns.of.items() if column in names}
+            has = {role for role, column in self.columns.among(names).items() if column in names}
             possible = [shape for shape in SHAPES if self._asked(shape) and has.issuperset(shape.needed)]
             if len(self._by_names) < NAMINGS:
                 self._by_names[names] = possible
         if not possible:
             return []
-        fields = Fields(record.fields, self.columns.of)
+        fields = Fields(record.fields, self.columns.among(names))
         found = [shape for shape in possible if shape.fits(fields)]
         if len(found) < 2:
             return found
@@ -117,8 +144,14 @@ class Sniffer:
 
 def refuse_unknown(place: str, fields: Mapping[str, Any]) -> None:
     """Raises DataError: a record of no shape, among records of none."""
-    known = ", ".join(dict.fromkeys(shape.label for shape in SHAPES))
     names = ", ".join(map(repr, fields))
+    file = place.rpartition(":")[0]
+    if kind_of(Path(file)) in TABLES and any(not n or n.isdigit() or len(n) > LONGEST_NAME for n in fields):
+        raise DataError(
+            f"{file}: its first line ({names:.200}) does not look like names of columns: if it is a row, say --no-header "
+            "and the columns by their numbers, as in --text-column 4 --label-column 2"
+        )
+    known = ", ".join(dict.fromkeys(shape.label for shape in SHAPES))
     raise DataError(
         f"{place}: none of {known} among its fields ({names}); say which column is which with --prompt-column "
         "and --completion-column, --text-column and --label-column, or --columns messages=NAME"

@@ -1,11 +1,12 @@
 """What is found while rows become tokens, a part at a time: counted, so that nothing of it grows with the data."""
 
+import warnings
 from dataclasses import dataclass, field
 
 from lowrank.data.dataset import Dataset
 from lowrank.data.faults import Faults, settle
 from lowrank.data.recipe import Recipe
-from lowrank.errors import DataError
+from lowrank.errors import DataError, LowrankWarning
 
 REMEDY = "mend the row, say what is trained with --train-on, or leave such rows out with --bad-rows skip"
 COUNTS = ("cut", "dropped", "split", "rewritten")  # those that a data set as tokens keeps
@@ -52,4 +53,11 @@ class Tally:
             raise DataError(
                 f"{data.path}: the chat template puts no special token after an answer, so the model would never learn "
                 "to stop; give one that does with --chat-template, or a tokenizer with an end token"
+            )
+        if self.ended < self.answers:
+            warnings.warn(
+                f"{data.path}: {self.answers - self.ended:,} of {self.answers:,} answers stand in rows where the chat "
+                "template puts no special token after one: where those end is not learned",
+                LowrankWarning,
+                stacklevel=2,
             )

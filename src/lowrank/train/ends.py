@@ -12,5 +12,5 @@ def end_tokens(model: Any, tokenizer: Any, recipe: Recipe) -> list[int] | None:
     own = model.generation_config.eos_token_id if model.generation_config else None
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
     if recipe.chat_template:
-        ends |= set(end_ids(ChatTemplate(recipe.chat_template, tokenizer)))
+        ends |= set(end_ids(ChatTemplate(recipe.dated_template, tokenizer)))
     return sorted(ends) or None

@@ -8,7 +8,7 @@ import torch
 
 from lowrank.checkpoint import load_adapter
 from lowrank.data.chat.encoding import chat_prompt
-from lowrank.data.recipe import Recipe, chat_template_of, read_recipe
+from lowrank.data.recipe import Recipe, chat_template_of, date_of, read_recipe
 from lowrank.data.rows import JUDGES
 from lowrank.data.tokens import prompt_ids
 from lowrank.errors import ConfigError
@@ -132,7 +132,7 @@ def _conversing(settings: GenerateSettings, recipe: Recipe, trained: Recipe | No
             raise ConfigError("--system is said in a chat template: give --chat or --chat-template, or leave it out")
         return recipe
     text, whose = chat_template_of(settings.chat_template, tokenizer, trained)
-    return replace(recipe, chat_template=text, template_of=whose)
+    return replace(recipe, chat_template=text, template_of=whose, date=date_of(text, None, trained))
 
 
 def _streamer(tokenizer: Any, on_text: OnText) -> Any:

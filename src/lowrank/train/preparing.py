@@ -80,7 +80,7 @@ def prepare(settings: TrainSettings) -> Prepared:
     if settings.pack:
         data, settings = packed(data, rows.kind, loaded, measure, recipe, settings)
     sources = _sources(settings, base, rows, held_out)
-    settings = settings.model_copy(update=sources)
+    settings = settings.model_copy(update=sources | {"chat_date": recipe.date or settings.chat_date})
     return Prepared(settings, base, rows, recipe, data, evaluated, loaded, adapted, measure, sources)
 
 

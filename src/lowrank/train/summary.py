@@ -2,6 +2,7 @@
 
 import warnings
 
+from lowrank.data.chat.dates import writes_date
 from lowrank.data.chat.template import template_hash
 from lowrank.data.dataset import Dataset
 from lowrank.data.recipe import Recipe
@@ -80,9 +81,11 @@ def _packing(settings: TrainSettings, rows: Dataset, data: Encoded, recipe: Reci
 
 
 def _template(recipe: Recipe) -> str:
-    """Whose words are put around a conversation; a date among them makes tomorrow's rows other rows."""
-    dated = "; it writes the date of the day" if "strftime_now" in recipe.chat_template else ""
-    return f"{recipe.template_of} ({template_hash(recipe.chat_template)}){dated}"
+    """Whose words are put around a conversation; a date among them makes another day's rows other rows."""
+    date = f"; it writes a date, {recipe.date} in this run" if recipe.date else ""
+    if writes_date(recipe.dated_template):
+        date = "; it writes the date of the day, which cannot be fixed for a run: other rows tomorrow"
+    return f"{recipe.template_of} ({template_hash(recipe.chat_template)}){date}"
 
 
 def _unused(rows: Dataset) -> str:

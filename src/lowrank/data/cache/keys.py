@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lowrank.data.chat.dates import writes_date
 from lowrank.data.recipe import Recipe
 from lowrank.data.settings import DataSettings
 
@@ -41,14 +42,14 @@ def chosen_key(key: str, indices: Any) -> str:
 def tokens_key(key: str, tokenizer: Any, recipe: Recipe) -> str:
     """Of rows as tokens; empty where the rows have no key, or it cannot be said what the tokenizer is.
 
-    A template that writes the date of the day makes other tokens tomorrow.
+    A template whose date could not be fixed for the run makes other tokens tomorrow.
     """
     inner = getattr(tokenizer, "backend_tokenizer", None)
     if not key or inner is None:
         return ""
     names = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     own = hashlib.sha256(inner.to_str().encode()).hexdigest()
-    day = str(datetime.date.today()) if "strftime_now" in recipe.chat_template else ""
+    day = str(datetime.date.today()) if writes_date(recipe.dated_template) else ""
     return _digest("tokens", key, type(tokenizer).__name__, own, names, recipe.as_json(), day)
 
 

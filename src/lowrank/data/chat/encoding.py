@@ -20,7 +20,7 @@ def encode_chats(data: Dataset, tokenizer: Any, recipe: Recipe, tally: Tally) ->
 
     Faults are rows that cannot be written, and rows of which nothing or all is trained without anyone asking.
     """
-    template = ChatTemplate(recipe.chat_template, tokenizer)
+    template = ChatTemplate(recipe.dated_template, tokenizer)
     policy = policy_of(data.kind, recipe.too_long)
     found: list[Example] = []
     for row in data.rows:
@@ -35,7 +35,7 @@ def encode_chats(data: Dataset, tokenizer: Any, recipe: Recipe, tally: Tally) ->
 def chat_prompt(tokenizer: Any, recipe: Recipe, messages: Messages) -> list[int]:
     """The tokens of what was said so far, up to where the answer begins."""
     try:
-        text = ChatTemplate(recipe.chat_template, tokenizer).render(messages, (), generate=True)
+        text = ChatTemplate(recipe.dated_template, tokenizer).render(messages, (), generate=True)
     except RowError as error:
         raise DataError(f"the prompt: {error}") from None
     found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -66,7 +66,7 @@ def _one(
                 continue
             example = shorter
         yield example
-        tally.ended += row.ended
+        tally.ended += len(row.turns) if row.ended else 0
         tally.answers += len(row.turns)
     tally.rewritten += len(written) > 1
 

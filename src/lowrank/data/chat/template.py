@@ -17,19 +17,45 @@ Messages = Sequence[Mapping[str, Any]]
 def template_text(tokenizer: Any, file: str | None) -> tuple[str, str]:
     """(the template, whose it is): the file's, else the tokenizer's own, else the plain one that ships with lowrank.
 
-    Raises ConfigError for a file that cannot be read.
+    file: or the name of one of several templates that the tokenizer has. Raises ConfigError for a file that cannot be
+    read, and for several templates of which none is the usual one.
     """
-    if file is not None:
-        try:
-            return Path(file).read_text(encoding="utf-8"), file
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--chat-template {file}: {getattr(error, 'strerror', None) or error}") from None
     own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default") or next(iter(own.values()))
+    named = {str(name): str(text) for name, text in own.items()} if isinstance(own, dict) else {}
+    if file in named and not Path(file).exists():
+        return named[file], f"the tokenizer's own {file!r}"
+    if file is not None:
+        return _read(file, named), file
+    if named:
+        return _usual(named)
     if own:
         return str(own), "the tokenizer's own"
     return files("lowrank.data.chat").joinpath("plain.jinja").read_text(encoding="utf-8"), "the plain one of lowrank"
+
+
+def _read(file: str, named: Mapping[str, str]) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        others = f"; the tokenizer's own are called {', '.join(map(repr, named))}" if named else ""
+        raise ConfigError(f"--chat-template {file}: {getattr(error, 'strerror', None) or error}{others}") from None
+
+
+def _usual(named: Mapping[str, str]) -> tuple[str, str]:
+    """Of several templates what a server takes: "tool_use" for conversations with tools, else "default"; as one."""
+    default, tools = named.get("default"), named.get("tool_use")
+    if default is None:
+        raise ConfigError(
+            f"the tokenizer has several chat templates, {', '.join(map(repr, named))}, and none is called 'default': "
+            "choose one by its name with --chat-template"
+        )
+    if tools is None or tools == default:
+        return default, "the tokenizer's own 'default'"
+    # an expression at both ends keeps jinja from trimming lines that are the templates' own
+    both = ("{% if tools %}{{ '' }}", tools, "{{ '' }}{% else %}{{ '' }}", default, "{{ '' }}{% endif %}")
+    return "".join(
+        part.removesuffix("\n") for part in both
+    ), "the tokenizer's own 'default' and, with tools, 'tool_use'"
 
 
 def template_hash(text: str) -> str:
