@@ -88,7 +88,7 @@ def peak(file, cache):
         train, held = split(read(file, cache=cache, bad_rows="skip"), 0.1, 0)
         for part in (train, held):
             found = encode(part, tokenizer(), replace(RECIPE, max_length=8, too_long="cut", train_on="all"))
-            survey(found, tokenizer())
+            survey(found, tokenizer(), RECIPE)
             pack(found, 64)
         most = tracemalloc.get_traced_memory()[1] + pool.bytes_allocated() - before
     finally:

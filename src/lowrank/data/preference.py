@@ -52,7 +52,7 @@ def encode_preferences(
             pair = fitted
         found.append(joined(*pair))
         tally.answers += template is not None
-        tally.ended += not tally.ended and template is not None and _ends(found[-1], template)
+        tally.ended += template is not None and _ends(found[-1], template)
     return found
 
 

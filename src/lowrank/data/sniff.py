@@ -148,8 +148,8 @@ def refuse_unknown(place: str, fields: Mapping[str, Any]) -> None:
     file = place.rpartition(":")[0]
     if kind_of(Path(file)) in TABLES and any(not n or n.isdigit() or len(n) > LONGEST_NAME for n in fields):
         raise DataError(
-            f"{file}: its first line ({names:.200}) does not look like names of columns: if it is a row, say --no-header "
-            "and the columns by their numbers, as in --text-column 4 --label-column 2"
+            f"{file}: its first line ({names:.200}) does not look like names of columns; if it is a row, say "
+            "--no-header and the columns by their numbers, as in --text-column 4 --label-column 2"
         )
     known = ", ".join(dict.fromkeys(shape.label for shape in SHAPES))
     raise DataError(
