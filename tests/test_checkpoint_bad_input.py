@@ -97,7 +97,7 @@ def test_a_config_that_is_none(adapter, text):
         ({"bias": "some"}, "bias must be"),
         ({"lora_bias": True}, "lora_bias is set"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is set"),
-        ({"target_parameters": ["experts.up"]}, "target_parameters is set"),
+        ({"target_parameters": 3}, "target_parameters must be a name, a regex or a list of names, not 3"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication is set"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
         ({"use_qalora": True}, "use_qalora is set"),

@@ -21,6 +21,7 @@ USED = (
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
@@ -57,7 +58,6 @@ WITHOUT_EFFECT = (
 UNREPRESENTABLE = {
     "lora_bias": "B has a bias of its own: train without lora_bias, or merge with PEFT",
     "trainable_token_indices": "single rows of a table are trained: merge with PEFT",
-    "target_parameters": "parameters of experts are adapted directly: merge with PEFT",
     "layer_replication": "the base's layers are repeated: build that model first, and save the adapter for it",
     "alora_invocation_tokens": "the adapter switches itself on at certain tokens, so it cannot be merged: use PEFT",
     "arrow_config": "the adapter routes between other adapters, so it cannot be merged: use PEFT",
@@ -116,7 +116,7 @@ def read_config(folder: Path) -> AdapterConfig:
         lora = LoraConfig(**fields)
         for name in ("rank_pattern", "alpha_pattern"):
             check_expressions(getattr(lora, name), name)
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
             if isinstance(getattr(lora, name), str):
                 check_expressions([getattr(lora, name)], name)
     except (ConfigError, TypeError, ValueError) as error:
@@ -174,7 +174,7 @@ def _kind_faults(fields: dict[str, Any]) -> list[str]:
     """Fields whose JSON value is of a kind that cannot be meant, before anything interprets them."""
     faults = [
         f"{name} must be a name, a regex or a list of names, not {fields[name]!r}"
-        for name in ("target_modules", "exclude_modules", "layers_pattern")
+        for name in ("target_modules", "target_parameters", "exclude_modules", "layers_pattern")
         if name in fields and not (isinstance(fields[name], str) or _is_list(fields[name], str))
     ]
     layers = fields.get("layers_to_transform", [])

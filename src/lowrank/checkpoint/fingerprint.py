@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -62,9 +62,9 @@ class Fingerprint:
         return found
 
 
-def fingerprint(model: nn.Module, paths: Iterable[str] = ()) -> Fingerprint:
-    """The fingerprint of `model`, with the shapes of the weights at `paths`."""
-    shapes = {path: list(frozen_shape(model.get_submodule(path))) for path in sorted(paths)}
+def fingerprint(model: nn.Module, adapted: Mapping[str, nn.Module] | None = None) -> Fingerprint:
+    """The fingerprint of `model`, with the shapes of the weights of its `adapted` modules, by path."""
+    shapes = {path: list(frozen_shape(module)) for path, module in sorted((adapted or {}).items())}
     return Fingerprint(own_class(model).__name__, config_digest(getattr(model, "config", None)), shapes)
 
 

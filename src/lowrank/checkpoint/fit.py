@@ -16,6 +16,7 @@ from lowrank.injection.targets import check_adaptable
 from lowrank.layers.base import LoraLayer
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import own_tensors
+from lowrank.layers.stack import ExpertStack
 
 
 def fit_faults(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Renaming) -> list[str]:
@@ -86,15 +87,15 @@ def _missing_modules(files: AdapterFiles, modules: Mapping[str, nn.Module], targ
     another one. Names that match nothing of what is in the file are an old file's, and say nothing.
     """
     config = files.config.lora
-    if config.target_modules is None:
+    if config.target_modules is None and config.target_parameters is None:
         return []
-    named = {path for path, module in modules.items() if path and kind_of(module) and _is_target(files, path)}
+    named = {path for path, module in modules.items() if path and kind_of(module) and _is_target(files, path, module)}
     if not named & targets:
         return []
     missing = [path for path in modules if path in named - targets]
     return [
         f"missing {', '.join(low_rank_key(path, role) for role in pair_roles(_kind_name(modules[path])))} "
-        f"(target_modules in adapter_config.json names {path} too)"
+        f"({_field(modules[path])} in adapter_config.json names {path} too)"
         for path in missing
     ]
 
@@ -104,13 +105,18 @@ def _kind_name(module: nn.Module) -> str:
     return kind.kind if kind else "linear"
 
 
-def _is_target(files: AdapterFiles, path: str) -> bool:
+def _field(module: nn.Module) -> str:
+    return "target_parameters" if isinstance(module, ExpertStack) else "target_modules"
+
+
+def _is_target(files: AdapterFiles, path: str, module: nn.Module) -> bool:
     config = files.config.lora
     if config.exclude_modules is not None and matches(path, config.exclude_modules, "exclude_modules"):
         return False
     if lies_in(path, config.modules_to_save):
         return False
-    if config.target_modules is None or not matches(path, config.target_modules, "target_modules"):
+    names = config.target_parameters if isinstance(module, ExpertStack) else config.target_modules
+    if names is None or not matches(path, names, _field(module)):
         return False
     layers = config.layers_to_transform
     if layers is None:

@@ -3,6 +3,10 @@
 PEFT keeps a convolution's A as a kernel (R, in, *kernel) over all input channels and its B as a grouped 1×1 kernel
 (d, R/groups, 1..). Our A is shared by the groups of a grouped convolution, (r, in/groups · kernel): there it is written
 g times, once for every group's channels and zero elsewhere, so R = g·r, and alpha is g times ours for an equal scale.
+
+A stack of experts, A (E, r, k) and B (E, d, r), is A (E·r, k), expert after expert, and B (d, r·E), in which the expert
+varies fastest. Where PEFT takes a stack for the other orientation than it has (Llama 4's), its A is our Bᵀ and its B
+our Aᵀ.
 """
 
 import math
@@ -14,6 +18,7 @@ from lowrank.checkpoint.keys import EMBEDDING_A, EMBEDDING_B, A, B
 from lowrank.errors import CheckpointError
 
 Shape = tuple[int, ...]
+STACKS = ("experts", "transposed-experts", "swapped-experts")
 
 
 def pair_roles(kind: str) -> tuple[str, str]:
@@ -28,6 +33,9 @@ def file_rank(rank: int, groups: int) -> int:
 
 def wanted_shapes(kind: str, weight: Shape, rank: int, groups: int = 1) -> tuple[Shape, Shape]:
     """The shapes of A and B in a file of declared `rank`, for a module of this kind with a weight of shape `weight`."""
+    if kind in STACKS:
+        experts, over_b, over_a = (weight[0], weight[2], weight[1]) if kind == "transposed-experts" else weight
+        return (experts * rank, over_a), (over_b, experts * rank)
     if kind == "conv":
         ones = (1,) * len(weight[2:])
         return (rank, weight[1] * groups, *weight[2:]), (weight[0], rank // groups, *ones)
@@ -37,6 +45,9 @@ def wanted_shapes(kind: str, weight: Shape, rank: int, groups: int = 1) -> tuple
 
 def to_file(kind: str, a: Tensor, b: Tensor, weight: Shape, groups: int = 1) -> tuple[Tensor, Tensor]:
     """The file's A and B for flat factors a (R, k), b (d, R)."""
+    if kind in STACKS:
+        a, b = (b.mT, a.mT) if kind == "swapped-experts" else (a, b)
+        return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
     if kind != "conv":
         return a, b
     kernel = a.reshape(a.shape[0], *weight[1:])
@@ -50,6 +61,10 @@ def from_file(kind: str, a: Tensor, b: Tensor, weight: Shape, where: str = "") -
 
     Raises CheckpointError for a grouped convolution whose A mixes the channels of several groups.
     """
+    if kind in STACKS:
+        a, b = a.unflatten(0, (weight[0], -1)), b.unflatten(1, (-1, weight[0])).permute(2, 0, 1)
+        a, b = (b.mT, a.mT) if kind == "swapped-experts" else (a, b)
+        return a.contiguous(), b.contiguous()
     if kind != "conv":
         return a, b
     groups = a.shape[1] // weight[1]

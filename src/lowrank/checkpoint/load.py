@@ -2,11 +2,12 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.checkpoint.expert_files import with_stacks
 from lowrank.checkpoint.fingerprint import fingerprint
 from lowrank.checkpoint.fit import fit_faults
 from lowrank.checkpoint.gather import is_sharded, whole
@@ -29,6 +30,7 @@ from lowrank.injection.targets import named_targets
 from lowrank.injection.undo import or_as_it_was
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import override_tensors
+from lowrank.layers.stack import ExpertStack
 
 Full = dict[str, dict[str, Tensor]]
 
@@ -65,6 +67,7 @@ def load_adapter(
 def load_files(model: nn.Module, files: AdapterFiles, adapter_name: str, trainable: bool) -> LoadReport:
     """In place: `load_adapter` for files that are read already."""
     modules = {"": model} | named_targets(model)
+    files = with_stacks(files, modules)
     rename = find_renaming([*files.low_rank, *(key.path for key in files.full)], modules)
     _check(files, model, modules, rename)
     factors = {rename(path): _factors(files, path, modules[rename(path)]) for path in files.low_rank}
@@ -93,13 +96,17 @@ def _check(files: AdapterFiles, model: nn.Module, modules: Mapping[str, nn.Modul
 def _without_values(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Renaming) -> list[str]:
     """The fault of a base whose tensors are not in memory."""
     paths = dict.fromkeys(rename(path) for path in [*files.low_rank, *(key.path for key in files.full)])
-    empty = [path for path in paths if path in modules and any(t.is_meta for t in modules[path].parameters(False))]
+    empty = [path for path in paths if path in modules and any(t.is_meta for t in _own(modules[path]))]
     if not empty:
         return []
     return [
         f"the weights of {', '.join(empty[:3])}{', ...' if empty[3:] else ''} are on the meta device and have no "
         "values: load them first, and the adapter before accelerate offloads them"
     ]
+
+
+def _own(module: nn.Module) -> Iterable[Tensor]:
+    return [module.weight] if isinstance(module, ExpertStack) else module.parameters(recurse=False)
 
 
 def _sharded(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Renaming) -> list[str]:

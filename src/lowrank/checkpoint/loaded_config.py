@@ -11,6 +11,7 @@ from lowrank.checkpoint.renaming import Renaming, lies_in
 from lowrank.core.factors import LoraFactors
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import matches_name
+from lowrank.layers.stack import ExpertStack
 
 
 def loaded_config(
@@ -22,11 +23,15 @@ def loaded_config(
 ) -> LoraConfig:
     """The config an injection of the same adapter would have: the factors' own ranks, parts by their names."""
     file = files.config.lora
+    stacks = {path: f for path, f in factors.items() if isinstance(modules[path], ExpertStack)}
+    layers = {path: f for path, f in factors.items() if path not in stacks}
     ranks = describe({path: (f.rank, f.scale) for path, f in factors.items()}, file.use_rslora)
     return replace(
         file,
         **ranks._asdict(),
-        target_modules=_targets(files, factors, modules, rename),
+        target_modules=_targets(files, layers, modules, rename),
+        target_parameters=tuple(stacks) or None,
+        expert_rank=None,
         modules_to_save=_saved(file, factors, full, modules),
         exclude_modules=None,
         layers_to_transform=None,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ class AdapterFiles:
 
     low_rank: {module path: {role: tensor}}, roles and shapes as in the file (`checkpoint.keys`, `checkpoint.layout`);
     full: {key: tensor} of everything kept in full; companion: what lowrank itself saved beside PEFT's files.
+    experts: {path: layer kind} of stacks of experts, once a model has told which these are (`checkpoint.expert_files`).
     Tensors are read into memory, not mapped: a file that another program cuts short then does no harm.
     """
 
@@ -40,6 +41,7 @@ class AdapterFiles:
     low_rank: Mapping[str, Mapping[str, Tensor]]
     full: Mapping[Key, Tensor]
     companion: Companion
+    experts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:
@@ -47,7 +49,9 @@ class AdapterFiles:
         return self.config.unknown
 
     def kind(self, path: str) -> str:
-        """The layer kind that the tensors speak of: embedding, conv or linear (which includes Conv1D)."""
+        """The layer kind that the tensors speak of: embedding, conv or linear (which includes Conv1D), or a stack's."""
+        if path in self.experts:
+            return self.experts[path]
         tensors = self.low_rank[path]
         if EMBEDDING_A in tensors:
             return "embedding"
@@ -90,6 +94,11 @@ def read_adapter(folder: str | os.PathLike[str], allow_pickle: bool = False) -> 
     partner, or of another rank than the config declares.
     """
     files = open_adapter(folder, allow_pickle)
+    if files.config.lora.target_parameters:
+        raise CheckpointError(
+            f"{files.folder} adapts stacked experts (target_parameters), which are not told apart without their model: "
+            "load_adapter and merge_and_unload do it in memory"
+        )
     if faults := tensor_faults(files) + _rank_faults(files):
         raise CheckpointError(f"{files.folder}: {'; '.join(faults)}")
     return files

@@ -57,10 +57,10 @@ def _with_own_scale(factors: LoraFactors, own: float) -> LoraFactors:
 
 def _halves(a: Tensor, b: Tensor) -> list[Pair]:
     """[A; A_start], [B, −B_start] → (A, B), (A_start, B_start)."""
-    rank = a.shape[0] // 2
+    rank = a.shape[-2] // 2
     return [
-        (a[:rank].clone(), b[:, :rank].contiguous()),
-        (a[rank:].clone(), -b[:, rank:].contiguous()),
+        (a[..., :rank, :].clone(), b[..., :rank].contiguous()),
+        (a[..., rank:, :].clone(), -b[..., rank:].contiguous()),
     ]
 
 

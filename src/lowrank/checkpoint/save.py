@@ -19,6 +19,7 @@ from lowrank.errors import CheckpointError, LowrankWarning
 from lowrank.injection.adapters import lora_layers
 from lowrank.injection.saving import adapter_state
 from lowrank.injection.state import require_adapter, unwrapped
+from lowrank.layers.stack import LoraStack
 
 # What PEFT and the Hub put into an adapter's folder besides the three files that are written here.
 USUAL = frozenset({"README.md", ".gitattributes", ".git", "adapter_model.bin"})
@@ -69,7 +70,8 @@ def save_adapter(
 def warn_of_peft(model: nn.Module, adapters: Iterable[str]) -> None:
     """Warn (LowrankWarning) where PEFT would not load one of these adapters as it is meant."""
     for name in adapters:
-        faults = peft_faults(model, [path for path, layer in lora_layers(model) if name in layer.adapter_names])
+        layers = [(path, layer) for path, layer in lora_layers(model) if name in layer.adapter_names]
+        faults = peft_faults(model, [path for path, layer in layers if not isinstance(layer, LoraStack)])
         if faults:
             warnings.warn(
                 f"adapter {name!r} is for lowrank alone: {TRIED} does not load it, since {'; '.join(faults)}",

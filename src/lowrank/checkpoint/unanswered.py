@@ -1,6 +1,6 @@
 """What an adapter's config speaks of and its weights do not hold: said, since PEFT reads such a file without a word."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -16,19 +16,31 @@ def unanswered(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Re
 
 
 def _targets(files: AdapterFiles) -> list[str]:
-    targets = files.config.lora.target_modules
-    if targets is None or targets == "all-linear":
-        return []
-    if isinstance(targets, str):
-        names = [] if any(matches(path, targets, "target_modules") for path in files.low_rank) else [targets]
-    else:
-        names = [name for name in targets if not any(matches_name(path, name) for path in files.low_rank)]
-    if not names:
-        return []
-    return [
-        f"adapter_config.json names {', '.join(names[:5])}{', ...' if names[5:] else ''} as target_modules, "
-        "and the file has no tensor of such a module"
+    layers = [path for path in files.low_rank if path not in files.experts]
+    found = [
+        *_unanswered(files.config.lora.target_modules, "target_modules", layers),
+        *_unanswered(files.config.lora.target_parameters, "target_parameters", files.low_rank),
     ]
+    return [
+        f"adapter_config.json names {', '.join(names[:5])}{', ...' if names[5:] else ''} as {field}, "
+        "and the file has no tensor of such a module"
+        for field, names in found
+    ]
+
+
+def _unanswered(
+    targets: str | Sequence[str] | None, field: str, paths: Iterable[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """(field, its names that mean none of the paths), where there are such."""
+    if targets is None or targets == "all-linear":
+        return
+    every = [*paths, *(f"{path}.weight" for path in paths)] if field == "target_parameters" else list(paths)
+    if isinstance(targets, str):
+        names = [] if any(matches(path, targets, field) for path in every) else [targets]
+    else:
+        names = [name for name in targets if not any(matches_name(path, name) for path in every)]
+    if names:
+        yield field, names
 
 
 def _biases(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Renaming) -> list[str]:

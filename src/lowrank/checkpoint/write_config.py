@@ -36,13 +36,18 @@ def config_bytes(
     modules: Mapping[str, tuple[int, float]],
     all_paths: list[str],
     *,
+    stacks: Mapping[str, str],
     transposed: bool,
 ) -> bytes:
     """The file's content. modules: {path: (rank in the file, scale)}; transposed: some target is a Conv1D.
 
+    stacks: {path: its name in target_parameters} of those that are stacks of experts. PEFT refuses to drop anything
+    beside them, so dropout, which only training knows, is not in their file.
+
     s = lora_alpha/r for all, rsLoRA or not: llama.cpp's converter does not know the other formula.
     """
     ranks = describe(modules)
+    layers = [path for path in modules if path not in stacks]
     task = task_type(model, config.modules_to_save, all_paths)
     base = base_name(model)
     content = {
@@ -56,13 +61,14 @@ def config_bytes(
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": ranks.lora_alpha,
-        "lora_dropout": config.lora_dropout,
+        "lora_dropout": 0.0 if stacks else config.lora_dropout,
         "modules_to_save": sorted(config.modules_to_save) or None,
         "peft_type": "LORA",
         "r": ranks.r,
         "rank_pattern": ranks.rank_pattern,
         "revision": base and base.revision,
-        "target_modules": target_names(modules, all_paths),
+        "target_modules": target_names(layers, all_paths) if layers else [],
+        **({"target_parameters": sorted(set(stacks.values()))} if stacks else {}),
         "task_type": task,
         "use_dora": config.use_dora,
         "use_rslora": False,

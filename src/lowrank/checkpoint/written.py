@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowrank.checkpoint import companion, config_file
 from lowrank.checkpoint.companion import Companion, Fused
 from lowrank.checkpoint.describe import unsaid
+from lowrank.checkpoint.expert_files import parameter_names, wrapped_paths
 from lowrank.checkpoint.fingerprint import fingerprint
 from lowrank.checkpoint.gather import Values, whole, whole_factors
 from lowrank.checkpoint.keys import MAGNITUDE, full_key, low_rank_key
@@ -28,6 +29,7 @@ from lowrank.injection.state import require_adapter
 from lowrank.injection.targets import named_targets
 from lowrank.layers.base import LoraLayer
 from lowrank.layers.overrides import override_tensors, own_tensors
+from lowrank.layers.stack import ExpertStack
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,14 +86,15 @@ def _check_whole(model: nn.Module, adapter: str, found: set[str]) -> None:
 
 
 def _low_rank_tensors(parts: dict[str, _Part]) -> Iterator[tuple[str, Tensor]]:
+    names = wrapped_paths({path: part.layer for path, part in parts.items()})
     for path, part in parts.items():
         a, b = (tensor.detach() for tensor in part.factors.effective())
         b = folded(b, part.factors.scale, part.scale)
         pair = to_file(part.layer.kind, a, b, tuple(frozen_shape(part.layer)), part.groups)
         for role, tensor in zip(pair_roles(part.layer.kind), pair, strict=True):
-            yield low_rank_key(path, role), tensor
+            yield low_rank_key(names[path], role), tensor
         if part.factors.magnitude is not None:
-            yield low_rank_key(path, MAGNITUDE), part.factors.magnitude.detach()
+            yield low_rank_key(names[path], MAGNITUDE), part.factors.magnitude.detach()
 
 
 def _full_tensors(model: nn.Module, adapter: str, config: LoraConfig, adapted: set[str]) -> dict[str, Tensor]:
@@ -135,18 +138,20 @@ def serialise(tensors: dict[str, Tensor]) -> bytes:
 
 
 def _config(model: nn.Module, parts: dict[str, _Part], config: LoraConfig) -> bytes:
+    modules = named_targets(model)
     return config_bytes(
         model,
         config,
         {path: part.described for path, part in parts.items()},
-        list(named_targets(model)),
+        [path for path, module in modules.items() if not isinstance(module, ExpertStack)],
+        stacks=parameter_names([path for path in parts if isinstance(modules[path], ExpertStack)], modules),
         transposed=any(part.layer.kind == "conv1d-linear" for part in parts.values()),
     )
 
 
 def _companion(model: nn.Module, parts: dict[str, _Part], config: LoraConfig) -> Companion:
     return Companion(
-        base=fingerprint(model, parts),
+        base=fingerprint(model, {path: part.layer for path, part in parts.items()}),
         fused={
             path: Fused(_part_names(path, config), part.factors.parts)
             for path, part in sorted(parts.items())

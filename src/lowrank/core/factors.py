@@ -16,6 +16,7 @@ class LoraFactors(nn.Module):
 
     a: (r, k), b: (d, r), scale: s, dropout: probability that an input of A is dropped in training.
     Convolutions flatten (in/groups, *kernel) to k; embeddings take k = number of rows of the table.
+    A stack of E experts has one pair for each: a: (E, r, k), b: (E, d, r), and what is said of A and B holds of each.
 
     Three optional fields make variants of the same value:
 
@@ -54,17 +55,17 @@ class LoraFactors(nn.Module):
         self.start_a = None if start is None else _parameter(start[0])
         self.start_b = None if start is None else _parameter(start[1])
         self.parts = parts
-        self.out_features = b.shape[0] if out_features is None else out_features
+        self.out_features = b.shape[-2] if out_features is None else out_features
 
     @property
     def rank(self) -> int:
         """r: the rank of each part's change."""
-        return self.b.shape[1]
+        return self.b.shape[-1]
 
     @property
     def effective_rank(self) -> int:
         """The rank of the one pair (A, B) that `effective()` gives."""
-        return self.a.shape[0] * (1 if self.start_a is None else 2)
+        return self.a.shape[-2] * (1 if self.start_a is None else 2)
 
     def trainable(self) -> list[nn.Parameter]:
         """The tensors that training moves: a, b and, for DoRA, the magnitude."""
@@ -86,7 +87,7 @@ class LoraFactors(nn.Module):
         a, b = self.a, self.full_b(self.b)
         if self.start_a is None or self.start_b is None:
             return a, b
-        return torch.cat([a, self.start_a]), torch.cat([b, -self.full_b(self.start_b)], dim=1)
+        return torch.cat([a, self.start_a], dim=-2), torch.cat([b, -self.full_b(self.start_b)], dim=-1)
 
     def moved(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = s·B·A as forward computes it, exactly zero where the factors are still the start factors.
@@ -105,10 +106,20 @@ class LoraFactors(nn.Module):
         if self.start_a is None or self.start_b is None:
             return a, b
         start_b = self.full_b(self.start_b)
-        return torch.cat([a, a - self.start_a]), torch.cat([b - start_b, start_b], dim=1)
+        return torch.cat([a, a - self.start_a], dim=-2), torch.cat([b - start_b, start_b], dim=-1)
+
+    def of_expert(self, expert: int, rows: slice = slice(None)) -> "LoraFactors":
+        """The change of one expert of a stack, of some of its output rows where asked: views, detached."""
+        start = None
+        if self.start_a is not None and self.start_b is not None:
+            start = self.start_a.detach()[expert], self.start_b.detach()[expert, rows]
+        return LoraFactors(
+            self.a.detach()[expert], self.b.detach()[expert, rows], self.scale, self.dropout, start=start
+        )
 
     def extra_repr(self) -> str:
         """Rank, shape and scale, for `print(model)`."""
         dora = ", dora" if self.magnitude is not None else ""
         parts = f", parts={len(self.parts)}" if self.parts else ""
-        return f"r={self.rank}, k={self.a.shape[1]}, d={self.out_features}, scale={self.scale:g}{parts}{dora}"
+        experts = f", experts={self.a.shape[0]}" if self.a.dim() == 3 else ""
+        return f"r={self.rank}, k={self.a.shape[-1]}, d={self.out_features}, scale={self.scale:g}{parts}{dora}{experts}"

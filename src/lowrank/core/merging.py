@@ -53,7 +53,7 @@ class Change:
 
 def _as_stored(a: Tensor, b: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """(left, right) with left·right = B·A as the weight is stored."""
-    return (a.t(), b.t()) if transposed else (b, a)
+    return (a.mT, b.mT) if transposed else (b, a)
 
 
 def prepare(factors: LoraFactors, weight: Tensor, *, transposed: bool, weighting: float = 1.0) -> Change:
@@ -74,19 +74,23 @@ def prepare(factors: LoraFactors, weight: Tensor, *, transposed: bool, weighting
     return Change(left.contiguous(), right.contiguous(), scale, **gains)
 
 
-def adapted_weight(weight: Tensor, adapters: Sequence[LoraFactors], *, transposed: bool) -> Tensor:
+def adapted_weight(
+    weight: Tensor, adapters: Sequence[LoraFactors], *, transposed: bool, expert: int | None = None
+) -> Tensor:
     """W0 + Σ ΔW as stored, (n, m), differentiable in the factors: formed whole, rounded once to `weight`'s dtype.
 
-    For a forward that reads the weight. The start factors are taken off as a layer's own forward does it.
+    For a forward that reads the weight. The start factors are taken off as a layer's own forward does it. A stack of
+    experts is (E, n, m), or one `expert` of it (n, m).
     """
     wide = torch.promote_types(torch.float32, weight.dtype)
     base = total = weight.to(wide)
     with torch.autocast(weight.device.type, enabled=False):
         for factors in adapters:
-            a, b = (tensor.to(wide) for tensor in factors.moved())
+            a, b = (tensor.to(wide) if expert is None else tensor[expert].to(wide) for tensor in factors.moved())
             left, right = _as_stored(a, b, transposed)
             if factors.magnitude is None:
-                total = torch.addmm(total, left, right, alpha=factors.scale)
+                add = torch.addmm if weight.dim() == 2 else torch.baddbmm
+                total = add(total, left, right, alpha=factors.scale)
                 continue
             matrix = weight.t() if transposed else weight
             all_a, all_b = (tensor.detach() for tensor in factors.effective())
@@ -120,8 +124,13 @@ def merge_block(base: Tensor, changes: Sequence[Change], rows: slice, memory: Te
 def merge_weight(weight: Tensor, changes: Sequence[Change], dtype: torch.dtype | None = None) -> Tensor:
     """W0 + Σ ΔW as a new tensor of `dtype` (`weight`'s where not given), rounded once: weight (n, m) as stored."""
     merged = torch.empty_like(weight, dtype=dtype)
+    merge_into(merged, weight, changes)
+    return merged
+
+
+def merge_into(merged: Tensor, weight: Tensor, changes: Sequence[Change]) -> None:
+    """In place: merged = W0 + Σ ΔW, rounded once to the dtype it has; both (n, m) as stored."""
     memory = None
     for rows in row_blocks(*weight.shape):
         memory = merge_block(weight[rows], changes, rows, memory)
         merged[rows] = memory
-    return merged

@@ -52,7 +52,7 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
         attach(model, adapter_name, config, factors, _full_tensors(modules, todo), trainable=True)
     for text in todo.warnings:
         warnings.warn(text, LowrankWarning, stacklevel=2)
-    return replace(todo, plain_paths=tuple(_plain_paths(modules, todo)))
+    return replace(todo, plain_paths=tuple(_plain_paths(named_targets(model), todo)))
 
 
 def _plain_paths(modules: dict[str, nn.Module], done: InjectionPlan) -> list[str]:

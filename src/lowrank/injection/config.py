@@ -16,8 +16,14 @@ class LoraConfig:
     Field names and meanings are PEFT's, so a config carries over. Where they differ:
 
     target_modules: a list of names (exact, or a suffix after a dot), one regex (a string, matched as a whole),
-        "all-linear" (every Linear and Conv1D but the output head), or None: the query and value projections of the
-        architecture, as in the paper. A list may name parts of a fused projection: "c_attn[q,v]".
+        "all-linear" (every Linear and Conv1D but the output head, and every stack of experts), or None: the query and
+        value projections of the architecture, as in the paper. A list may name parts of a fused projection:
+        "c_attn[q,v]".
+    target_parameters: stacked parameters of a mixture's experts (`gate_up_proj`, `down_proj` of its module of experts):
+        names as in target_modules, exact or as a suffix, or one regex. Every expert gets a pair of rank r. Beside
+        "all-linear" they are the only stacks that are adapted; () takes none. Parameters called `weight` of other
+        layers mean these layers.
+    expert_rank: the rank of every expert of a stack, where rank_pattern says nothing of it; r where it is not given.
     init_lora_weights: "gaussian" (default, the paper's), "kaiming" (also True; PEFT's default), "orthogonal", "olora",
         "pissa", "pissa_niter_N", or False / "random" (ΔW ≠ 0 at the start; for tests).
     layers_to_transform: an index or several; layers_pattern names the list of layers where a model has more than one.
@@ -32,6 +38,8 @@ class LoraConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] | list[str] | None = None
+    target_parameters: str | tuple[str, ...] | list[str] | None = None
+    expert_rank: int | None = None
     exclude_modules: str | tuple[str, ...] | list[str] | None = None
     layers_to_transform: int | tuple[int, ...] | list[int] | None = None
     layers_pattern: str | tuple[str, ...] | list[str] | None = None
@@ -47,6 +55,7 @@ class LoraConfig:
         """Lists become tuples, so that two equal configs are equal; then every fault is collected."""
         for name in (
             "target_modules",
+            "target_parameters",
             "exclude_modules",
             "layers_to_transform",
             "layers_pattern",
@@ -79,6 +88,8 @@ def _faults(config: LoraConfig) -> list[str]:
     faults = []
     if not _is_rank(config.r):
         faults.append(f"r must be a whole number of at least 1, not {config.r!r}")
+    if config.expert_rank is not None and not _is_rank(config.expert_rank):
+        faults.append(f"expert_rank must be a whole number of at least 1, not {config.expert_rank!r}")
     if not _is_number(config.lora_alpha):
         faults.append(f"lora_alpha must be a finite number, not {config.lora_alpha!r}")
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
@@ -97,7 +108,7 @@ def _faults(config: LoraConfig) -> list[str]:
         faults.append(f'bias must be "none", "all" or "lora_only", not {config.bias!r}')
     if isinstance(config.modules_to_save, str):
         faults.append(f"modules_to_save must be a list of names, not the string {config.modules_to_save!r}")
-    if config.target_modules == () or config.target_modules == "":
+    if config.target_modules in ((), "") and not config.target_parameters:
         faults.append("target_modules is empty: name modules, or leave it out for the query and value projections")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         faults.append("layers_to_transform needs target_modules as a list: a regex can name the layers itself")

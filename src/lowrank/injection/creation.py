@@ -13,12 +13,15 @@ from lowrank.core.rows import RowBlock
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.plan import PlanEntry
 from lowrank.layers.embedding import LoraEmbedding
+from lowrank.layers.stack import LoraStack
 
 NOT_FOR_LOOKUPS = (True, "gaussian", "kaiming")  # a random A would move every token with every other
 
 
 def create_factors(entry: PlanEntry, module: nn.Module, config: LoraConfig, init: Init) -> LoraFactors:
     """A and B as `init` starts them, one pair per part of a fused projection, stacked; float32 or wider."""
+    if issubclass(entry.kind, LoraStack):
+        return _of_every_expert(entry, module, config, init)
     if issubclass(entry.kind, LoraEmbedding) and config.init_lora_weights in NOT_FOR_LOOKUPS:
         init = embedding
     weight = entry.kind.dense(module)
@@ -40,6 +43,16 @@ def create_factors(entry: PlanEntry, module: nn.Module, config: LoraConfig, init
     if config.use_dora:
         factors.magnitude = nn.Parameter(_norms(matrix, factors), requires_grad=False)
     return factors
+
+
+def _of_every_expert(entry: PlanEntry, module: nn.Module, config: LoraConfig, init: Init) -> LoraFactors:
+    """A (E, r, k) and B (E, d, r), every expert's pair as `init` starts it from that expert's own W0."""
+    weight = entry.kind.dense(module)
+    with named(entry.path):
+        starts = [init(_sites(entry, matrix.t() if entry.kind.transposed else matrix)[0]) for matrix in weight.unbind()]
+    a, b = torch.stack([start.a for start in starts]), torch.stack([start.b for start in starts])
+    start = (a.clone(), b.clone()) if starts[0].subtract else None
+    return LoraFactors(a, b, entry.scale, config.lora_dropout, start=start)
 
 
 def _norms(matrix: Tensor, factors: LoraFactors) -> Tensor:

@@ -9,6 +9,7 @@ from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import matches_name, split_parts
 from lowrank.layers.conv import LoraConv
 from lowrank.layers.kinds import kind_of
+from lowrank.layers.stack import ExpertStack
 
 SAID = 0.01  # below this share of the weights a sort of left-out weight is not worth a word
 MEANT = "stack"  # of linear maps, which a user of "all-linear" means too
@@ -40,7 +41,9 @@ def left_out(
     everything = {
         id(p): p for module in (model, *modules.values()) for p in module._parameters.values() if p is not None
     }
-    seen = {id(p) for path in adapted for p in modules[path]._parameters.values()}
+    targets = [modules[path] for path in adapted]
+    seen = {id(p) for target in targets for p in target._parameters.values()}
+    seen |= {id(target.weight) for target in targets if isinstance(target, ExpertStack)}
     for path, module in {"": model, **modules}.items():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() > 1 and id(parameter) not in seen:

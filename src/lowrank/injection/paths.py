@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lowrank.injection.adapters import lora_layers
 from lowrank.layers.base import LoraLayer
 from lowrank.layers.linear import LoraLinear
+from lowrank.layers.stack import LoraStack
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ def plain_reason(layer: LoraLayer) -> str | None:
     """Why plain operations compute the layer's active adapters, or None where the fused function does."""
     if isinstance(layer, LoraLinear):
         return layer.plain_reason
+    if isinstance(layer, LoraStack):  # in the products of the module of experts
+        return None
     return f"the {layer.kind} has no fused function: its base is a lookup or a convolution"
 
 

@@ -11,6 +11,7 @@ class PlanEntry:
     """One target: the module's path, its layer kind, W0's (d, k), and the factors it gets.
 
     parts: row blocks of a fused projection, with their names; empty where the whole weight is adapted.
+    experts: how many matrices of that shape a stack holds, each of which gets factors; 0 for a single matrix.
     """
 
     path: str
@@ -22,6 +23,7 @@ class PlanEntry:
     scale: float
     parts: tuple[RowBlock, ...] = ()
     part_names: tuple[str, ...] = ()
+    experts: int = 0
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -30,8 +32,13 @@ class PlanEntry:
 
     @property
     def parameters(self) -> int:
-        """How many numbers A and B hold: r·(k + d_i) for every part i."""
-        return sum(self.rank * (self.k + rows) for rows in self.rows)
+        """How many numbers A and B hold: r·(k + d_i) for every part i, of every expert."""
+        return sum(self.rank * (self.k + rows) for rows in self.rows) * (self.experts or 1)
+
+    @property
+    def shape(self) -> str:
+        """d×k, or E×d×k."""
+        return f"{self.experts}×{self.d}×{self.k}" if self.experts else f"{self.d}×{self.k}"
 
     @property
     def label(self) -> str:
@@ -69,6 +76,21 @@ class InjectionPlan:
         """Low-rank parameters plus what is trained in full (modules_to_save, biases)."""
         return self.low_rank_parameters + self.full_parameters
 
+    @property
+    def stacks(self) -> list[PlanEntry]:
+        """The targets that are stacks of experts."""
+        return [entry for entry in self.entries if entry.experts]
+
+    def experts_line(self) -> str:
+        """One line on the stacks of experts: how many there are of how many experts, and their share of what trains."""
+        count = sum(entry.parameters for entry in self.stacks)
+        sizes = " or ".join(map(str, sorted({entry.experts for entry in self.stacks})))
+        one = len(self.stacks) == 1
+        return (
+            f"{len(self.stacks)} stack{'' if one else 's'} of {sizes} experts, {count:,} parameters, "
+            f"{count / self.trainable_parameters:.0%} of what is trained"
+        )
+
     def summary(self) -> str:
         """One line: targets, ranks, trained parameters and their share of the base."""
         ranks = sorted({entry.rank for entry in self.entries})
@@ -87,7 +109,7 @@ class InjectionPlan:
             (
                 e.label,
                 e.kind.kind,
-                f"{e.d}×{e.k}",
+                e.shape,
                 str(e.rank),
                 f"{e.alpha:g}",
                 f"{e.scale:g}",
@@ -96,6 +118,7 @@ class InjectionPlan:
             for e in self.entries
         ]
         lines = _table([header, *rows])
+        lines += [f"experts: {self.experts_line()}"] if self.stacks else []
         lines += [f"in full: {path}" for path in self.saved_modules]
         lines += [f"bias:    {path}" for path in self.biases]
         lines += [f"plain path: {text}" for text in self.plain_paths]

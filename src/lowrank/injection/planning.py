@@ -3,6 +3,7 @@
 from torch import nn
 
 from lowrank.core.scaling import lora_scale
+from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import ConfigError, TargetError
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.fused import part_rows
@@ -22,6 +23,7 @@ from lowrank.injection.traversal import parameter_count
 from lowrank.layers.base import dimensions
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import own_tensors
+from lowrank.layers.stack import LoraStack
 
 
 def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
@@ -65,10 +67,13 @@ def _entry(
     kind = kind_of(module)
     assert kind is not None
     d, k = dimensions(kind, module)
-    rank = pattern_value(path, config.rank_pattern, config.r, "rank_pattern")
+    experts = frozen_shape(module)[0] if issubclass(kind, LoraStack) else 0
+    usual = config.expert_rank if experts and config.expert_rank is not None else config.r
+    rank = pattern_value(path, config.rank_pattern, usual, "rank_pattern")
     alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha, "alpha_pattern")
     parts = part_rows(path, d, part_names, getattr(model, "config", None)) if part_names else ()
-    return PlanEntry(path, kind, d, k, rank, alpha, lora_scale(alpha, rank, config.use_rslora), parts, part_names)
+    scale = lora_scale(alpha, rank, config.use_rslora)
+    return PlanEntry(path, kind, d, k, rank, alpha, scale, parts, part_names, experts)
 
 
 def _check_dora(config: LoraConfig, entries: tuple[PlanEntry, ...]) -> None:
@@ -85,7 +90,7 @@ def _rank_warnings(entries: tuple[PlanEntry, ...]) -> list[str]:
     above = [entry for entry in entries if entry.rank > min(*entry.rows, entry.k)]
     if not above:
         return []
-    named = ", ".join(f"{entry.label} (r={entry.rank}, {entry.d}×{entry.k})" for entry in above)
+    named = ", ".join(f"{entry.label} (r={entry.rank}, {entry.shape})" for entry in above)
     if len(above) == len(entries):
         raise ConfigError(f"r is above min(d, k) of every target, where a full matrix is smaller: {named}")
     return [f"r is above min(d, k), more than the layer can use, in {named}"]

@@ -18,6 +18,7 @@ from lowrank.layers.base import LoraLayer, extend, lora_mixin
 from lowrank.layers.embedding import LoraEmbedding
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import CHILD, override_tensors, overrides_of
+from lowrank.layers.stack import ExpertStack
 
 
 def record(state: AdapterState, modules: dict[str, nn.Module]) -> None:
@@ -33,6 +34,8 @@ def is_adapted(module: nn.Module) -> bool:
 def _place(modules: dict[str, nn.Module], path: str) -> Place:
     parent, _, leaf = path.rpartition(".")
     weight = modules[path]._parameters.get("weight")
+    if isinstance(stack := modules[path], ExpertStack):
+        return Place(stack.experts, stack.child, stack, None)
     return Place(modules[parent] if parent else None, leaf, modules[path], None if weight is None else weight.shape)
 
 

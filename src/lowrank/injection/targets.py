@@ -11,6 +11,7 @@ from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import FUSED, layer_index, matches, matches_name, split_parts, suggestion
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.kinds import is_linear, refusal
+from lowrank.layers.stack import ExpertStack
 
 ALL_LINEAR = "all-linear"
 
@@ -52,6 +53,14 @@ def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
 
 
+def _has_defaults(model: nn.Module) -> bool:
+    try:
+        default_targets(model)
+    except TargetError:
+        return False
+    return True
+
+
 def default_targets(model: nn.Module) -> tuple[str, ...]:
     """The query and value projections of the architecture, as in the paper; an error with candidates where unknown."""
     modules = named_targets(model)
@@ -71,35 +80,78 @@ def means_all(config: LoraConfig) -> bool:
     return config.target_modules in (ALL_LINEAR, (ALL_LINEAR,))
 
 
-def _all_linear(model: nn.Module, modules: Modules) -> dict[str, tuple[str, ...]]:
+def _all_linear(model: nn.Module, modules: Modules, config: LoraConfig) -> dict[str, tuple[str, ...]]:
+    """Linear modules but the head; stacks too, unless they are named, or cannot have what the config wants."""
     excluded = output_heads(model, modules)
-    return {path: () for path, module in modules.items() if is_linear(module) and id(module) not in excluded}
+    stacks = config.target_parameters is None and not config.use_dora
+    return {
+        path: ()
+        for path, module in modules.items()
+        if (is_linear(module) and id(module) not in excluded)
+        or (stacks and isinstance(module, ExpertStack) and refusal(module) is None)
+    }
+
+
+def _parameters(config: LoraConfig, modules: Modules) -> dict[str, tuple[str, ...]]:
+    """The stacks, and the layers of parameters called `weight`, that target_parameters names."""
+    names = config.target_parameters or ()
+    found: dict[str, tuple[str, ...]] = {}
+    parameters = {path: path for path, module in modules.items() if isinstance(module, ExpertStack)}
+    parameters |= {f"{path}.weight": path for path, module in modules.items() if "weight" in module._parameters}
+    for name in [names] if isinstance(names, str) else names:
+        pattern = name if isinstance(names, str) else (name,)
+        hits = {path: () for written, path in parameters.items() if matches(written, pattern, "target_parameters")}
+        if not hits:
+            why = _no_match(name, parameters) if isinstance(names, str) else _no_parameter(name, parameters, modules)
+            raise TargetError(f"target_parameters: {why}")
+        found |= hits
+    return found
+
+
+def _no_parameter(name: str, parameters: Mapping[str, str], modules: Modules) -> str:
+    """Why the name means no parameter that can be adapted."""
+    for path, module in modules.items():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and matches_name(f"{path}.{leaf}", name):
+                shape = list(parameter.shape)
+                return (
+                    f"{name!r} names {path}.{leaf}, {shape}, which is neither the weight of a layer nor a stack of "
+                    f"experts that is known here: a {type(module).__name__} holds it"
+                )
+    return f"{name!r} matches no parameter{suggestion(name, parameters)}"
 
 
 def _by_regex(regex: str, modules: Modules) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {p: () for p in modules if matches(p, regex, "target_modules")}
     if not found:
-        raise TargetError(
-            f"target_modules={regex!r}, a string, is one regular expression for the whole path of a module and "
-            f"matches none{suggestion(regex, modules)}; for a name that ends the path, give a list: [{regex!r}]"
-        )
+        raise TargetError(f"target_modules: {_no_match(regex, modules)}")
     return found
 
 
-def _by_names(config: LoraConfig, names: Iterable[str], modules: Modules) -> dict[str, tuple[str, ...]]:
+def _no_match(regex: str, paths: Iterable[str]) -> str:
+    return (
+        f"{regex!r}, a string, is one regular expression for a whole path and matches none"
+        f"{suggestion(regex, paths)}; for a name that ends the path, give a list: [{regex!r}]"
+    )
+
+
+def _by_names(names: Iterable[str], modules: Modules, everything: Modules) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for pattern in names:
         name, parts = split_parts(pattern)
         hits = [path for path in modules if matches_name(path, name)]
+        if not hits and any(matches_name(path, name) for path in everything):
+            raise TargetError(
+                f"target_modules: {name!r} is no module here but a stacked parameter of experts: name it in "
+                "target_parameters"
+            )
         if not hits:
             raise TargetError(f"target_modules: {name!r} matches no module{suggestion(name, modules)}")
         for path in hits:
             if found.get(path, parts) != parts:
                 raise TargetError(f"target_modules: {path} is meant twice, as a whole and by parts, or by other parts")
             found[path] = parts
-    if config.layers_to_transform is None:
-        return found
-    return _in_layers(config, found)
+    return found
 
 
 def _in_layers(config: LoraConfig, found: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -133,19 +185,28 @@ def find_targets(
 
     Raises TargetError for the first pattern that matches nothing, naming the nearest module names.
     """
-    patterns = default_targets(model) if config.target_modules is None else config.target_modules
-    if means_all(config):
-        found = _all_linear(model, modules)
-    elif isinstance(patterns, str) and FUSED.fullmatch(patterns):
-        found = _by_names(config, [patterns], modules)
-    elif isinstance(patterns, str):
-        found = _by_regex(patterns, modules)
-    else:
-        found = _by_names(config, patterns, modules)
+    found = _all_linear(model, modules, config) if means_all(config) else _by_modules(model, modules, config)
+    found |= {path: parts for path, parts in _parameters(config, modules).items() if path not in found}
+    if config.layers_to_transform is not None and found:
+        found = _in_layers(config, found)
     found = _without(config, found, modules, set(saved))
     if not found:
         raise TargetError("target_modules: nothing is left to adapt after the exclusions and filters")
     return {path: found[path] for path in modules if path in found}
+
+
+def _by_modules(model: nn.Module, modules: Modules, config: LoraConfig) -> dict[str, tuple[str, ...]]:
+    """The modules that target_modules means; stacks of experts are parameters, and it does not mean those."""
+    patterns = config.target_modules
+    if patterns is None and config.target_parameters is not None and not _has_defaults(model):
+        return {}
+    patterns = default_targets(model) if patterns is None else patterns
+    layers = {path: module for path, module in modules.items() if not isinstance(module, ExpertStack)}
+    if isinstance(patterns, str) and FUSED.fullmatch(patterns):
+        return _by_names([patterns], layers, modules)
+    if isinstance(patterns, str):
+        return _by_regex(patterns, layers) if patterns else {}
+    return _by_names(patterns, layers, modules)
 
 
 def _without(
@@ -157,10 +218,16 @@ def _without(
             pattern = name if isinstance(excluded, str) else (name,)
             if not any(matches(path, pattern, "exclude_modules") for path in modules):
                 raise TargetError(f"exclude_modules: {name!r} matches no module{suggestion(name, modules)}")
-        found = {p: parts for p, parts in found.items() if not matches(p, excluded, "exclude_modules")}
+        found = {p: parts for p, parts in found.items() if not _is_excluded(p, modules[p], excluded)}
     return {
         path: parts for path, parts in found.items() if not any(path == s or path.startswith(s + ".") for s in saved)
     }
+
+
+def _is_excluded(path: str, module: nn.Module, excluded: str | tuple[str, ...] | list[str]) -> bool:
+    """Whether it is named, or is a stack of a module that is."""
+    paths = [path, path.rpartition(".")[0]] if isinstance(module, ExpertStack) else [path]
+    return any(matches(one, excluded, "exclude_modules") for one in paths)
 
 
 def check_adaptable(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> None:

@@ -1,4 +1,7 @@
-"""Walking a model's own modules: what injection added (factors, waiting tensors) is passed over, however much it is."""
+"""Walking a model's own modules: what injection added (factors, waiting tensors) is passed over, however much it is.
+
+The stacked parameters of a mixture's experts are met as modules of their own (`layers.stack`), under their own paths.
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,10 +10,14 @@ from torch import nn
 from lowrank.core.factors import LoraFactors
 from lowrank.core.stored.of_module import frozen_shape, is_readable
 from lowrank.layers.overrides import CHILD, Overrides
+from lowrank.layers.stack import ExpertStack, stacks_of
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the model and all its own modules, in order, each once, the model itself under ""."""
+    """(path, module) of the model and all its own modules, in order, each once, the model itself under "".
+
+    Right after a module of experts come its stacks.
+    """
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
@@ -25,9 +32,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         children = [
             (dot + name, child)
             for name, child in module._modules.items()
-            if child is not None and not isinstance(child, LoraFactors | Overrides)
+            if child is not None and not isinstance(child, LoraFactors | Overrides | ExpertStack)
         ]
-        stack += reversed(children)
+        stack += reversed([*((dot + name, inner) for name, inner in stacks_of(module).items()), *children])
 
 
 def _holds_adapters_alone(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ working, and any subclass of Linear is adapted as it is, by the forward it alrea
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from types import MethodType
 from typing import Any, ClassVar, cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.core.factors import LoraFactors
-from lowrank.core.merging import Change, adapted_weight, merge_weight, prepare
+from lowrank.core.merging import Change, adapted_weight, merge_into, prepare
 from lowrank.core.stored import Weight
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import TargetError
@@ -52,6 +52,11 @@ class LoraLayer(nn.Module):
     def refusal(module: nn.Module) -> str | None:  # noqa: ARG004  kinds look at it
         """Why `module` cannot be adapted, or None."""
         return None
+
+    @property
+    def holds_weight(self) -> bool:
+        """Whether W0 is a parameter, and not computed by a parametrisation."""
+        return "weight" in self._parameters
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -93,6 +98,12 @@ class LoraLayer(nn.Module):
         weight = module._parameters.get("weight")
         return cls.stored(cast(Tensor, module.weight if weight is None else weight)).detach()
 
+    @classmethod
+    def sizes(cls, shape: torch.Size) -> tuple[int, int]:
+        """(d, k) of a W0 that is stored in `shape`."""
+        rows, columns = shape[0], math.prod(shape[1:])
+        return (columns, rows) if cls.transposed else (rows, columns)
+
     def factors(self, adapter: str) -> LoraFactors:
         """The factors of one adapter."""
         return cast(LoraFactors, self._modules[_attribute(adapter)])
@@ -123,6 +134,13 @@ class LoraLayer(nn.Module):
         weight = self.dense(self) if weight is None else weight
         return prepare(self.factors(adapter), weight, transposed=self.transposed, weighting=weighting)
 
+    def units(self, weight: Tensor, adapters: tuple[str, ...]) -> Iterator[tuple[Tensor, list[Change]]]:
+        """The matrices that `weight`, W0 as `dense` gives it, is merged by, views of it, and the adapters' ΔW of each.
+
+        One; a stack of experts has one for each of them.
+        """
+        yield weight, [self.change(name, weight=weight) for name in adapters]
+
     @torch.no_grad()
     def merged_weight(
         self, adapters: tuple[str, ...], dtype: torch.dtype | None = None, weight: Tensor | None = None
@@ -132,22 +150,34 @@ class LoraLayer(nn.Module):
         weight: another W0, of which `dense` might be what a quantiser left.
         """
         weight = self.dense(self) if weight is None else weight
-        changes = [self.change(name, weight=weight) for name in adapters]
-        return merge_weight(weight, changes, dtype).view(frozen_shape(self))
+        merged = torch.empty_like(weight, dtype=dtype)
+        places = (place for place, _ in self.units(merged, ()))
+        for place, (matrix, changes) in zip(places, self.units(weight, adapters), strict=True):
+            merge_into(place, matrix, changes)
+        return merged.view(frozen_shape(self))
 
     def fold(self) -> None:
         """In place: W0 + Σ ΔW over the active adapters takes W0's place, which is set aside as it is."""
         weight = nn.Parameter(self.merged_weight(self.active_adapters), requires_grad=False)
         self.__dict__[ASIDE] = (self.base_weight, self.active_adapters)
         self.activate(())
+        self._put(weight)
+
+    def _put(self, weight: nn.Parameter) -> None:
         self._parameters["weight"] = weight
 
     def unfold(self) -> None:
         """In place: what `fold` set aside is back; nothing where it set nothing aside."""
         if ASIDE in self.__dict__:
             weight, active = self.__dict__.pop(ASIDE)
-            self._parameters["weight"] = weight
+            self._put(weight)
             self.activate(active)
+
+    def entered(self) -> None:
+        """In place: what an extended layer has to do outside of itself."""
+
+    def left(self) -> None:
+        """In place: undo `entered`."""
 
     def adapted_weight(self) -> Tensor:
         """W0 + Σ ΔW over the active adapters, differentiable in the factors, of the weight's own shape and dtype."""
@@ -160,15 +190,16 @@ class LoraLayer(nn.Module):
         state = dict(self.__getstate__())  # type: ignore[no-untyped-call]
         if ASIDE in state:
             weight, active = state.pop(ASIDE)
-            state["_parameters"] = {**state["_parameters"], "weight": weight}
+            if "weight" in state["_parameters"]:
+                state["_parameters"] = {**state["_parameters"], "weight": weight}
             state |= {"active_adapters": active, "active_factors": tuple(self.factors(name) for name in active)}
-        return _rebuild, (plain_class(self), lora_mixin(self)), state
+        return rebuild, (plain_class(self), lora_mixin(self)), state
 
 
-_EXTENDED: dict[tuple[type[nn.Module], type[LoraLayer]], type[LoraLayer]] = {}
+_EXTENDED: dict[tuple[type[nn.Module], type[nn.Module]], type[Any]] = {}
 
 
-def _extended(plain: type[nn.Module], mixin: type[LoraLayer]) -> type[LoraLayer]:
+def extended_class(plain: type[nn.Module], mixin: type[nn.Module]) -> type[Any]:
     """The class that adds `mixin` to `plain`, made once, so that equal layers stay of one class."""
     if (plain, mixin) not in _EXTENDED:
         names = {"__module__": plain.__module__, "plain": plain, "mixin": mixin}
@@ -176,9 +207,10 @@ def _extended(plain: type[nn.Module], mixin: type[LoraLayer]) -> type[LoraLayer]
     return _EXTENDED[plain, mixin]
 
 
-def _rebuild(plain: type[nn.Module], mixin: type[LoraLayer]) -> LoraLayer:
-    cls = _extended(plain, mixin)
-    return cls.__new__(cls)
+def rebuild(plain: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
+    """An empty module of the extended class, to be filled by who copies or unpickles one."""
+    cls = extended_class(plain, mixin)
+    return cast(nn.Module, object.__new__(cls))
 
 
 def plain_class(layer: LoraLayer) -> type[nn.Module]:
@@ -191,7 +223,7 @@ def lora_mixin(layer: LoraLayer) -> type[LoraLayer]:
     return type(layer).mixin
 
 
-def _rebind_forward(module: nn.Module) -> None:
+def rebind_forward(module: nn.Module) -> None:
     """Point accelerate's device-map hook, which keeps the forward it replaced, at the class's present forward."""
     if "forward" in module.__dict__ and isinstance(module.__dict__.get("_old_forward"), MethodType):
         module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
@@ -208,11 +240,12 @@ def extend(module: nn.Module, mixin: type[LoraLayer]) -> LoraLayer:
         return module
     if forward_is_replaced(module):
         raise TargetError(f"a {type(module).__name__} cannot be adapted: {REPLACED}")
-    module.__class__ = _extended(type(module), mixin)
+    module.__class__ = extended_class(type(module), mixin)
     layer = cast(LoraLayer, module)
     layer.adapter_names = ()
     layer.activate(())
-    _rebind_forward(layer)
+    rebind_forward(layer)
+    layer.entered()
     return layer
 
 
@@ -222,9 +255,10 @@ def restore(layer: LoraLayer) -> nn.Module:
         del layer._modules[_attribute(adapter)]
     for name in ("adapter_names", "active_adapters", "active_factors", "plain_reason", "said_dropout"):
         layer.__dict__.pop(name, None)
+    layer.left()
     module = cast(nn.Module, layer)
     module.__class__ = plain_class(layer)
-    _rebind_forward(module)
+    rebind_forward(module)
     return module
 
 
@@ -237,6 +271,4 @@ def let_go(layer: LoraLayer, adapters: Collection[str]) -> None:
 
 def dimensions(mixin: type[LoraLayer], module: nn.Module) -> tuple[int, int]:
     """(d, k) of the module's W0."""
-    shape = frozen_shape(module)
-    rows, columns = shape[0], math.prod(shape[1:])
-    return (columns, rows) if mixin.transposed else (rows, columns)
+    return mixin.sizes(frozen_shape(module))

@@ -6,8 +6,10 @@ from lowrank.core.stored.of_module import FLOATING, is_stored
 from lowrank.layers.base import REPLACED, LoraLayer, forward_is_replaced
 from lowrank.layers.conv import LoraConv
 from lowrank.layers.embedding import LoraEmbedding
+from lowrank.layers.experts import stack_names
 from lowrank.layers.linear import LoraConv1D, LoraLinear
 from lowrank.layers.quantised import LoraQuantised
+from lowrank.layers.stack import ExpertStack, LoraStack, kind_of_stack
 
 KINDS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Linear: LoraLinear,
@@ -36,6 +38,8 @@ def kind_of(module: nn.Module) -> type[LoraLayer] | None:
     """
     if isinstance(module, nn.Linear) and is_stored(module):
         return LoraQuantised
+    if isinstance(module, ExpertStack):
+        return kind_of_stack(module)
     for cls in type(module).__mro__:
         kind = KINDS.get(cls) or NAMED_KINDS.get((cls.__module__, cls.__name__))
         if kind is not None:
@@ -81,10 +85,17 @@ OFFLOADED = (
 def refusal(module: nn.Module) -> str | None:
     """Why `module` cannot be adapted, in words that end a sentence, or None where it can."""
     kind = kind_of(module)
+    if isinstance(module, ExpertStack):
+        return _refusal_of_stack(module)
     if kind is None and (maker := _maker(module)) is not None:
         return (
             f"a {type(module).__name__} holds its weight in the form of {maker}, which is not read here: load the base "
             "in NF4 or int8 by bitsandbytes, or in 16 bits"
+        )
+    if kind is None and (names := stack_names(module)):
+        return (
+            f"a {type(module).__name__} holds experts as stacked parameters: name these in target_parameters "
+            f"({', '.join(names)})"
         )
     if kind is None:
         return f"a {type(module).__name__} is none of Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d"
@@ -97,3 +108,13 @@ def refusal(module: nn.Module) -> str | None:
     if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return OFFLOADED
     return kind.refusal(module)
+
+
+def _refusal_of_stack(stack: ExpertStack) -> str | None:
+    if (why := _unfit(stack.experts._parameters.get(stack.parameter))) is not None:
+        return why
+    if forward_is_replaced(stack.experts):
+        return REPLACED
+    if hasattr(stack.experts, "_hf_hook") and stack.weight.is_meta:
+        return OFFLOADED
+    return LoraStack.refusal(stack)

@@ -34,18 +34,21 @@ MOVERS = ("accelerate", "deepspeed", "torch.distributed")  # they put weights fr
 
 
 class _Local(threading.local):
-    own: "tuple[LoraLayer | None, Tensor | None]" = (None, None)
+    own: tuple[nn.Module | None, Any] = (None, None)
 
 
 _local = _Local()
 
 
 class own_weight:  # noqa: N801  read as a statement: with own_weight(layer, W0)
-    """Inside the block, in this thread, the plain forward of `layer` runs, and reads `weight` as its weight."""
+    """Inside the block, in this thread, the plain forward of `layer` runs, and reads `weight` as its weight.
+
+    A module of experts has several: {name: weight}.
+    """
 
     __slots__ = ("before", "own")
 
-    def __init__(self, layer: "LoraLayer", weight: Tensor) -> None:
+    def __init__(self, layer: nn.Module, weight: Tensor | dict[str, Tensor]) -> None:
         self.own = (layer, weight)
 
     def __enter__(self) -> None:
@@ -53,6 +56,12 @@ class own_weight:  # noqa: N801  read as a statement: with own_weight(layer, W0)
 
     def __exit__(self, *_: object) -> None:
         _local.own = self.before
+
+
+def own_weights(experts: nn.Module) -> dict[str, Tensor] | None:
+    """What the plain forward of a module of experts reads, where that runs in this thread."""
+    runs, own = _local.own
+    return own if runs is experts else None
 
 
 class AdaptedWeight:
@@ -76,10 +85,10 @@ class AdaptedWeight:
             return weight
         if torch.compiler.is_compiling():
             return layer.adapted_weight()
-        return WeightAsRead.of(layer) if _is_read_by_a_forward(layer) else weight
+        return WeightAsRead.of(layer) if is_read_by_a_forward(layer) else weight
 
 
-def _is_read_by_a_forward(layer: nn.Module) -> bool:
+def is_read_by_a_forward(layer: nn.Module) -> bool:
     """Whether the innermost module that runs in this thread is another one than `layer`, with its hooks."""
     frame: FrameType | None = sys._getframe(2)
     if frame is not None and frame.f_globals.get("__name__", "").startswith(MOVERS):

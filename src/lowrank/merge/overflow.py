@@ -14,14 +14,15 @@ def merge_fault(layer: LoraLayer, adapters: tuple[str, ...]) -> str | None:
     A bound on the largest entry answers for nearly every layer in one pass over W0; where it exceeds what the dtype
     holds (a large change of a float16 weight), the layer is merged on trial.
     """
-    if "weight" not in layer._parameters:
+    if not layer.holds_weight:
         return PARAMETRISED
     weight = layer.dense(layer)
     largest = _largest(weight)
     if not torch.isfinite(largest):
         return "the base's weight holds values that are not finite"
     try:
-        bound = largest + sum(_bound(layer.change(name, weight=weight), largest) for name in adapters)
+        bounds = [sum(_bound(change, largest) for change in changes) for _, changes in layer.units(weight, adapters)]
+        bound = largest + max(bounds, key=float)
     except FloatingPointError as error:
         return str(error)
     limit = torch.finfo(weight.dtype).max

@@ -1,5 +1,7 @@
 """How much of ΔW is left once W0 + ΔW is rounded to the weight's dtype."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,15 +17,20 @@ def surviving(layer: LoraLayer, adapters: tuple[str, ...], merged: Tensor, weigh
     weight: W0, as stored; the layer's own where not given.
     """
     weight = layer.dense(layer) if weight is None else weight
-    wide = torch.promote_types(torch.float32, weight.dtype)
-    rows = torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0]), device=weight.device).long()
-    base = weight[rows].to(wide)
-    exact = base.clone()
-    for name in adapters:
-        layer.change(name, weight=weight).add_to(exact, base, rows)
-    changed = float((exact - base).square().sum())
-    lost = float((layer.stored(merged)[rows].to(wide) - exact).square().sum())
-    noise = (8 * torch.finfo(wide).eps) ** 2 * float(
-        base.square().sum()
-    )  # start factors that cancel out leave that much
+    units = list(layer.units(weight, ()))
+    changed = lost = noise = 0.0
+    rounded = (place for place, _ in layer.units(layer.stored(merged), ()))
+    for (matrix, changes), place in zip(layer.units(weight, adapters), rounded, strict=True):
+        wide = torch.promote_types(torch.float32, matrix.dtype)
+        count = min(math.ceil(ROWS / len(units)), matrix.shape[0])
+        rows = torch.linspace(0, matrix.shape[0] - 1, count, device=matrix.device).long()
+        base = matrix[rows].to(wide)
+        exact = base.clone()
+        for change in changes:
+            change.add_to(exact, base, rows)
+        changed += float((exact - base).square().sum())
+        lost += float((place[rows].to(wide) - exact).square().sum())
+        noise += (8 * torch.finfo(wide).eps) ** 2 * float(
+            base.square().sum()
+        )  # start factors that cancel out leave that much
     return max(0.0, 1 - lost / changed) if changed > noise else 1.0

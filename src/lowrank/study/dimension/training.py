@@ -109,7 +109,7 @@ def moving_names(loaded: Loaded, settings: DimensionSettings) -> list[str]:
     config = LoraConfig(target_modules=read_targets(settings.targets), modules_to_save=loaded.heads)
     done = plan(model, config)
     heads = tuple(f"{path}." for path in done.saved_modules)
-    targets = {f"{entry.path}.weight" for entry in done.entries}
+    targets = {entry.path if entry.experts else f"{entry.path}.weight" for entry in done.entries}
     return [name for name in names if name in targets or name.startswith(heads)]
 
 

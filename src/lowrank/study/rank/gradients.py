@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def gradient_spectra(settings: GradientRankSettings, progress: Progress = lambda
     with seeded(settings.seed):
         loaded = load(base, data.kind, labels, settings)
         require_plain(loaded.model, "rank from gradients")
-        planned = plan(loaded.model, target_config(settings))
+        planned = plan(loaded.model, replace(target_config(settings), target_parameters=()))  # one matrix a sketch
         recipe = recipe_of(settings, data, labels, loaded)
         few = encode(data.spread(settings.sample), loaded.tokenizer, recipe)
     directions = Directions(settings.most, settings.seed, loaded.device)

@@ -1,0 +1,96 @@
+"""Stacked experts in PEFT's files, where a name tells the module of experts and how often it was wrapped, and no more.
+
+PEFT wraps the module once for each of its parameters, in the order in which the module holds them, so that the first is
+innermost: of gate_up_proj and down_proj, `experts.base_layer.lora_A` is the former's, `experts.lora_A` the latter's.
+Which these are is said by target_parameters and by the model.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from lowrank.checkpoint.describe import target_names
+from lowrank.checkpoint.read import AdapterFiles
+from lowrank.checkpoint.renaming import find_renaming
+from lowrank.errors import CheckpointError
+from lowrank.injection.patterns import matches, matches_name
+from lowrank.layers.kinds import kind_of
+from lowrank.layers.stack import LoraStack, stacks_of
+
+WRAP = ".base_layer"
+
+
+def wrapped_paths(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """{path: the path in a file} of adapted modules, which are given in the model's order."""
+    stacks: dict[str, list[str]] = {}
+    for path, layer in layers.items():
+        if isinstance(layer, LoraStack):
+            stacks.setdefault(path.rpartition(".")[0], []).append(path)
+    named = {
+        path: root + WRAP * (len(paths) - 1 - place)
+        for root, paths in stacks.items()
+        for place, path in enumerate(paths)
+    }
+    return {path: named.get(path, path) for path in layers}
+
+
+def parameter_names(stacks: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """{path: a name in target_parameters}: together they mean these stacks of all the model's parameters, and no other.
+
+    PEFT takes a list alone; where no ending of a path will do, it is the path.
+    """
+    every = [f"{path}.{name}" for path, module in modules.items() for name in module._parameters]
+    names = target_names(stacks, every) if stacks else ""
+    if isinstance(names, str):
+        return {path: path for path in stacks}
+    return {path: next(name for name in names if matches_name(path, name)) for path in stacks}
+
+
+def unwrapped(path: str) -> tuple[str, int]:
+    """(the module's path, how often it is wrapped) of a path in a file."""
+    root = path
+    while root.endswith(WRAP):
+        root = root.removesuffix(WRAP)
+    return root, (len(path) - len(root)) // len(WRAP)
+
+
+def with_stacks(files: AdapterFiles, modules: Mapping[str, nn.Module]) -> AdapterFiles:
+    """The same files with the factors of stacks under the paths of these, for a model of these modules.
+
+    Raises CheckpointError where it cannot be told which factors belong to which stack.
+    """
+    if not files.config.lora.target_parameters:
+        return files
+    wraps: dict[str, dict[int, str]] = {}
+    for path in files.low_rank:
+        root, depth = unwrapped(path)
+        wraps.setdefault(root, {})[depth] = path
+    rename = find_renaming([*wraps, *(key.path for key in files.full)], modules)
+    low_rank: dict[str, Mapping[str, Tensor]] = {}
+    experts: dict[str, str] = {}
+    for root, by_depth in wraps.items():
+        module = modules.get(rename(root))
+        stacks = {} if module is None else stacks_of(module)
+        if not stacks:
+            low_rank |= {path: files.low_rank[path] for path in by_depth.values()}
+            continue
+        for depth, name in enumerate(reversed(_meant(files, root, by_depth, stacks))):
+            kind = kind_of(stacks[name])
+            assert kind is not None
+            low_rank[f"{root}.{name}"] = files.low_rank[by_depth[depth]]
+            experts[f"{root}.{name}"] = kind.kind
+    return replace(files, low_rank=low_rank, experts=experts)
+
+
+def _meant(files: AdapterFiles, root: str, by_depth: Mapping[int, str], stacks: Iterable[str]) -> list[str]:
+    """The stacks of the module at `root` that the adapter has, in the module's order."""
+    names = files.config.lora.target_parameters or ()
+    found = [name for name in stacks if matches(f"{root}.{name}", names, "target_parameters")]
+    if sorted(by_depth) != list(range(len(found))):
+        raise CheckpointError(
+            f"{files.folder}: it holds factors of {len(by_depth)} stacks of {root}, and target_parameters in "
+            f"adapter_config.json names {', '.join(found) or 'none'} of it, so which is which cannot be told: save the "
+            "adapter again with PEFT, or correct target_parameters"
+        )
+    return found

@@ -1,0 +1,104 @@
+"""Modules that hold a mixture's experts as stacked parameters, and their class once some of these are adapted.
+
+transformers keeps the experts of a layer in one module: `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I). Such a module
+cannot be a layer of a weight; each of its stacks is one (`layers.stack`), and this class, which takes the module's own
+class's place, gives them to whoever reads them while a model runs.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.kernels.fused import is_transformed
+from lowrank.layers.base import extended_class, rebind_forward, rebuild
+from lowrank.layers.reading import is_read_by_a_forward, own_weight, own_weights
+from lowrank.layers.stack_as_read import StackAsRead
+
+if TYPE_CHECKING:
+    from lowrank.layers.stack import LoraStack
+
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # what use_experts_implementation leaves
+TRANSPOSED = {"Llama4TextExperts": True}  # classes of transformers without these flags: is W (E, k, d)?
+STACKS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def stores_transposed(module: nn.Module) -> bool | None:
+    """Whether the module's stacks are (E, k, d) rather than (E, d, k); None for what is no module of experts."""
+    if all(name in module.__dict__ for name in FLAGS):
+        return bool(module.__dict__["is_transposed"])
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("transformers.") and cls.__name__ in TRANSPOSED:
+            return TRANSPOSED[cls.__name__]
+    return None
+
+
+def stack_names(module: nn.Module) -> list[str]:
+    """The names of the module's stacks of linear maps, in the order of its attributes; none for other modules."""
+    if not module._parameters or stores_transposed(module) is None:
+        return []
+    return [name for name, p in module._parameters.items() if name in STACKS and p is not None and p.dim() == 3]
+
+
+def has_gate_and_up(module: nn.Module, name: str) -> bool:
+    """Whether the stack's rows are a gate's, then an up projection's: checkpoints keep these apart."""
+    return name == "gate_up_proj" and stores_transposed(module) is False and module.__dict__["is_concatenated"]
+
+
+class LoraExperts(nn.Module):
+    """The class of a module of experts of which some stacks are adapted; its forward is the plain class's own."""
+
+    plain: ClassVar[type[nn.Module]]
+    mixin: ClassVar[type[nn.Module]]
+    adapted: dict[str, "LoraStack"]  # by the name of the parameter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain class's answer, computed with the adapted stacks where an adapter is active."""
+        active = {name: stack for name, stack in self.adapted.items() if stack.active_factors}
+        if not active:
+            return super().forward(*args, **kwargs)
+        if is_transformed() is not None or any(stack.base_weight.requires_grad for stack in active.values()):
+            read: dict[str, Tensor] = {name: stack.adapted_weight() for name, stack in active.items()}
+        else:
+            read = {name: StackAsRead.whole(stack) for name, stack in active.items()}
+        with own_weight(self, read):
+            return super().forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """The module's own parameter; for a forward that reads it, with the active adapters' change."""
+        found = super().__getattr__(name)
+        stack = self.__dict__.get("adapted", {}).get(name)
+        if stack is None or not stack.active_factors:
+            return found
+        if (own := own_weights(self)) is not None:
+            return own[name]
+        if torch.compiler.is_compiling():
+            return stack.adapted_weight()
+        return StackAsRead.whole(stack) if is_read_by_a_forward(self) else found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and deepcopy by the plain class, since the extended one is made at run time; unfolded."""
+        state = dict(self.__getstate__())  # type: ignore[no-untyped-call]
+        waiting = {name: aside for name, stack in self.adapted.items() if (aside := stack.set_aside()) is not None}
+        state["_parameters"] = state["_parameters"] | waiting
+        return rebuild, (type(self).plain, type(self).mixin), state
+
+
+def hold(module: nn.Module, stack: "LoraStack") -> None:
+    """In place: the module reads `stack` as adapted; its class is extended with the first."""
+    if not isinstance(module, LoraExperts):
+        module.__class__ = extended_class(type(module), LoraExperts)
+        module.__dict__["adapted"] = {}
+        rebind_forward(module)
+    module.__dict__["adapted"][stack.parameter] = stack
+    module._modules[stack.child] = stack
+
+
+def release(module: nn.Module, stack: "LoraStack") -> None:
+    """In place: `stack` is plain again; with the last one the module has its own class back."""
+    module._modules.pop(stack.child, None)
+    module.__dict__["adapted"].pop(stack.parameter, None)
+    if not module.__dict__["adapted"]:
+        del module.__dict__["adapted"]
+        module.__class__ = cast(type[LoraExperts], type(module)).plain
+        rebind_forward(module)

@@ -1,0 +1,227 @@
+"""The expert stack that a forward reads: W0 + Σ ΔW without a ΔW being formed, where the forward multiplies by it.
+
+transformers' experts are one module with stacked parameters, and it is multiplied by in many ways: one expert after the
+other (`F.linear(x, W[e])`, `x @ W[e]`), grouped (`grouped_mm(x, Wᵀ, offs)`), an expert for each row (`bmm(W[ids], x)`),
+all at once (`bmm(x, W)`, Llama 4). `StackAsRead` stands for the adapted stack in all of them, so that every family and
+every implementation in transformers' table runs its own forward: the product with the base's stack is the very one it
+would make, and the low-rank products go along with it. Any other operation gets W0 + Σ ΔW formed, as every weight that
+is read (`layers.reading`): slower, and right.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowrank.kernels.autocast import under_autocast
+from lowrank.kernels.fused import fused_linear, reason_against
+from lowrank.kernels.grouped import grouped_linear, grouped_low_rank
+from lowrank.kernels.reference import low_rank
+from lowrank.layers.reading import WeightAsRead
+
+if TYPE_CHECKING:
+    from lowrank.layers.stack import LoraStack
+
+
+class Pair(NamedTuple):
+    """The active adapters of one dropout as one: ΔW_e = s·B_e·A_e, a (E, r, k), b (E, d, r).
+
+    of_expert: the same, expert by expert, taken apart once for all of them.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float
+    of_expert: list[tuple[Tensor, Tensor]]
+
+
+def active_pairs(layer: "LoraStack") -> list[Pair]:
+    """The active adapters, those that drop alike stacked along the rank."""
+    together: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
+    for factors in layer.active_factors:
+        dropout = factors.dropout if layer.experts.training else 0.0
+        together.setdefault(dropout, []).append((*factors.moved(), factors.scale))
+    pairs = []
+    for dropout, found in together.items():
+        a, b, scale = found[0]
+        if len(found) > 1:
+            a, b, scale = torch.cat([a for a, _, _ in found], 1), torch.cat([b * s for _, b, s in found], 2), 1.0
+        pairs.append(Pair(a, b, scale, dropout, list(zip(a.unbind(), b.unbind(), strict=True))))
+    return pairs
+
+
+class StackAsRead(WeightAsRead):
+    """W0 + Σ ΔW of a stack, one of its experts, or one for each of some rows.
+
+    base: what the plain forward would hold in its place. expert: None, one, or (S,). maps: True where its
+    matrices are (d, k), for x·Wᵀ; False where they are (k, d), for x·W.
+    """
+
+    layer: "LoraStack"
+    base: Tensor
+    pairs: list[Pair]
+    expert: int | Tensor | None
+    maps: bool
+
+    @staticmethod
+    def whole(layer: "LoraStack") -> "StackAsRead":
+        """The stack of `layer`, for one forward."""
+        weight = layer.base_weight
+        return _read(layer, weight, active_pairs(layer), None, not layer.transposed)
+
+    def form(self) -> Tensor:
+        """W0 + Σ ΔW of what is read, a plain tensor: the same one however often it is asked for."""
+        mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if mode not in self.formed:
+            stack = self.layer.adapted_weight() if not isinstance(self.expert, int) else None
+            if stack is None:
+                formed = self.layer.adapted_expert(cast(int, self.expert))
+            else:
+                formed = stack if self.expert is None else stack[self.expert]
+            as_stored = self.maps is not self.layer.transposed
+            self.formed[mode] = formed if as_stored else formed.transpose(-2, -1)
+        return self.formed[mode]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`func` with the low-rank products beside it where it is a product, else of the formed weight."""
+        way = WAYS.get(func)
+        if way is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                answer = way(func, *args, **(kwargs or {}))
+            if answer is not NotImplemented:
+                return answer
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _read(layer: "LoraStack", base: Tensor, pairs: list[Pair], expert: int | Tensor | None, maps: bool) -> StackAsRead:
+    trained = torch.is_grad_enabled() and any(pair.a.requires_grad or pair.b.requires_grad for pair in pairs)
+    read: StackAsRead = Tensor._make_wrapper_subclass(
+        StackAsRead, base.shape, dtype=base.dtype, device=base.device, requires_grad=trained
+    )
+    read.layer, read.base, read.pairs, read.expert, read.maps, read.formed = layer, base, pairs, expert, maps, {}
+    if trained:
+        read.register_hook(read._hand_on)  # type: ignore[no-untyped-call]
+    return read
+
+
+def _getitem(_: Any, stack: Any, index: Any) -> Any:
+    """W[e] and W[ids]."""
+    if not isinstance(stack, StackAsRead) or stack.expert is not None:
+        return NotImplemented
+    if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype is not torch.bool:
+        if index.dim() == 1:
+            return _read(stack.layer, stack.base[index], stack.pairs, index, stack.maps)
+        index = int(index) if index.dim() == 0 else index
+    if isinstance(index, int) and not isinstance(index, bool):
+        return _read(stack.layer, stack.base[index], stack.pairs, index % stack.shape[0], stack.maps)
+    return NotImplemented
+
+
+def _transpose(_: Any, stack: Any, *dims: int, **named: int) -> Any:
+    """Wᵀ, of every matrix."""
+    places = {dim % stack.dim() for dim in (*dims, *named.values())}
+    if places and places != {stack.dim() - 2, stack.dim() - 1}:
+        return NotImplemented
+    return _read(stack.layer, stack.base.transpose(-2, -1), stack.pairs, stack.expert, not stack.maps)
+
+
+def _matrix_transpose(func: Any, stack: Any) -> Any:
+    """W.mT; W.T and W.t() of one expert."""
+    if stack.dim() != 2 and func is not Tensor.mT.__get__:  # type: ignore[attr-defined]
+        return NotImplemented
+    return _transpose(func, stack, -2, -1)
+
+
+def _dropped(x: Tensor, pair: Pair) -> Tensor:
+    return F.dropout(x, pair.dropout) if pair.dropout else x
+
+
+def _linear(_: Any, input: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    """F.linear(x, W[e], bias): x (..., k) → (..., d)."""
+    if isinstance(input, StackAsRead) or not isinstance(weight.expert, int) or not weight.maps:
+        return NotImplemented
+    return _one_expert(input, weight.base, bias, weight)
+
+
+def _matmul(_: Any, input: Any, other: Any) -> Any:
+    """x @ W[e], with the stack as (k, d): x (..., k) → (..., d)."""
+    if isinstance(input, StackAsRead) or not isinstance(other.expert, int) or other.maps:
+        return NotImplemented
+    return _one_expert(input, other.base.t(), None, other)
+
+
+def _one_expert(input: Tensor, weight: Tensor, bias: Tensor | None, read: StackAsRead) -> Tensor:
+    first, *others = read.pairs
+    a, b = first.of_expert[cast(int, read.expert)]
+    x = under_autocast(input)
+    if not first.dropout and reason_against(x, weight, bias) is None:
+        h = fused_linear(x, weight, bias, a, b, first.scale)
+    else:
+        h, others = F.linear(input, weight, bias), read.pairs
+    for pair in others:
+        a, b = pair.of_expert[cast(int, read.expert)]
+        h = h + low_rank(_dropped(input, pair), a, b, pair.scale)
+    return h
+
+
+def _grouped_mm(func: Any, mat_a: Any, mat_b: Any, *, offs: Tensor | None = None, **others: Any) -> Any:
+    """grouped_mm(x, W, offs=offs), with the stack as (E, k, d): x (T, k), sorted by expert, → (T, d)."""
+    if isinstance(mat_a, StackAsRead) or mat_b.expert is not None or mat_b.maps or offs is None or mat_a.dim() != 2:
+        return NotImplemented
+    if any(value is not None for value in others.values()):
+        return NotImplemented
+
+    def product(rows: Tensor, stack: Tensor) -> Tensor:
+        return cast(Tensor, func(rows, stack, offs=offs))
+
+    first, *rest = mat_b.pairs
+    y = grouped_linear(mat_a, _dropped(mat_a, first), mat_b.base.detach(), product, first.a, first.b, first.scale, offs)
+    for pair in rest:
+        y = y + grouped_low_rank(_dropped(mat_a, pair), pair.a, pair.b, pair.scale, product)
+    return y
+
+
+def _bmm(func: Any, input: Any, mat2: Any) -> Any:
+    """bmm(W, x), x (S, k, n), with the matrices as (d, k); bmm(x, W), x (S, n, k), with them as (k, d)."""
+    read, x, left = (input, mat2, True) if isinstance(input, StackAsRead) else (mat2, input, False)
+    if isinstance(x, StackAsRead) or isinstance(read.expert, int) or read.maps is not left:
+        return NotImplemented
+    h = func(read.base, x) if left else func(x, read.base)
+    for pair in read.pairs:
+        a, b = (pair.a, pair.b) if read.expert is None else (pair.a[read.expert], pair.b[read.expert])
+        a, b, seen = a.to(x.dtype), b.to(x.dtype), _dropped(x, pair)
+        if left:
+            change = torch.bmm(b, torch.bmm(a, seen))
+        else:
+            change = torch.bmm(torch.bmm(seen, a.transpose(1, 2)), b.transpose(1, 2))
+        h = h + change * pair.scale
+    return h
+
+
+def _data_ptr(_: Any, stack: Any) -> Any:
+    """Whether the base's numbers are aligned is asked before a grouped product of them."""
+    return stack.base.data_ptr()
+
+
+WAYS: dict[Any, Callable[..., Any]] = {
+    Tensor.__getitem__: _getitem,
+    Tensor.data_ptr: _data_ptr,
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+    Tensor.mT.__get__: _matrix_transpose,  # type: ignore[attr-defined]
+    Tensor.T.__get__: _matrix_transpose,  # type: ignore[attr-defined]
+    Tensor.t: _matrix_transpose,
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
+}
+for _name, _owner in (("grouped_mm", F), ("_grouped_mm", torch)):
+    if hasattr(_owner, _name):
+        WAYS[getattr(_owner, _name)] = _grouped_mm
