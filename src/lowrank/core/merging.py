@@ -121,16 +121,11 @@ def merge_block(base: Tensor, changes: Sequence[Change], rows: slice, memory: Te
     return total
 
 
-def merge_weight(weight: Tensor, changes: Sequence[Change], dtype: torch.dtype | None = None) -> Tensor:
-    """W0 + Σ ΔW as a new tensor of `dtype` (`weight`'s where not given), rounded once: weight (n, m) as stored."""
-    merged = torch.empty_like(weight, dtype=dtype)
-    merge_into(merged, weight, changes)
-    return merged
-
-
-def merge_into(merged: Tensor, weight: Tensor, changes: Sequence[Change]) -> None:
-    """In place: merged = W0 + Σ ΔW, rounded once to the dtype it has; both (n, m) as stored."""
+def merge_weight(weight: Tensor, changes: Sequence[Change], merged: Tensor | None = None) -> Tensor:
+    """W0 + Σ ΔW, weight (n, m) as stored, rounded once: into `merged`, to its dtype, or a new tensor of `weight`'s."""
+    merged = torch.empty_like(weight) if merged is None else merged
     memory = None
     for rows in row_blocks(*weight.shape):
         memory = merge_block(weight[rows], changes, rows, memory)
         merged[rows] = memory
+    return merged

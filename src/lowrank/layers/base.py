@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.core.factors import LoraFactors
-from lowrank.core.merging import Change, adapted_weight, merge_into, prepare
+from lowrank.core.merging import Change, adapted_weight, merge_weight, prepare
 from lowrank.core.stored import Weight
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import TargetError
@@ -153,7 +153,7 @@ class LoraLayer(nn.Module):
         merged = torch.empty_like(weight, dtype=dtype)
         places = (place for place, _ in self.units(merged, ()))
         for place, (matrix, changes) in zip(places, self.units(weight, adapters), strict=True):
-            merge_into(place, matrix, changes)
+            merge_weight(matrix, changes, place)
         return merged.view(frozen_shape(self))
 
     def fold(self) -> None:
