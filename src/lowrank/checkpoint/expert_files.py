@@ -5,7 +5,7 @@ innermost: of gate_up_proj and down_proj, `experts.base_layer.lora_A` is the for
 Which these are is said by target_parameters and by the model.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -15,8 +15,7 @@ from lowrank.checkpoint.read import AdapterFiles
 from lowrank.checkpoint.renaming import find_renaming
 from lowrank.errors import CheckpointError
 from lowrank.injection.patterns import matches, matches_name
-from lowrank.layers.kinds import kind_of
-from lowrank.layers.stack import LoraStack, stacks_of
+from lowrank.layers.stack import LoraStack, kind_of_stack, stacks_of
 
 WRAP = ".base_layer"
 
@@ -62,24 +61,44 @@ def with_stacks(files: AdapterFiles, modules: Mapping[str, nn.Module]) -> Adapte
     """
     if not files.config.lora.target_parameters:
         return files
+    wraps = wraps_of(files)
+    rename = find_renaming([*wraps, *(key.path for key in files.full)], modules)
+
+    def stacks_at(root: str) -> dict[str, str]:
+        module = modules.get(rename(root))
+        stacks = {} if module is None else stacks_of(module)
+        return {name: kind_of_stack(stack).kind for name, stack in stacks.items()}
+
+    return told_apart(files, wraps, stacks_at)
+
+
+def wraps_of(files: AdapterFiles) -> dict[str, dict[int, str]]:
+    """{a module's path: {how often it is wrapped: the path in the file}}."""
     wraps: dict[str, dict[int, str]] = {}
     for path in files.low_rank:
         root, depth = unwrapped(path)
         wraps.setdefault(root, {})[depth] = path
-    rename = find_renaming([*wraps, *(key.path for key in files.full)], modules)
+    return wraps
+
+
+def told_apart(
+    files: AdapterFiles, wraps: Mapping[str, Mapping[int, str]], stacks_at: Callable[[str], Mapping[str, str]]
+) -> AdapterFiles:
+    """The same files with the factors of stacks under the paths of these.
+
+    stacks_at: {name: layer kind} of the stacks of the module at a path, in the module's order; none where it has none.
+    Raises CheckpointError where it cannot be told which factors belong to which stack.
+    """
     low_rank: dict[str, Mapping[str, Tensor]] = {}
     experts: dict[str, str] = {}
     for root, by_depth in wraps.items():
-        module = modules.get(rename(root))
-        stacks = {} if module is None else stacks_of(module)
+        stacks = stacks_at(root)
         if not stacks:
             low_rank |= {path: files.low_rank[path] for path in by_depth.values()}
             continue
         for depth, name in enumerate(reversed(_meant(files, root, by_depth, stacks))):
-            kind = kind_of(stacks[name])
-            assert kind is not None
             low_rank[f"{root}.{name}"] = files.low_rank[by_depth[depth]]
-            experts[f"{root}.{name}"] = kind.kind
+            experts[f"{root}.{name}"] = stacks[name]
     return replace(files, low_rank=low_rank, experts=experts)
 
 

@@ -78,6 +78,12 @@ class AdapterFiles:
             magnitude=None if magnitude is None else _master(magnitude),
         )
 
+    def factors_of_expert(self, path: str, expert: int, count: int, rows: slice) -> LoraFactors:
+        """The factors of some output rows of one of `count` experts of a stack (E, d, k): a (r, k), b (d', r)."""
+        a, b = self.pair(path)
+        a, b = a.unflatten(0, (count, -1))[expert], b.unflatten(1, (-1, count))[rows, :, expert]
+        return LoraFactors(_master(a), _master(b), self.config.scale(path), self.config.lora.lora_dropout)
+
 
 def _master(tensor: Tensor) -> Tensor:
     """A copy in float32 or wider that no file stands behind."""
@@ -93,12 +99,18 @@ def read_adapter(folder: str | os.PathLike[str], allow_pickle: bool = False) -> 
     weights that are missing, truncated or garbage, and (all listed at once) tensors that are empty, without their
     partner, or of another rank than the config declares.
     """
-    files = open_adapter(folder, allow_pickle)
+    files = read_with_stacks(folder, allow_pickle)
     if files.config.lora.target_parameters:
         raise CheckpointError(
-            f"{files.folder} adapts stacked experts (target_parameters), which are not told apart without their model: "
-            "load_adapter and merge_and_unload do it in memory"
+            f"{files.folder} adapts stacked experts (target_parameters), which this does not take: load_adapter and "
+            "merges, in memory and on disk, do"
         )
+    return files
+
+
+def read_with_stacks(folder: str | os.PathLike[str], allow_pickle: bool = False) -> AdapterFiles:
+    """`read_adapter`, of an adapter of stacked experts too, whose factors have the names that its file gives them."""
+    files = open_adapter(folder, allow_pickle)
     if faults := tensor_faults(files) + _rank_faults(files):
         raise CheckpointError(f"{files.folder}: {'; '.join(faults)}")
     return files
@@ -221,6 +233,8 @@ def _rank_faults(files: AdapterFiles) -> list[str]:
         rank = files.config.rank(path)
         if a is None or b is None or not a.numel() or not b.numel():
             continue
+        if files.config.lora.target_parameters and a.shape[0] == b.shape[-1]:
+            continue  # a pair for every expert, of ranks that its place will tell
         if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != rank or not _fits_rank(a, b, files.kind(path)):
             faults.append(
                 f"{path} has A {list(a.shape)} and B {list(b.shape)}, and adapter_config.json says rank {rank}"

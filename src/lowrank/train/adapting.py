@@ -31,6 +31,8 @@ def lora_config(settings: TrainSettings, heads: tuple[str, ...]) -> LoraConfig:
     """The adapter the settings mean; a classifier's head is trained in full beside it."""
     return replace(
         target_config(settings),
+        target_parameters=read_targets(settings.target_parameters),
+        expert_rank=settings.expert_rank,
         lora_dropout=settings.dropout,
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,

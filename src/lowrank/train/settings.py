@@ -33,6 +33,12 @@ class TargetSettings(Settings):
 class AdapterSettings(TargetSettings):
     """Which low-rank change is learned, and how it starts."""
 
+    target_parameters: str | tuple[str, ...] | None = Field(
+        None,
+        description="Stacks of a mixture's experts to adapt (gate_up_proj,down_proj), named as targets are; "
+        '"all-linear" means all of them where not given',
+    )
+    expert_rank: int | None = Field(None, description="Rank of every expert's change; --rank where not given")
     dropout: float = Field(0.0, description="Dropout on the input of A while training")
     init: str = Field(
         "gaussian",

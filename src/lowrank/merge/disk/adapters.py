@@ -10,7 +10,7 @@ from torch import Tensor
 from lowrank.adapters.weighted import WeightedAdapter, weighted_pairs
 from lowrank.checkpoint.adapter_folder import AdapterPath
 from lowrank.checkpoint.keys import MAGNITUDE
-from lowrank.checkpoint.read import AdapterFiles, read_adapter
+from lowrank.checkpoint.read import AdapterFiles, read_with_stacks
 from lowrank.checkpoint.restore import unfold, with_moved_base
 from lowrank.core.factors import LoraFactors
 from lowrank.core.finite import named
@@ -37,12 +37,25 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """Which part of a stack's change a tensor has: that of expert `number` of `count`, of these output rows."""
+
+    number: int
+    count: int
+    rows: slice
+
+
+@dataclass(frozen=True, slots=True)
 class Contribution:
-    """One adapter's ΔW in one tensor. kind: the layer kind, which says how the tensor stores W0."""
+    """One adapter's ΔW in one tensor. kind: the layer kind, which says how the tensor stores W0.
+
+    expert: where the tensor is one expert, or a part of one, of the stack at `path`.
+    """
 
     adapter: Adapter
     path: str
     kind: str
+    expert: ExpertRows | None = None
 
     @property
     def transposed(self) -> bool:
@@ -63,8 +76,12 @@ class Contribution:
 
         shape: the tensor's own; weight: (n, m) as stored or, where nothing reads it, anything of its dtype.
         """
-        files = self.adapter.files
-        factors = unfold(files.factors(self.path, shape), self.path, files.companion)
+        files, one = self.adapter.files, self.expert
+        if one is None:
+            factors = files.factors(self.path, shape)
+        else:
+            factors = files.factors_of_expert(self.path, one.number, one.count, one.rows)
+        factors = unfold(factors, self.path, files.companion)
         factors = factors.to(dtype=torch.promote_types(factors.a.dtype, weight.dtype))
         if self._moved is None:
             return factors
@@ -92,7 +109,7 @@ def read_adapters(adapters: WeightedAdapter | Sequence[WeightedAdapter], allow_p
 
 
 def _read(path: AdapterPath, weight: float, allow_pickle: bool) -> Adapter:
-    files = read_adapter(path, allow_pickle)
+    files = read_with_stacks(path, allow_pickle)
     adapter = Adapter(files.folder, files, weight)
     if adapter.weight != 1 and adapter.files.config.lora.use_dora:
         raise MergeError(

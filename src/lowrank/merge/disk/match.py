@@ -1,7 +1,7 @@
 """One adapter against the base: which tensors it changes, which it replaces, which it brings along."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from lowrank.errors import CheckpointError, some
 from lowrank.files.safetensors import DTYPE_NAMES
 from lowrank.injection.patterns import matches, matches_name, suggestion
 from lowrank.merge.disk.adapters import Adapter, Contribution
+from lowrank.merge.disk.expert_places import expert_changes, with_experts
 from lowrank.merge.disk.sidefiles import own_texts
 from lowrank.merge.disk.stored_rows import equals_stored, first_numbers
 from lowrank.modelfiles.base import BaseFiles
 from lowrank.modelfiles.dialects import translations
+from lowrank.modelfiles.experts import stacks_in_files
 from lowrank.modelfiles.names import resolve
 from lowrank.modelfiles.orientation import kinds_that_fit, shape_fault, stores_transposed
 from lowrank.modelfiles.quantised import unread_form
@@ -50,8 +52,10 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
     Raises CheckpointError for names that match nothing, shapes that do not fit, and tensors that cannot be merged into:
     the first faults, and how many there are.
     """
+    stacks = stacks_in_files(base) if adapter.files.config.lora.target_parameters else {}
+    adapter = replace(adapter, files=with_experts(base, adapter.files, stacks))
     files = adapter.files
-    modules = _modules(base)
+    modules = _modules(base) | dict.fromkeys(stacks)
     paths = list(dict.fromkeys([*files.low_rank, *(key.path for key in files.full)]))
     resolution = resolve(paths, modules, lambda path, module: _may_fit(base, files, path, module))
     places = dict(resolution.modules)
@@ -64,12 +68,13 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
             "over if the model is to be used with them"
         )
     for path in paths:
-        if f"{places.get(path, path)}.weight" in base.tensors:
+        if f"{places.get(path, path)}.weight" in base.tensors or path in files.experts:
             continue
         if shared := _shared_embedding(base, places.get(path, path)):
             places[path], embedding = shared
             found.heads[f"{places[path]}.weight"] = embedding
     faults = _changes(base, adapter, places, found, modules) + _full(base, adapter, places, found)
+    faults += expert_changes(base, adapter, places, found.changed, stacks)
     if faults and (method := unread_form(base)):
         raise CheckpointError(
             f"{base.label} is quantised ({method}), a form that is not read here: give the model it was made from, "
@@ -103,7 +108,7 @@ def _stored(base: BaseFiles, found: Match, place: str, name: str = "weight") -> 
 
 def _may_fit(base: BaseFiles, files: AdapterFiles, path: str, module: str) -> bool:
     tensor = base.tensors.get(f"{module}.weight")
-    if path not in files.low_rank:
+    if path not in files.low_rank or path in files.experts:
         return True
     return tensor is not None and bool(kinds_that_fit(files, path, tensor[1].shape))
 
@@ -123,7 +128,7 @@ def _changes(
 ) -> list[str]:
     files, faults = adapter.files, []
     kinds: dict[str, tuple[str, list[str]]] = {}
-    for path in files.low_rank:
+    for path in [path for path in files.low_rank if path not in files.experts]:
         stored = _stored(base, found, places[path]) if path in places else None
         if stored is None:
             faults.append(_nowhere(base, adapter, path, places.get(path, path), modules))

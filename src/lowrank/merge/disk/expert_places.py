@@ -1,0 +1,86 @@
+"""An adapter of stacked experts against a base whose files keep them one by one."""
+
+from collections.abc import Mapping, MutableMapping
+
+from lowrank.checkpoint.expert_files import told_apart, wraps_of
+from lowrank.checkpoint.read import AdapterFiles
+from lowrank.errors import CheckpointError, some
+from lowrank.layers.experts import STACKS
+from lowrank.merge.disk.adapters import Adapter, Contribution, ExpertRows
+from lowrank.modelfiles.base import BaseFiles
+from lowrank.modelfiles.experts import StackInFiles
+
+
+def with_experts(base: BaseFiles, files: AdapterFiles, stacks: Mapping[str, StackInFiles]) -> AdapterFiles:
+    """The adapter's files with the factors of stacks under the paths of these, as far as the base has such stacks.
+
+    Raises CheckpointError where which is which cannot be told, and for a base that stores its experts otherwise.
+    """
+    if not files.config.lora.target_parameters:
+        return files
+    names = [name for name in STACKS if any(path.endswith(f".{name}") for path in stacks)]
+    if not names:
+        stored = [name for name in base.tensors if "expert" in name]
+        raise CheckpointError(
+            f"{files.folder} adapts stacked experts, and {base.label} stores none one by one as transformers' table of "
+            f"conversions has them (but {some(stored, 2) or 'none at all'}): load the model and use merge_and_unload"
+        )
+    roots = {path.rpartition(".")[0].rpartition(".")[2] for path in stacks}  # experts
+    return told_apart(
+        files,
+        wraps_of(files),
+        lambda root: dict.fromkeys(names, "experts") if root.rpartition(".")[2] in roots else {},
+    )
+
+
+def expert_changes(
+    base: BaseFiles,
+    adapter: Adapter,
+    places: Mapping[str, str],
+    changed: MutableMapping[str, Contribution],
+    stacks: Mapping[str, StackInFiles],
+) -> list[str]:
+    """In place: every expert's tensors get their part of its stack's change. Returns the faults."""
+    faults = []
+    for path in adapter.files.experts:
+        stack = stacks.get(places.get(path, path))
+        if stack is None:
+            faults.append(f"{path}: the base stores no such experts one by one")
+        elif fault := _shape_fault(base, adapter.files, path, stack):
+            faults.append(fault)
+        else:
+            changed.update(_contributions(base, adapter, path, stack))
+    return faults
+
+
+def _sizes(base: BaseFiles, stack: StackInFiles) -> list[tuple[int, ...]]:
+    """The shape of every part, of the first expert."""
+    return [base.tensors[names[0]][1].shape for names in stack.parts]
+
+
+def _shape_fault(base: BaseFiles, files: AdapterFiles, path: str, stack: StackInFiles) -> str | None:
+    sizes, count, rank = _sizes(base, stack), len(stack.parts[0]), files.config.rank(path)
+    for names, size in zip(stack.parts, sizes, strict=True):
+        if strange := [name for name in names if base.tensors[name][1].shape != size or len(size) != 2]:
+            return f"{path}: {strange[0]} has shape {list(base.tensors[strange[0]][1].shape)}, unlike the other experts"
+    rows, columns = sum(size[0] for size in sizes), sizes[0][1]
+    wanted = [count * rank, columns], [rows, count * rank]
+    got = [list(tensor.shape) for tensor in files.pair(path)]
+    if got == list(wanted) and all(size[1] == columns for size in sizes):
+        return None
+    return (
+        f"{path} has A {got[0]} and B {got[1]}, and {count} experts of {rows}×{columns} at rank {rank} want "
+        f"{wanted[0]} and {wanted[1]}"
+    )
+
+
+def _contributions(base: BaseFiles, adapter: Adapter, path: str, stack: StackInFiles) -> list[tuple[str, Contribution]]:
+    found, start = [], 0
+    for names, size in zip(stack.parts, _sizes(base, stack), strict=True):
+        rows = slice(start, start + size[0])
+        start = rows.stop
+        found += [
+            (name, Contribution(adapter, path, "linear", ExpertRows(number, len(names), rows)))
+            for number, name in enumerate(names)
+        ]
+    return found

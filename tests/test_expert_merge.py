@@ -1,0 +1,86 @@
+"""Merging adapters of stacked experts on disk, into checkpoints that keep the experts one by one: memory's bits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lowrank
+from expert_models import adapted, answer, mixture
+from lowrank.analysis.inspection import inspect_adapter
+from lowrank.files.safetensors import read_tensors
+
+ONE_BY_ONE = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_next", "jamba", "nemotron_h")
+
+
+def saved(family: str, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A mixture as transformers writes it, and the same with an adapter in memory, which is saved beside it."""
+    model = mixture(family).to(dtype)
+    model.save_pretrained(folder / "base")
+    adapted(model, **options)
+    lowrank.save_adapter(model, folder / "adapter")
+    return model
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a checkpoint, by their names in the files."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in read_tensors(file).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("family", ONE_BY_ONE)
+def test_the_result_has_the_bits_of_a_merge_in_memory(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = saved(family, tmp_path, dtype, target_modules=["lm_head"])
+    names = list(tensors(tmp_path / "base"))
+    assert any(".experts.3." in name for name in names)
+    report = lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert report.merged == 1 + sum(".experts." in name for name in names)
+    lowrank.merge_and_unload(model)
+    model.save_pretrained(tmp_path / "memory")
+    got, wanted = tensors(tmp_path / "out"), tensors(tmp_path / "memory")
+    assert list(got) == names and got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in names)
+    assert not all(torch.equal(got[name], tensor) for name, tensor in tensors(tmp_path / "base").items())
+
+
+def test_one_stack_alone_two_adapters_and_weights(tmp_path: Path) -> None:
+    model = saved("qwen3_moe", tmp_path, target_parameters=["down_proj"])
+    adapted(model, "two", 5, r=2, lora_alpha=3, init_lora_weights="pissa")
+    lowrank.save_adapter(model, tmp_path / "two", "two")
+    lowrank.merge_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1), (tmp_path / "two", 1)], tmp_path / "out")
+    lowrank.set_active(model, ["default", "two"])
+    wanted = answer(model)
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    torch.testing.assert_close(answer(merged), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
+def test_a_base_that_stores_stacks_is_refused_by_name(family: str, tmp_path: Path) -> None:
+    saved(family, tmp_path)
+    with pytest.raises(lowrank.LowrankError, match=r"stores none one by one .* merge_and_unload"):
+        lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_number_of_experts_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    saved("mixtral", tmp_path / "four")
+    mixture("mixtral", num_local_experts=3).save_pretrained(tmp_path / "three")
+    with pytest.raises(lowrank.LowrankError, match=r"3 experts of 96×32 at rank 3 want \[9, 32\] and \[96, 9\]"):
+        lowrank.merge_checkpoint(tmp_path / "three", tmp_path / "four" / "adapter", tmp_path / "out")
+
+
+def test_what_does_not_take_stacks_says_so(tmp_path: Path) -> None:
+    saved("mixtral", tmp_path)
+    for call in (lowrank.read_adapter, inspect_adapter):
+        with pytest.raises(lowrank.LowrankError, match="adapts stacked experts"):
+            call(tmp_path / "adapter")
+    with pytest.raises(lowrank.LowrankError, match="adapts stacked experts"):
+        lowrank.resize_adapter(tmp_path / "adapter", tmp_path / "new", rank=1)
+    with pytest.raises(lowrank.LowrankError, match="adapts stacked experts"):
+        lowrank.combine_adapters([(tmp_path / "adapter", 1.0)], tmp_path / "new")
+    with pytest.raises(lowrank.LowrankError, match="adapts stacked experts"):
+        lowrank.convert_adapter(tmp_path / "adapter", tmp_path / "new", to="mlx")
+    assert not (tmp_path / "new").exists()
