@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lowrank.data import encoding
 from lowrank.data.cache import rows as kept_rows
 from lowrank.data.cache import spool
 from lowrank.data.cache.spool import NAME
@@ -161,6 +162,36 @@ def test_no_disk_with_room_is_one_sentence(tmp_path, places, monkeypatch):
     with pytest.raises(OutputError, match=r"scratch: .*No space left on device\); make room, .*TMPDIR$"):
         read(file, cache=False)
     assert list(scratch.iterdir()) == []
+
+
+CHATS = [
+    [{"role": "user", "content": f"what is the cat {n} ?"}, {"role": "assistant", "content": "red " * (n % 7 + 1)}]
+    for n in range(400)
+]
+OF_KIND = {
+    "chat": [{"messages": turns} for turns in CHATS],
+    "completion": completion_rows(400),
+    "text": [{"text": "the cat is red " * (n % 9 + 1)} for n in range(400)],
+    "classification": [{"text": "the cat " * (n % 9 + 1), "label": ["bad", "good"][n % 2]} for n in range(400)],
+    "preference": [{"chosen": turns, "rejected": [turns[0], {**turns[1], "content": "blue"}]} for turns in CHATS],
+}
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_tokens_do_not_depend_on_parts_and_threads(kind, tmp_path, monkeypatch):
+    data = read(write_jsonl(tmp_path / "a.jsonl", OF_KIND[kind]), cache=False)
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} </s>{% endfor %}" if data.speaks else ""
+    recipe = Recipe(kind, "{prompt} ->", 16, ("bad", "good"), chat_template=template)
+
+    def found(threads, rows):
+        monkeypatch.setattr(encoding, "THREADS", threads)
+        monkeypatch.setattr(kept_rows, "PART_ROWS", rows)
+        made = encode(data, tokenizer(pad=True), recipe)
+        counts = (made.cut, made.dropped, made.split, made.tokens, made.trained, made.between)
+        return [(e.ids, e.labels, e.type_ids) for e in made.examples], counts
+
+    whole = found(1, 10_000)
+    assert found(1, 7) == found(2, 64) == found(8, 3) == whole and len(whole[0]) >= 400
 
 
 def test_rows_that_json_does_not_know_are_rows(tmp_path, places):

@@ -48,6 +48,27 @@ def test_a_pulse_says_the_stage_and_says_it_again():
         until(lambda: "lowrank: training, 3 of 4,000, 0:0" in stream.getvalue())
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_tokenising_shows_a_bar_on_a_terminal_until_it_ends(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, pipe = Terminal(), io.StringIO()
+    for stream in (terminal, pipe):
+        with Pulse(60, 60, stream) as pulse:
+            stages.stage("tokenising rows", 0, 4000)
+            stages.stage("tokenising rows", 1000, 4000)
+            assert pulse._bar.shown == (stream is terminal)
+            stages.stage("tokenising rows", 4000, 4000)
+            assert not pulse._bar.shown
+            stages.stage("training", 3, 40)
+            assert not pulse._bar.shown
+    assert "tokenising rows" in terminal.getvalue() and "1000/4000" in terminal.getvalue()
+    assert pipe.getvalue() == ""
+
+
 def test_a_pulse_is_silent_in_short_work_and_beside_a_bar():
     stream = io.StringIO()
     with Pulse(60, 60, stream):
@@ -67,12 +88,12 @@ def home(tmp_path_factory):
 
 
 COMMANDS = [
-    ("train --steps 2 --out run", ["reading skill.jsonl", "loading the model", "tokenising 30 rows", "training"]),
-    ("eval", ["reading skill.jsonl", "loading the model", "tokenising 30 rows", "evaluating"]),
-    ("rank --sample 4", ["reading skill.jsonl", "loading the model", "tokenising 4 rows", "gradient"]),
+    ("train --steps 2 --out run", ["reading skill.jsonl", "loading the model", "tokenising rows", "training"]),
+    ("eval", ["reading skill.jsonl", "loading the model", "tokenising rows", "evaluating"]),
+    ("rank --sample 4", ["reading skill.jsonl", "loading the model", "tokenising rows", "gradient"]),
     (
         "dimension --steps 1 --ladder 2 --seeds 1 --out d",
-        ["tokenising 27 rows", "full, seed 0: training", "2, seed 0: training", "2, seed 0: evaluating"],
+        ["tokenising rows", "full, seed 0: training", "2, seed 0: training", "2, seed 0: evaluating"],
     ),
 ]
 

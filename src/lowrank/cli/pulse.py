@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self, TextIO
 
+from lowrank.cli.stage_bar import StageBar
 from lowrank.stages import listening
 
 FIRST, EVERY = 5.0, 30.0  # seconds: a stage that takes less says nothing, nor at first one that counts
@@ -22,6 +23,7 @@ class Pulse:
         self._due = self._since + every
         self._muted, self._seen = 0, {""}
         self._wake, self._stopped = threading.Event(), False
+        self._bar = StageBar(self.stream or sys.stderr)
         self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
 
     def told(self, what: str, done: int | None, total: int | None) -> None:
@@ -34,6 +36,8 @@ class Pulse:
                 self._due = min(self._due, now + self.first)
                 self._wake.set()
         self._done, self._total = done, total
+        if not self._muted:
+            self._bar.told(what, done, total)
 
     def spoke(self) -> None:
         """Something else was shown: another half minute of silence is fine."""
@@ -43,6 +47,7 @@ class Pulse:
     def muted(self) -> Iterator[None]:
         """Inside, a bar shows where the work is."""
         self._muted += 1
+        self._bar.close()
         try:
             yield
         finally:
@@ -57,6 +62,7 @@ class Pulse:
 
     def __exit__(self, *_exception: object) -> None:
         self._stopped = True
+        self._bar.close()
         self._wake.set()
         self._thread.join()
         self._listening.__exit__(None, None, None)
@@ -68,7 +74,7 @@ class Pulse:
                 self._wake.wait(left)
                 self._wake.clear()
                 continue
-            if not self._muted:
+            if not self._muted and not self._bar.shown:
                 print(self.line(), file=self.stream or sys.stderr, flush=True)
             self.spoke()
 

@@ -1,6 +1,8 @@
 """Rows to tokens a part at a time, as work for the cache: what was made is written before the next part is begun."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +12,13 @@ from lowrank.data.cache.warned import heard
 from lowrank.data.dataset import Dataset
 from lowrank.data.examples import Example
 from lowrank.data.recipe import Recipe
+from lowrank.data.rows import JUDGES, Row
 from lowrank.data.tally import COUNTS, Tally
 from lowrank.errors import DataError
 from lowrank.stages import stage
 
+STAGE = "tokenising rows"
+THREADS = 2  # one is in Python while the other's texts are with the tokenizer, which has all cores: more gain nothing
 Encoder = Callable[[Dataset, Any, Recipe, Tally], list[Example]]
 
 
@@ -54,9 +59,31 @@ class Encoding:
         }
 
     def _parts(self) -> Iterator[tuple[list[Example], Tally]]:
+        """Every part in order, some on their way at once: what they become does not depend on each other."""
         rows, done = self.data.rows, 0
-        for part in rows.parts() if isinstance(rows, StoredRows) else [rows]:
-            stage("tokenising rows", done, len(rows))
-            found = Tally()
-            yield self.encoder(replace(self.data, rows=part), self.tokenizer, self.recipe, found), found
-            done += len(part)
+        waiting: deque[tuple[int, Future[tuple[list[Example], Tally]]]] = deque()
+        pool = ThreadPoolExecutor(self._threads(), "tokens")
+        try:
+            for part in rows.parts() if isinstance(rows, StoredRows) else [rows]:
+                waiting.append((len(part), pool.submit(self._part, part)))
+                while len(waiting) > THREADS:
+                    size, made = waiting.popleft()
+                    yield made.result()
+                    done += size
+                    stage(STAGE, done, len(rows))
+            yield from (made.result() for _, made in waiting)
+            stage(STAGE, len(rows), len(rows))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _part(self, rows: Sequence[Row]) -> tuple[list[Example], Tally]:
+        found = Tally()
+        return self.encoder(replace(self.data, rows=rows), self.tokenizer, self.recipe, found), found
+
+    def _threads(self) -> int:
+        """One where the tokenizer is told something else between its calls: to cut, for rows with a label; or is not
+        known to bear several at once. It is told to cut nothing here, before any thread asks it."""
+        if self.data.kind in JUDGES or not getattr(self.tokenizer, "is_fast", False):
+            return 1
+        self.tokenizer("a", add_special_tokens=False)
+        return THREADS

@@ -22,7 +22,7 @@ from lowrank.data.cache.warned import repeat
 from lowrank.data.chat.encoding import chat_prompt, encode_chats
 from lowrank.data.classification import encode_labelled
 from lowrank.data.dataset import Dataset
-from lowrank.data.encoding import Encoding
+from lowrank.data.encoding import STAGE, Encoding
 from lowrank.data.examples import IGNORED, Encoded, Example
 from lowrank.data.preference import encode_preferences
 from lowrank.data.recipe import Recipe
@@ -39,7 +39,7 @@ def encode(data: Dataset, tokenizer: Any, recipe: Recipe) -> Encoded:
 
     Raises DataError where no row has anything left to train, and for what is wrong with rows as tokens.
     """
-    stage("tokenising rows", 0, len(data.rows))
+    stage(STAGE, 0, len(data.rows))
     key = tokens_key(data.key, tokenizer, recipe)
     kept = get(key) if key else None
     if kept is None:
