@@ -63,7 +63,7 @@ MUTATIONS: dict[str, Mutation] = {
         MERGE,
     ),
     "merge: not finite is not refused": Mutation(
-        "merge/memory.py", "if not _finite(layer.factors(name))", "if False", REFUSALS
+        "merge/memory.py", "if not _finite(layer, name)", "if False", REFUSALS
     ),
     "merge: overflow is not refused": Mutation(
         "merge/overflow.py", "if bound < 0.99 * limit or", "if True or", REFUSALS

@@ -216,7 +216,7 @@ ADAPTERS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     ),
     "half a pair": ({f"{Q}.lora_A.weight": torch.ones(2, 4)}, {}, "lora_B"),
     "another type": (factors(), {"peft_type": "IA3"}, "IA3"),
-    "bias of B": (factors(), {"lora_bias": True}, "lora_bias"),
+    "bias of B": (factors(), {"lora_bias": True}, "missing .*lora_B.bias"),
     "alpha not a number": (factors(), {"lora_alpha": "much"}, "lora_alpha"),
 }
 

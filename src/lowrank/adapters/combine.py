@@ -116,6 +116,11 @@ def _read(adapters: WeightedAdapter | Sequence[WeightedAdapter], allow_pickle: b
                 f"{os.fspath(folder)} is a DoRA adapter, whose change depends on the base and is not linear in its "
                 "factors: merge it into the base and extract the difference"
             )
+        if files.rows:
+            raise MergeError(
+                f"{files.folder} has rows of {next(iter(files.rows))} of its own (trainable_token_indices), which have "
+                "no sum with another adapter's: merge it into its base"
+            )
         parts.append(_Part(files.folder, content_of(files), float(weight)))
     return parts
 

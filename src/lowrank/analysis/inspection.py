@@ -80,10 +80,17 @@ def inspect_adapter(
         layers=tuple(
             Layer(where[path], *measured[path], comparisons.get(path)) for path in sorted(measured, key=natural)
         ),
-        full={_name(key): tuple(tensor.shape) for key, tensor in files.full.items()},
+        full=dict(_full(files)),
         unshared=unshared,
         notes=(*_notes(files, model is not None), *(() if other is None else _base_notes(files, other))),
     )
+
+
+def _full(files: AdapterFiles) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for key, tensor in files.full.items():
+        yield _name(key), tuple(tensor.shape)
+    for path, tensor in files.rows.items():
+        yield f"{path} (rows {some(files.row_indices(path), 8)})", tuple(tensor.shape)
 
 
 def _measure(
@@ -147,8 +154,10 @@ def _notes(files: AdapterFiles, with_base: bool) -> Iterator[str]:
             f"Training started from {files.config.moved_base} on a changed base, and the files hold B·A alone: this "
             "is not what training changed; give the base to have the start found again and taken off."
         )
-    if files.full:
-        yield f"{len(files.full)} tensors are kept in full and are no low-rank change; they are listed, not measured."
+    if files.config.raw.get("lora_bias"):
+        yield "B has biases of its own (lora_bias), which go into the layers' biases: they are not measured."
+    if count := len(files.full) + len(files.rows):
+        yield f"{count} tensors are kept in full and are no low-rank change; they are listed, not measured."
     if files.unknown_fields:
         yield f"Fields of adapter_config.json that were not used: {some(files.unknown_fields, 8)}."
 

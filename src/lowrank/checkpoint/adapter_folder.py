@@ -16,7 +16,7 @@ from lowrank.checkpoint.atomic import write_folder
 from lowrank.checkpoint.companion import Companion
 from lowrank.checkpoint.config_file import AdapterConfig
 from lowrank.checkpoint.describe import describe
-from lowrank.checkpoint.keys import MAGNITUDE, Key, full_key, low_rank_key
+from lowrank.checkpoint.keys import MAGNITUDE, TOKENS, Key, full_key, low_rank_key
 from lowrank.checkpoint.layout import file_rank, pair_roles, to_file
 from lowrank.checkpoint.one_scale import common_scale, folded
 from lowrank.checkpoint.read import SAFETENSORS, AdapterFiles
@@ -24,7 +24,10 @@ from lowrank.core.finite import all_finite
 from lowrank.errors import CheckpointError
 
 # What says of an adapter where it belongs; the rest of its config follows from its tensors.
-ORIGIN = ("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "revision", "task_type")
+ORIGIN = (
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "revision",
+    "task_type", "trainable_token_indices",
+)  # fmt: skip
 WHICH = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 RUN_FILE = "run.json"  # beside a trained adapter: how rows became tokens (`data.recipe`), under "recipe"
@@ -59,7 +62,8 @@ class Target:
 class AdapterContent:
     """All that an adapter's folder holds.
 
-    names: which modules it adapts, in the words of its config; origin: the fields of ORIGIN; full: tensors kept whole.
+    names: which modules it adapts, in the words of its config; origin: the fields of ORIGIN; full: tensors kept whole;
+    rows: {path: rows of its table}, which `origin` names (trainable_token_indices).
     """
 
     targets: Mapping[str, Target]
@@ -69,6 +73,7 @@ class AdapterContent:
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
     companion: Companion = field(default_factory=Companion)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class FileTargets(Mapping[str, Target]):
@@ -115,8 +120,9 @@ def content_of(files: AdapterFiles) -> AdapterContent:
 
     Tables that PEFT saves beside an embedding's factors, though they are the base's, are left out.
 
-    Raises CheckpointError for an adapter whose training took its start off the base (PiSSA, OLoRA saved as they are):
-    its factors mean something only together with that changed base.
+    Raises CheckpointError for an adapter whose B has a bias (lora_bias), which is part of the base's, and for one whose
+    training took its start off the base (PiSSA, OLoRA saved as they are): its factors mean something only together with
+    that changed base.
     """
     if files.config.moved_base is not None:
         raise CheckpointError(
@@ -124,6 +130,11 @@ def content_of(files: AdapterFiles) -> AdapterContent:
             "alone do not say its ΔW: load it onto its base with load_adapter and save it with save_adapter first"
         )
     lora, raw = files.config.lora, files.config.raw
+    if raw.get("lora_bias"):
+        raise CheckpointError(
+            f"{files.folder} has biases of B (lora_bias), which go into the base's: load it onto its base with "
+            "load_adapter and save it with save_adapter first"
+        )
     return AdapterContent(
         targets=FileTargets(files),
         names=names_of(files.config),
@@ -132,6 +143,7 @@ def content_of(files: AdapterFiles) -> AdapterContent:
         modules_to_save=tuple(lora.modules_to_save),
         bias=lora.bias,
         companion=Companion(base=files.companion.base),
+        rows=files.rows,
     )
 
 
@@ -194,6 +206,8 @@ def _tensors(content: AdapterContent, dtype: torch.dtype | None, scale: float) -
             yield low_rank_key(path, role), tensor.to(dtype or tensor.dtype)
         if target.magnitude is not None:
             yield low_rank_key(path, MAGNITUDE), target.magnitude.to(dtype or target.magnitude.dtype)
+    for path, tensor in content.rows.items():
+        yield low_rank_key(path, TOKENS), tensor
     for key, tensor in content.full.items():
         yield full_key(key.path, key.name, adapted=key.of_base), tensor
 

@@ -32,7 +32,11 @@ USED = (
     "use_rslora",
     "use_dora",
     "init_lora_weights",
+    "trainable_token_indices",
+    "ensure_weight_tying",
 )
+
+READ = ("lora_bias",)  # and applied, with no field of our own: what it means is part of the layer's bias
 
 # Where the adapter came from, how it was trained, or how a base stores its weights: nothing that changes ΔW.
 WITHOUT_EFFECT = (
@@ -47,7 +51,6 @@ WITHOUT_EFFECT = (
     "merge_weights",
     "megatron_core",
     "qalora_group_size",
-    "ensure_weight_tying",
     "loftq_config",
     "eva_config",
     "corda_config",
@@ -56,8 +59,6 @@ WITHOUT_EFFECT = (
 )
 
 UNREPRESENTABLE = {
-    "lora_bias": "B has a bias of its own: train without lora_bias, or merge with PEFT",
-    "trainable_token_indices": "single rows of a table are trained: merge with PEFT",
     "layer_replication": "the base's layers are repeated: build that model first, and save the adapter for it",
     "alora_invocation_tokens": "the adapter switches itself on at certain tokens, so it cannot be merged: use PEFT",
     "arrow_config": "the adapter routes between other adapters, so it cannot be merged: use PEFT",
@@ -121,7 +122,7 @@ def read_config(folder: Path) -> AdapterConfig:
                 check_expressions([getattr(lora, name)], name)
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    known = {*USED, *WITHOUT_EFFECT, *UNREPRESENTABLE}
+    known = {*USED, *READ, *WITHOUT_EFFECT, *UNREPRESENTABLE}
     return AdapterConfig(lora, tuple(sorted(set(raw) - known)), raw)
 
 
@@ -182,6 +183,9 @@ def _kind_faults(fields: dict[str, Any]) -> list[str]:
         faults.append(f"layers_to_transform must be layer numbers, not {layers!r}")
     if not _is_list(fields.get("modules_to_save", []), str):
         faults.append(f"modules_to_save must be a list of names, not {fields['modules_to_save']!r}")
+    rows = fields.get("trainable_token_indices", [])
+    if not all(_is_list(one, int) for one in (rows.values() if isinstance(rows, dict) else [rows])):
+        faults.append(f"trainable_token_indices must be token ids, or an object of modules and theirs, not {rows!r}")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(fields.get(name, {}), dict):
             faults.append(f"{name} must be an object of names and numbers, not {fields[name]!r}")

@@ -5,10 +5,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from lowrank.checkpoint.keys import MAGNITUDE, Key, full_key, low_rank_key
+from lowrank.checkpoint.keys import B_BIAS, MAGNITUDE, Key, full_key, low_rank_key
 from lowrank.checkpoint.layout import pair_roles, wanted_shapes
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.checkpoint.renaming import Renaming, lies_in
+from lowrank.checkpoint.row_files import row_fit_faults
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import TargetError
 from lowrank.injection.patterns import layer_index, matches, suggestion
@@ -37,6 +38,7 @@ def fit_faults(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Re
     present = {_full_name(key, rename) for key in files.full}
     for key in files.full:
         faults += _full_faults(files, key, modules, rename)
+    faults += row_fit_faults(files, modules, rename)
     faults += _missing_modules(files, modules, set(targets.values()))
     return faults + _missing_full(files, modules, present)
 
@@ -46,6 +48,10 @@ def _pair_faults(files: AdapterFiles, path: str, module: nn.Module) -> list[str]
     assert kind is not None
     weight = tuple(frozen_shape(module))
     shapes = dict(zip(pair_roles(kind.kind), _wanted(files, path, kind, module), strict=True))
+    if (bias := module._parameters.get("bias")) is not None:
+        shapes[B_BIAS] = tuple(bias.shape)
+    elif B_BIAS in files.low_rank[path]:
+        return [f"{low_rank_key(path, B_BIAS)} is part of a bias, and {path} has none to add it to"]
     if kind.supports_dora:
         shapes[MAGNITUDE] = (shapes[pair_roles(kind.kind)[1]][0],)
     faults = []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lowrank.core.dora import row_norms
 from lowrank.core.factors import LoraFactors
-from lowrank.injection.adapters import lora_layers
+from lowrank.injection.adapters import lora_layers, row_layers
 from lowrank.layers.base import LoraLayer
 from lowrank.layers.overrides import BASE, Overrides, override_tensors, overrides_of
 
@@ -30,6 +30,10 @@ def changes_nothing(model: nn.Module, name: str, full: Iterable[str]) -> bool:
         module = model.get_submodule(path)
         owned = override_tensors(module, name)
         if any(not torch.equal(tensor, base_tensor(module, key)) for key, tensor in owned.items()):
+            return False
+    for _, layer in row_layers(model, name):
+        rows, table = layer.rows(name), layer.base_weight
+        if not torch.equal(rows.values.to(table.dtype), table[rows.at]):
             return False
     return all(_is_idle(layer, layer.factors(name)) for _, layer in lora_layers(model) if name in layer.adapter_names)
 

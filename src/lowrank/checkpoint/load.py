@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +13,25 @@ from lowrank.checkpoint.fingerprint import fingerprint
 from lowrank.checkpoint.fit import fit_faults
 from lowrank.checkpoint.gather import is_sharded, whole
 from lowrank.checkpoint.idle import base_tensor, changes_nothing
-from lowrank.checkpoint.keys import Key
+from lowrank.checkpoint.keys import B_BIAS, Key
 from lowrank.checkpoint.loaded_config import loaded_config
-from lowrank.checkpoint.read import AdapterFiles, open_adapter, tensor_faults
+from lowrank.checkpoint.read import AdapterFiles, open_adapter
 from lowrank.checkpoint.renaming import Renaming, find_renaming, lies_in
 from lowrank.checkpoint.report import LoadReport
 from lowrank.checkpoint.restore import unfold, with_moved_base
+from lowrank.checkpoint.row_files import rows_of
+from lowrank.checkpoint.sound import tensor_faults
 from lowrank.checkpoint.unanswered import unanswered
 from lowrank.core.factors import LoraFactors
 from lowrank.core.stored import dense
 from lowrank.core.stored.of_module import frozen_shape
+from lowrank.core.token_rows import TokenRows
 from lowrank.errors import CheckpointError, LowrankWarning
 from lowrank.injection.apply import attach, check_new_name
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.state import check_trainable_here, unwrapped
 from lowrank.injection.targets import named_targets
+from lowrank.injection.token_rows import said_indices
 from lowrank.injection.undo import or_as_it_was
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import override_tensors
@@ -68,17 +73,24 @@ def load_files(model: nn.Module, files: AdapterFiles, adapter_name: str, trainab
     """In place: `load_adapter` for files that are read already."""
     modules = {"": model} | named_targets(model)
     files = with_stacks(files, modules)
-    rename = find_renaming([*files.low_rank, *(key.path for key in files.full)], modules)
+    rename = find_renaming(_paths(files), modules)
     _check(files, model, modules, rename)
     factors = {rename(path): _factors(files, path, modules[rename(path)]) for path in files.low_rank}
     full = _full(files, modules, rename)
-    config = loaded_config(files, factors, full, modules, rename)
+    rows = rows_of(model, modules, files, rename)
+    said = said_indices(model, modules, rows)
+    config = replace(loaded_config(files, factors, full, modules, rename), trainable_token_indices=said)
     unsaid = tuple(unanswered(files, modules, rename))
     with or_as_it_was(model, adapter_name, config):
-        _attach(model, adapter_name, config, factors, full, trainable)
+        _attach(model, adapter_name, config, factors, full, rows, trainable)
         report = _report(model, adapter_name, files, rename, full, unsaid)
     _warn(report, unsaid)
     return report
+
+
+def _paths(files: AdapterFiles) -> list[str]:
+    """The paths of all modules that the files speak of."""
+    return list(dict.fromkeys([*files.low_rank, *(key.path for key in files.full), *files.rows]))
 
 
 def _check(files: AdapterFiles, model: nn.Module, modules: Mapping[str, nn.Module], rename: Renaming) -> None:
@@ -95,7 +107,7 @@ def _check(files: AdapterFiles, model: nn.Module, modules: Mapping[str, nn.Modul
 
 def _without_values(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Renaming) -> list[str]:
     """The fault of a base whose tensors are not in memory."""
-    paths = dict.fromkeys(rename(path) for path in [*files.low_rank, *(key.path for key in files.full)])
+    paths = dict.fromkeys(map(rename, _paths(files)))
     empty = [path for path in paths if path in modules and any(t.is_meta for t in _own(modules[path]))]
     if not empty:
         return []
@@ -139,6 +151,10 @@ def _full(files: AdapterFiles, modules: Mapping[str, nn.Module], rename: Renamin
         own = whole(base_tensor(modules[rename(key.path)], key.name))
         if not (_is_table(key, files.config.lora) and torch.equal(tensor.to(own), own)):
             full.setdefault(rename(key.path), {})[key.name] = tensor
+    for path, tensors in files.low_rank.items():
+        if B_BIAS in tensors:
+            own = whole(base_tensor(modules[rename(path)], "bias"))
+            full.setdefault(rename(path), {})["bias"] = files.bias(path, own)
     return full
 
 
@@ -149,11 +165,17 @@ def _is_table(key: Key, config: LoraConfig) -> bool:
 
 @torch.no_grad()
 def _attach(
-    model: nn.Module, name: str, config: LoraConfig, factors: dict[str, LoraFactors], full: Full, trainable: bool
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    factors: dict[str, LoraFactors],
+    full: Full,
+    rows: dict[str, TokenRows],
+    trainable: bool,
 ) -> None:
     """In place: attach and fill in."""
     overrides = {path: tuple(tensors) for path, tensors in full.items()}
-    attach(model, name, config, factors, overrides, trainable=trainable)
+    attach(model, name, config, factors, overrides, rows, trainable=trainable)
     for path, tensors in full.items():
         owned = override_tensors(model.get_submodule(path), name)
         for tensor_name, tensor in tensors.items():

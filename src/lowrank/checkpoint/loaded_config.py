@@ -33,6 +33,7 @@ def loaded_config(
         target_parameters=tuple(stacks) or None,
         expert_rank=None,
         modules_to_save=_saved(file, factors, full, modules),
+        bias="lora_only" if files.config.raw.get("lora_bias") and file.bias == "none" else file.bias,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lowrank.checkpoint.companion import Companion, read_companion
 from lowrank.checkpoint.config_file import AdapterConfig, read_config
-from lowrank.checkpoint.keys import EMBEDDING_A, MAGNITUDE, A, Key, low_rank_key, parse
+from lowrank.checkpoint.keys import B_BIAS, EMBEDDING_A, MAGNITUDE, TOKENS, A, Key, parse
 from lowrank.checkpoint.layout import from_file, pair_roles
+from lowrank.checkpoint.sound import rank_faults, tensor_faults
 from lowrank.core.factors import LoraFactors
-from lowrank.core.finite import all_finite
 from lowrank.errors import CheckpointError, short
 from lowrank.files.names import is_name
 from lowrank.files.regular import opened
@@ -23,7 +23,6 @@ from lowrank.hub import local_folder
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 KOHYA = (".lora_down.weight", ".lora_up.weight")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,8 @@ class AdapterFiles:
     """An adapter as its files have it.
 
     low_rank: {module path: {role: tensor}}, roles and shapes as in the file (`checkpoint.keys`, `checkpoint.layout`);
-    full: {key: tensor} of everything kept in full; companion: what lowrank itself saved beside PEFT's files.
+    full: {key: tensor} of everything kept in full; rows: {module path: (n, d)} of tables of which single rows are
+    trained, in the order of `row_indices`; companion: what lowrank itself saved beside PEFT's files.
     experts: {path: layer kind} of stacks of experts, once a model has told which these are (`checkpoint.expert_files`).
     Tensors are read into memory, not mapped: a file that another program cuts short then does no harm.
     """
@@ -42,6 +42,15 @@ class AdapterFiles:
     full: Mapping[Key, Tensor]
     companion: Companion
     experts: Mapping[str, str] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def row_indices(self, path: str) -> tuple[int, ...]:
+        """The rows of the table at `path` that the file holds; empty where the config does not say them."""
+        said = self.config.lora.trainable_token_indices
+        if isinstance(said, Mapping):
+            named = [rows for name, rows in said.items() if path.endswith(name)]  # as PEFT finds them
+            return tuple(named[0]) if named else ()
+        return tuple(said or ()) if len(self.rows) == 1 else ()
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:
@@ -61,6 +70,12 @@ class AdapterFiles:
         """(A, B) of a module in the file's shapes."""
         a, b = pair_roles(self.kind(path))
         return self.low_rank[path][a], self.low_rank[path][b]
+
+    def bias(self, path: str, own: Tensor) -> Tensor:
+        """The layer's bias with s times B's added, rounded once: own (d,), the base's."""
+        wide = torch.promote_types(torch.float32, own.dtype)
+        added = self.low_rank[path][B_BIAS].to(device=own.device, dtype=wide)
+        return torch.add(own.detach().to(wide), added, alpha=self.config.scale(path)).to(own.dtype)
 
     def factors(self, path: str, weight: tuple[int, ...]) -> LoraFactors:
         """The factors of a module whose weight has the shape `weight`: float32 or wider, ΔW = s·B·A over all of it.
@@ -111,7 +126,7 @@ def read_adapter(folder: str | os.PathLike[str], allow_pickle: bool = False) -> 
 def read_with_stacks(folder: str | os.PathLike[str], allow_pickle: bool = False) -> AdapterFiles:
     """`read_adapter`, of an adapter of stacked experts too, whose factors have the names that its file gives them."""
     files = open_adapter(folder, allow_pickle)
-    if faults := tensor_faults(files) + _rank_faults(files):
+    if faults := tensor_faults(files) + rank_faults(files):
         raise CheckpointError(f"{files.folder}: {'; '.join(faults)}")
     return files
 
@@ -120,8 +135,11 @@ def open_adapter(name: str | os.PathLike[str], allow_pickle: bool) -> AdapterFil
     """`read_adapter` without the checks of single tensors."""
     folder = local_folder(name)
     config = read_config(folder)
-    low_rank, full = sort_tensors(_read_tensors(folder, allow_pickle), folder)
-    return AdapterFiles(folder, config, low_rank, full, read_companion(folder))
+    tensors = _read_tensors(folder, allow_pickle)
+    rows = {key: parse(key).path for key in tensors if parse(key).role == TOKENS}
+    low_rank, full = sort_tensors({key: tensor for key, tensor in tensors.items() if key not in rows}, folder)
+    held = {path: tensors[key] for key, path in rows.items()}
+    return AdapterFiles(folder, config, low_rank, full, read_companion(folder), rows=held)
 
 
 def sort_tensors(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, dict[str, Tensor]], dict[Key, Tensor]]:
@@ -193,61 +211,6 @@ def _is_plain(tensor: Tensor) -> bool:
     """True for a dense tensor that has memory for each of its values: an expanded one is a page for a few bytes."""
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
     return dense and tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
-
-
-def tensor_faults(files: AdapterFiles) -> list[str]:
-    """What is wrong with the tensors themselves and with what the config says of them."""
-    faults = [f"{key.path}.{key.name} is empty" for key, tensor in files.full.items() if tensor.numel() == 0]
-    for path, tensors in sorted(files.low_rank.items()):
-        faults += _module_faults(files, path, tensors)
-    return faults
-
-
-def _module_faults(files: AdapterFiles, path: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    kind, dora = files.kind(path), files.config.lora.use_dora
-    wanted = {*pair_roles(kind), *({MAGNITUDE} if dora else ())}
-    faults = [f"missing {low_rank_key(path, role)}" for role in sorted(wanted - tensors.keys())]
-    faults += [f"unexpected {low_rank_key(path, role)}" for role in sorted(tensors.keys() - wanted)]
-    if dora and kind != "linear":
-        faults.append(
-            f"use_dora is set and {path} is of kind {kind}: only Linear and Conv1D have DoRA, merge with PEFT"
-        )
-    for role, tensor in sorted(tensors.items()):
-        key = low_rank_key(path, role)
-        if tensor.numel() == 0:
-            faults.append(f"{key} is empty, of shape {list(tensor.shape)}: its shards were not gathered before saving")
-        elif not tensor.is_floating_point():
-            faults.append(f"{key} is {tensor.dtype}, no floating-point tensor")
-        elif tensor.dtype not in FLOATS:
-            faults.append(f"{key} is {tensor.dtype}, none of float16, bfloat16, float32 and float64")
-        elif not all_finite(tensor):
-            faults.append(f"{key} holds values that are not finite")
-    return faults
-
-
-def _rank_faults(files: AdapterFiles) -> list[str]:
-    """Pairs whose rank is not the declared one, so that their scale could not be trusted."""
-    faults = []
-    for path in sorted(files.low_rank):
-        a, b = (files.low_rank[path].get(role) for role in pair_roles(files.kind(path)))
-        rank = files.config.rank(path)
-        if a is None or b is None or not a.numel() or not b.numel():
-            continue
-        if files.config.lora.target_parameters and a.shape[0] == b.shape[-1]:
-            continue  # a pair for every expert, of ranks that its place will tell
-        if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != rank or not _fits_rank(a, b, files.kind(path)):
-            faults.append(
-                f"{path} has A {list(a.shape)} and B {list(b.shape)}, and adapter_config.json says rank {rank}"
-            )
-    return faults
-
-
-def _fits_rank(a: Tensor, b: Tensor, kind: str) -> bool:
-    """Whether B (d, r, 1...) goes with A (r, k, ...); a grouped convolution's B has r/g and its A g·k columns."""
-    groups, rest = divmod(a.shape[0], b.shape[1])
-    if groups > 1 and (kind != "conv" or a.shape[1] % groups):
-        return False
-    return groups > 0 and rest == 0 and all(length == 1 for length in b.shape[2:])
 
 
 __all__ = ["AdapterFiles", "read_adapter"]

@@ -70,10 +70,19 @@ def config_bytes(
         "target_modules": target_names(layers, all_paths) if layers else [],
         **({"target_parameters": sorted(set(stacks.values()))} if stacks else {}),
         "task_type": task,
+        **_rows(config),
         "use_dora": config.use_dora,
         "use_rslora": False,
     }
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _rows(config: LoraConfig) -> dict[str, Any]:
+    """The fields of rows that are trained, where there are any: readers of earlier years do not know them."""
+    rows = config.trainable_token_indices
+    if rows is None:
+        return {}
+    return {"trainable_token_indices": rows, "ensure_weight_tying": config.ensure_weight_tying}
 
 
 def base_name(model: nn.Module) -> HubId | None:

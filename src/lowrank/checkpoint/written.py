@@ -1,7 +1,7 @@
 """The three files of an adapter as bytes, from the adapter in its model."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from lowrank.checkpoint.describe import unsaid
 from lowrank.checkpoint.expert_files import parameter_names, wrapped_paths
 from lowrank.checkpoint.fingerprint import fingerprint
 from lowrank.checkpoint.gather import Values, whole, whole_factors
-from lowrank.checkpoint.keys import MAGNITUDE, full_key, low_rank_key
+from lowrank.checkpoint.keys import MAGNITUDE, TOKENS, full_key, low_rank_key
 from lowrank.checkpoint.layout import file_rank, pair_roles, to_file
 from lowrank.checkpoint.one_scale import Scales, folded, written_scales
 from lowrank.checkpoint.read import SAFETENSORS
@@ -21,12 +21,13 @@ from lowrank.checkpoint.write_config import config_bytes
 from lowrank.core.factors import LoraFactors
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import CheckpointError, some
-from lowrank.injection.adapters import lora_layers, override_modules
+from lowrank.injection.adapters import lora_layers, override_modules, row_layers
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import matches_name, split_parts
 from lowrank.injection.presence import injected_paths, settle
 from lowrank.injection.state import require_adapter
 from lowrank.injection.targets import named_targets
+from lowrank.injection.token_rows import leading, said_indices
 from lowrank.layers.base import LoraLayer
 from lowrank.layers.overrides import override_tensors, own_tensors
 from lowrank.layers.stack import ExpertStack
@@ -59,7 +60,8 @@ def adapter_files(model: nn.Module, adapter: str, scales: Scales = "one", values
     config = require_adapter(model, adapter)
     settle(model)
     layers = {path: layer for path, layer in lora_layers(model) if adapter in layer.adapter_names}
-    _check_whole(model, adapter, {*layers, *(path for path, _ in override_modules(model, adapter))})
+    rows = {path: layer.rows(adapter) for path, layer in row_layers(model, adapter)}
+    _check_whole(model, adapter, {*layers, *rows, *(path for path, _ in override_modules(model, adapter))})
     written = written_scales({path: layer.factors(adapter).scale for path, layer in layers.items()}, scales)
     parts = {
         path: _Part(layer, whole_factors(layer.factors(adapter), values), written[path])
@@ -67,11 +69,14 @@ def adapter_files(model: nn.Module, adapter: str, scales: Scales = "one", values
     }
     full = _full_tensors(model, adapter, config, set(layers))
     tensors = dict(_low_rank_tensors(parts)) | {key: values(tensor).detach() for key, tensor in full.items()}
+    modules = named_targets(model)
+    said = said_indices(model, modules, rows)
+    tensors |= {low_rank_key(p, TOKENS): values(rows[p].values).detach() for p in leading(model, modules, rows)}
     _check(tensors)
     return {
         SAFETENSORS: serialise(tensors),
         companion.NAME: _companion(model, parts, config).to_bytes(),
-        config_file.NAME: _config(model, parts, config),
+        config_file.NAME: _config(model, parts, replace(config, trainable_token_indices=said)),
     }
 
 

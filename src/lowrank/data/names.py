@@ -19,6 +19,14 @@ def split_names(value: object) -> object:
     return value
 
 
+def split_tokens(value: object) -> object:
+    """ "<a>,<b>" as ("<a>", "<b>"): whatever stands between commas."""
+    every = [value] if isinstance(value, str) else value
+    if isinstance(every, list | tuple) and all(isinstance(item, str) for item in every):
+        return tuple(token for item in every for token in item.split(",") if token)
+    return every
+
+
 def split_pairs(value: object) -> object:
     """ "a=1,b=2" as {"a": "1", "b": "2"}; {"a": {"b": 1}}, the parser's word for --flag.a.b 1, as {"a.b": 1}."""
     if isinstance(value, Mapping):

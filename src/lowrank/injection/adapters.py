@@ -1,6 +1,6 @@
 """The adapters a model holds: which there are, which answer, which train."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -82,10 +82,12 @@ def switch(model: nn.Module, names: tuple[str, ...], trainable: tuple[str, ...])
     state = require_state(model)
     modules = {path: place.module for path, place in state.places.items()}
     owners = {path: _owner(path, module, names) for path, module in modules.items()}
+    _check_rows(modules, names)
     changed = set(state.trained) | set(trainable)  # the others do not require gradients, however many there are
     for path, module in modules.items():
         select_override(module, owners[path])
         if isinstance(module, LoraLayer):
+            module.activate_rows(name for name in names if name in module.row_names)
             module.activate(tuple(name for name in names if name in module.adapter_names))
         for name in changed:
             set_trainable(module, name, name in trainable)
@@ -101,6 +103,26 @@ def _owner(path: str, module: nn.Module, names: tuple[str, ...]) -> str:
             "and only one can be in use"
         )
     return owners[0] if owners else BASE
+
+
+def _check_rows(modules: Mapping[str, nn.Module], names: tuple[str, ...]) -> None:
+    rowed = {path: m for path, m in modules.items() if isinstance(m, LoraLayer) and m.row_names}
+    for path, module in rowed.items():
+        owners: dict[int, str] = {}
+        for name in (name for name in names if name in module.row_names):
+            for row in module.rows(name).indices:
+                if owners.setdefault(row, name) != name:
+                    raise LowrankError(
+                        f"set_active: {owners[row]} and {name} each bring row {row} of {path}, "
+                        "and only one can be in use"
+                    )
+
+
+def row_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
+    """(path, layer) of every module of whose weight the adapter owns rows."""
+    for path, layer in lora_layers(model):
+        if adapter in layer.row_names:
+            yield path, layer
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

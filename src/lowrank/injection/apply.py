@@ -9,6 +9,7 @@ from torch import nn
 
 from lowrank.core.factors import LoraFactors
 from lowrank.core.init import find_init
+from lowrank.core.token_rows import TokenRows
 from lowrank.errors import ConfigError, LowrankWarning
 from lowrank.injection.adapters import switch
 from lowrank.injection.checkpointing import add_hooks
@@ -24,6 +25,7 @@ from lowrank.injection.rounds import add_rounds
 from lowrank.injection.saving import add_saving
 from lowrank.injection.state import ATTRIBUTE, AdapterState, check_trainable_here, check_unfolded, find_state
 from lowrank.injection.targets import named_targets
+from lowrank.injection.token_rows import make_rows
 from lowrank.injection.traversal import base_modules
 from lowrank.injection.undo import or_as_it_was
 from lowrank.layers.base import LoraLayer, extend
@@ -49,7 +51,8 @@ def inject(model: nn.Module, config: LoraConfig, adapter_name: str = "default") 
     modules = named_targets(model)
     factors = {entry.path: create_factors(entry, modules[entry.path], config, init) for entry in todo.entries}
     with or_as_it_was(model, adapter_name, config):
-        attach(model, adapter_name, config, factors, _full_tensors(modules, todo), trainable=True)
+        rows = make_rows(modules, todo.rows)
+        attach(model, adapter_name, config, factors, _full_tensors(modules, todo), rows, trainable=True)
     for text in todo.warnings:
         warnings.warn(text, LowrankWarning, stacklevel=2)
     return replace(todo, plain_paths=tuple(_plain_paths(named_targets(model), todo)))
@@ -87,14 +90,15 @@ def attach(
     config: LoraConfig,
     factors: Mapping[str, LoraFactors],
     overrides: Mapping[str, tuple[str, ...]],
+    rows: Mapping[str, TokenRows],
     *,
     trainable: bool,
 ) -> None:
     """In place: make ready factors part of the model, under a new name, and the only active ones.
 
     factors: {path: factors}; overrides: {path: names of the module's own tensors that the adapter owns in full}, which
-    start as copies of the base's. Nothing is checked here that `plan` or a loader has checked; LowrankError for adapted
-    modules that were replaced.
+    start as copies of the base's; rows: {path: rows of the module's weight}, shared by modules that are tied. Nothing
+    is checked here that `plan` or a loader has checked; LowrankError for adapted modules that were replaced.
     """
     settle(model)
     modules = dict(base_modules(model))
@@ -103,6 +107,8 @@ def attach(
         for path, values in factors.items():
             layer = extend(modules[path], _kind(modules[path]))
             layer.add_factors(adapter_name, values.train(layer.training))
+        for path, owned in rows.items():
+            extend(modules[path], _kind(modules[path])).add_rows(adapter_name, owned)
         for path, names in overrides.items():
             add_override(modules[path], adapter_name, names)
         state.configs[adapter_name] = config

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lowrank.core.init import find_init
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, short
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,9 @@ class LoraConfig:
     layers_to_transform: an index or several; layers_pattern names the list of layers where a model has more than one.
     lora_dropout: the probability that an entry of x is dropped on its way to A. Layers called one after the other with
         the same tensor (q, k and v) read it through one mask, as in the paper's code; in PEFT each draws its own.
+    trainable_token_indices: rows of the input embeddings that are trained beside the targets (token ids), or
+        {module: rows}. A head that is tied to the input embeddings follows them.
+    ensure_weight_tying: raise where modules that are tied are given different rows.
     rank_pattern, alpha_pattern: {regex that ends a module's name: value}, first match wins.
 
     Raises ConfigError with every fault at once.
@@ -50,6 +53,8 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     init_lora_weights: str | bool = "gaussian"
+    trainable_token_indices: tuple[int, ...] | list[int] | Mapping[str, tuple[int, ...] | list[int]] | None = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         """Lists become tuples, so that two equal configs are equal; then every fault is collected."""
@@ -68,12 +73,34 @@ class LoraConfig:
             object.__setattr__(self, "modules_to_save", ())
         object.__setattr__(self, "rank_pattern", dict(self.rank_pattern or {}))
         object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern or {}))
+        object.__setattr__(self, "trainable_token_indices", _rows(self.trainable_token_indices))
         if faults := _faults(self):
             raise ConfigError("LoraConfig: " + "; ".join(faults))
 
     def with_targets(self, targets: str | tuple[str, ...]) -> "LoraConfig":
         """The same configuration for other targets."""
         return replace(self, target_modules=targets)
+
+
+def _rows(given: object) -> object:
+    """Lists become tuples, what is empty means None; what cannot be meant stays as it is."""
+    if isinstance(given, Mapping):
+        return {name: tuple(rows) if isinstance(rows, list | range) else rows for name, rows in given.items()} or None
+    return (tuple(given) if isinstance(given, list | range) else given) or None
+
+
+def _row_faults(given: object) -> list[str]:
+    tables = given.items() if isinstance(given, Mapping) else [(None, given)] if given is not None else []
+    faults = []
+    for name, rows in tables:
+        field = "trainable_token_indices" + ("" if name is None else f"[{name!r}]")
+        numbers = rows if isinstance(rows, tuple) else ()
+        if not numbers or not all(type(row) is int and row >= 0 for row in numbers):
+            faults.append(f"{field} must be token ids, whole numbers from 0 up, not {short(repr(rows), 80)}")
+        elif len(set(numbers)) != len(numbers):
+            twice = next(row for row in numbers if numbers.count(row) > 1)
+            faults.append(f"{field} names row {twice} twice")
+    return faults
 
 
 def _is_rank(value: object) -> bool:
@@ -106,6 +133,7 @@ def _faults(config: LoraConfig) -> list[str]:
     ]
     if config.bias not in ("none", "all", "lora_only"):
         faults.append(f'bias must be "none", "all" or "lora_only", not {config.bias!r}')
+    faults += _row_faults(config.trainable_token_indices)
     if isinstance(config.modules_to_save, str):
         faults.append(f"modules_to_save must be a list of names, not the string {config.modules_to_save!r}")
     if config.target_modules in ((), "") and not config.target_parameters:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from lowrank.core.rows import RowBlock
+from lowrank.injection.token_rows import RowsEntry
 from lowrank.layers.base import LoraLayer
 
 
@@ -51,6 +52,7 @@ class InjectionPlan:
     """Everything one `inject` does. `print(plan)` shows it as a table.
 
     entries: the low-rank targets; saved_modules: paths trained and saved in full; biases: paths whose bias is trained;
+    rows: single rows of tables that are trained;
     plain_paths: what the fused function will not compute, and why (known once injected); warnings: what works but is
     probably not meant; left_out: what "all-linear" does not adapt, and its share of the weights; base_parameters,
     full_parameters: counts for the share in the table.
@@ -65,6 +67,7 @@ class InjectionPlan:
     base_parameters: int = 0
     full_parameters: int = 0
     dora: bool = False
+    rows: tuple[RowsEntry, ...] = ()
 
     @property
     def low_rank_parameters(self) -> int:
@@ -97,6 +100,7 @@ class InjectionPlan:
         span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         share = self.trainable_parameters / self.base_parameters if self.base_parameters else 0.0
         full = f" + {len(self.saved_modules)} modules in full" if self.saved_modules else ""
+        full += f" + {sum(len(entry.indices) for entry in self.rows)} rows of tokens" if self.rows else ""
         return (
             f"{len(self.entries)} targets of rank {span}{full}: {self.trainable_parameters:,} trained parameters, "
             f"{share:.2%} of the base's {self.base_parameters:,}"
@@ -121,6 +125,7 @@ class InjectionPlan:
         lines += [f"experts: {self.experts_line()}"] if self.stacks else []
         lines += [f"in full: {path}" for path in self.saved_modules]
         lines += [f"bias:    {path}" for path in self.biases]
+        lines += [f"rows:    {entry}" for entry in self.rows]
         lines += [f"plain path: {text}" for text in self.plain_paths]
         lines += [f"not adapted: {self.left_out}"] if self.left_out else []
         lines += [f"warning: {text}" for text in self.warnings]

@@ -19,6 +19,7 @@ from lowrank.injection.targets import (
     saved_modules,
 )
 from lowrank.injection.tied import sharing_warnings
+from lowrank.injection.token_rows import plan_rows, row_warnings
 from lowrank.injection.traversal import parameter_count
 from lowrank.layers.base import dimensions
 from lowrank.layers.kinds import kind_of
@@ -41,7 +42,9 @@ def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
     check_patterns("alpha_pattern", config.alpha_pattern, targets)
     _check_dora(config, entries)
     biases = _biases(modules, config, set(targets), set(saved))
+    rows = plan_rows(model, modules, config, targets, saved)
     full = [p.numel() for module in saved.values() for p in module.parameters()]
+    full += [len(entry.indices) * entry.d for entry in rows]
     full += [p.numel() for names in biases.values() for p in names]
     line, missed = left_out(model, modules, targets, output_heads(model, modules)) if means_all(config) else ("", None)
     return InjectionPlan(
@@ -51,6 +54,7 @@ def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
         warnings=(
             *_rank_warnings(entries),
             *sharing_warnings(modules, set(targets)),
+            *row_warnings(modules, rows, config),
             *emptied(config, modules, targets),
             *([missed] if missed else []),
         ),
@@ -58,6 +62,7 @@ def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
         base_parameters=parameter_count([model, *modules.values()]),
         full_parameters=sum(full),
         dora=config.use_dora,
+        rows=rows,
     )
 
 

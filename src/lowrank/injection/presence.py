@@ -44,6 +44,8 @@ def set_trainable(module: nn.Module, name: str, trained: bool) -> None:
     if isinstance(module, LoraLayer) and name in module.adapter_names:
         for parameter in module.factors(name).trainable():
             parameter.requires_grad_(trained)
+    if isinstance(module, LoraLayer) and name in module.row_names:
+        module.rows(name).values.requires_grad_(trained)
     for tensor in override_tensors(module, name).values():
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(trained)
@@ -56,7 +58,7 @@ def injected_paths(model: nn.Module, adapter: str) -> set[str]:
     return {
         path
         for path, place in places
-        if (isinstance(place.module, LoraLayer) and adapter in place.module.adapter_names)
+        if (isinstance(place.module, LoraLayer) and adapter in (*place.module.adapter_names, *place.module.row_names))
         or override_tensors(place.module, adapter)
     }
 
@@ -130,7 +132,10 @@ def _why_not(place: Place, new: nn.Module | None) -> str | None:
     old = place.module
     if new is None:
         return "was removed"
-    if isinstance(old, LoraLayer) and isinstance(new, LoraLayer) and new.adapter_names == old.adapter_names:
+    length = 0 if (weight := new._parameters.get("weight")) is None else weight.shape[0]
+    if isinstance(old, LoraLayer) and any(max(old.rows(name).indices) >= length for name in old.row_names):
+        return f"has {length:,} rows, and an adapter owns one above these"
+    if isinstance(old, LoraLayer) and isinstance(new, LoraLayer) and _holdings(new) == _holdings(old):
         return None
     same_kind = kind_of(new) is (lora_mixin(old) if isinstance(old, LoraLayer) else kind_of(old))
     if not same_kind or not isinstance(new, nn.Linear | nn.Embedding):
@@ -144,6 +149,10 @@ def _why_not(place: Place, new: nn.Module | None) -> str | None:
     if new is not old and not torch.equal(before[:kept].to(after.device), after[:kept]):
         return f"is another {type(new).__name__} now, with other weights"
     return None
+
+
+def _holdings(layer: LoraLayer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return layer.adapter_names, layer.row_names
 
 
 @torch.no_grad()
@@ -160,6 +169,9 @@ def _carry(place: Place, new: nn.Module, trained: tuple[str, ...]) -> int | None
             _resize(factors, layer, rows)
             if layer is not old:
                 layer.add_factors(name, factors)
+        for name in old.row_names if layer is not old else ():
+            layer.add_rows(name, old.rows(name))
+        layer.active_rows = old.active_rows
         layer.activate(old.active_adapters)
     _carry_overrides(old, new)
     new.requires_grad_(False)  # who resizes sets the flag of all that is in the module

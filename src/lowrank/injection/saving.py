@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.core.factors import LoraFactors
+from lowrank.core.token_rows import TokenRows
 from lowrank.errors import LowrankError
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import PREFIX
 from lowrank.layers.overrides import BASE, CHILD, override_tensors, overrides_of
+from lowrank.layers.rowed import ROWS
 
 NAME = "save_pretrained"
 
@@ -49,7 +51,8 @@ class BaseIsThere:
         base = keys - adapter_state(model)
         if not base <= missing:
             return
-        strange = [key for key in incompatible.unexpected_keys if f".{PREFIX}" in key or f".{CHILD}." in key]
+        marks = (f".{PREFIX}", f".{ROWS}", f".{CHILD}.")
+        strange = [key for key in incompatible.unexpected_keys if any(mark in key for mark in marks)]
         if strange:
             raise LowrankError(
                 f"this state is of another adapter than the model's ({strange[0]}{', ...' if strange[1:] else ''}): "
@@ -64,7 +67,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     owned: set[int] = set()
     for _, module in base_modules(model):
         for child in module._modules.values():
-            if isinstance(child, LoraFactors):
+            if isinstance(child, LoraFactors | TokenRows):
                 owned |= {id(parameter) for parameter in child.parameters()}
         overrides = overrides_of(module)
         for adapter in overrides.owners if overrides is not None else ():

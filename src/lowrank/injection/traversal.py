@@ -9,6 +9,7 @@ from torch import nn
 
 from lowrank.core.factors import LoraFactors
 from lowrank.core.stored.of_module import frozen_shape, is_readable
+from lowrank.core.token_rows import TokenRows
 from lowrank.layers.overrides import CHILD, Overrides
 from lowrank.layers.stack import ExpertStack, stacks_of
 
@@ -32,7 +33,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         children = [
             (dot + name, child)
             for name, child in module._modules.items()
-            if child is not None and not isinstance(child, LoraFactors | Overrides | ExpertStack)
+            if child is not None and not isinstance(child, LoraFactors | TokenRows | Overrides | ExpertStack)
         ]
         stack += reversed([*((dot + name, inner) for name, inner in stacks_of(module).items()), *children])
 
@@ -40,7 +41,10 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _holds_adapters_alone(module: nn.Module) -> bool:
     """Whether all children of an adapted module are known to be injection's, without a look at each of a thousand."""
     adapters: tuple[str, ...] | None = module.__dict__.get("adapter_names")
-    return adapters is not None and len(module._modules) == len(adapters) + (CHILD in module._modules)
+    if adapters is None:
+        return False
+    rows = module.__dict__.get("row_names", ())
+    return len(module._modules) == len(adapters) + len(rows) + (CHILD in module._modules)
 
 
 def parameter_count(modules: Iterable[nn.Module]) -> int:

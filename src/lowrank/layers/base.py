@@ -20,10 +20,14 @@ from lowrank.core.stored import Weight
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import TargetError
 from lowrank.layers.reading import AdaptedWeight, own_weight, say_dropout
+from lowrank.layers.rowed import RowedLayer, with_rows
 
 PREFIX = "lora_"
 ASIDE = "_lowrank_aside"  # where a folded layer keeps its W0 and the names of its active adapters
 PARAMETRISED = "its weight is computed by a parametrisation that was put on after injection: remove that first"
+OWN = (  # what a layer keeps of adapters beside their modules
+    "adapter_names", "active_adapters", "active_factors", "row_names", "active_rows", "plain_reason", "said_dropout",
+)  # fmt: skip
 REPLACED = "its forward is replaced on the instance, which would bypass the adapter; inject before you patch the module"
 
 
@@ -32,7 +36,7 @@ def _attribute(adapter: str) -> str:
     return PREFIX + adapter.replace(".", "%2E")
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(RowedLayer):
     """What every adapted module can do. One subclass per layer kind gives `forward` and the shape of the weight.
 
     adapter_names: the adapters this layer holds; active_adapters: those whose change is in the output, in any number.
@@ -65,10 +69,11 @@ class LoraLayer(nn.Module):
         return self.weight if weight is None else weight
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The answer of the plain class's forward, which reads W0 as its weight."""
-        with own_weight(self, self.base_weight):
+        """The answer of the plain class's forward, which reads W0 as its weight, with the rows that adapters own."""
+        mend = bool(self.active_rows) and self.answers_by_rows()
+        with own_weight(self, self.base_weight if mend else with_rows(self.base_weight, self.active_rows)):
             answer: Tensor = super().forward(*args, **kwargs)
-        return answer
+        return self.mended(answer, *args, **kwargs) if mend else answer
 
     def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The answer of the plain class's forward on W0 + Σ ΔW: right whatever it does with its weight."""
@@ -129,6 +134,10 @@ class LoraLayer(nn.Module):
         self.adapter_names = tuple(name for name in self.adapter_names if name not in adapters)
         self.activate(tuple(name for name in self.active_adapters if name not in adapters))
 
+    def holds(self, adapter: str) -> bool:
+        """Whether the adapter has factors or rows here."""
+        return adapter in self.adapter_names or adapter in self.row_names
+
     def change(self, adapter: str, weighting: float = 1.0, weight: Tensor | None = None) -> Change:
         """ΔW of one adapter, ready to be merged; weight: W0 as `dense` gives it, read anew where not given."""
         weight = self.dense(self) if weight is None else weight
@@ -137,9 +146,11 @@ class LoraLayer(nn.Module):
     def units(self, weight: Tensor, adapters: tuple[str, ...]) -> Iterator[tuple[Tensor, list[Change]]]:
         """The matrices that `weight`, W0 as `dense` gives it, is merged by, views of it, and the adapters' ΔW of each.
 
-        One; a stack of experts has one for each of them.
+        One, with the rows in it that the adapters own; a stack of experts has one for each of them.
         """
-        yield weight, [self.change(name, weight=weight) for name in adapters]
+        rows = [self.rows(name) for name in adapters if name in self.row_names]
+        changes = [self.change(name, weight=weight) for name in adapters if name in self.adapter_names]
+        yield with_rows(weight, rows), changes
 
     @torch.no_grad()
     def merged_weight(
@@ -158,8 +169,10 @@ class LoraLayer(nn.Module):
 
     def fold(self) -> None:
         """In place: W0 + Σ ΔW over the active adapters takes W0's place, which is set aside as it is."""
-        weight = nn.Parameter(self.merged_weight(self.active_adapters), requires_grad=False)
-        self.__dict__[ASIDE] = (self.base_weight, self.active_adapters)
+        rowed = tuple(name for name in self.row_names if any(self.rows(name) is rows for rows in self.active_rows))
+        weight = nn.Parameter(self.merged_weight((*self.active_adapters, *rowed)), requires_grad=False)
+        self.__dict__[ASIDE] = (self.base_weight, self.active_adapters, self.active_rows)
+        self.activate_rows(())
         self.activate(())
         self._put(weight)
 
@@ -169,7 +182,9 @@ class LoraLayer(nn.Module):
     def unfold(self) -> None:
         """In place: what `fold` set aside is back; nothing where it set nothing aside."""
         if ASIDE in self.__dict__:
-            weight, active = self.__dict__.pop(ASIDE)
+            weight, active, rows = self.__dict__.pop(ASIDE)
+            if rows:
+                self.active_rows = rows
             self._put(weight)
             self.activate(active)
 
@@ -182,14 +197,15 @@ class LoraLayer(nn.Module):
     def adapted_weight(self) -> Tensor:
         """W0 + Σ ΔW over the active adapters, differentiable in the factors, of the weight's own shape and dtype."""
         weight = self.base_weight
-        changed = adapted_weight(self.stored(weight), self.active_factors, transposed=self.transposed)
+        rowed = with_rows(self.stored(weight), self.active_rows)
+        changed = adapted_weight(rowed, self.active_factors, transposed=self.transposed)
         return changed.view_as(weight)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy by the plain class, since the extended one is made at run time; unfolded."""
         state = dict(self.__getstate__())  # type: ignore[no-untyped-call]
         if ASIDE in state:
-            weight, active = state.pop(ASIDE)
+            weight, active, state["active_rows"] = state.pop(ASIDE)
             if "weight" in state["_parameters"]:
                 state["_parameters"] = {**state["_parameters"], "weight": weight}
             state |= {"active_adapters": active, "active_factors": tuple(self.factors(name) for name in active)}
@@ -250,10 +266,11 @@ def extend(module: nn.Module, mixin: type[LoraLayer]) -> LoraLayer:
 
 
 def restore(layer: LoraLayer) -> nn.Module:
-    """In place: give the plain module back. Its factors are dropped; its weight is not touched."""
+    """In place: give the plain module back. Its factors and rows are dropped; its weight is not touched."""
     for adapter in layer.adapter_names:
         del layer._modules[_attribute(adapter)]
-    for name in ("adapter_names", "active_adapters", "active_factors", "plain_reason", "said_dropout"):
+    layer.remove_rows(layer.row_names)
+    for name in OWN:
         layer.__dict__.pop(name, None)
     layer.left()
     module = cast(nn.Module, layer)
@@ -263,9 +280,10 @@ def restore(layer: LoraLayer) -> nn.Module:
 
 
 def let_go(layer: LoraLayer, adapters: Collection[str]) -> None:
-    """In place: forget the factors of `adapters`; a layer that has no others is the plain module again."""
+    """In place: forget the factors and rows of `adapters`; a layer that has no others is the plain module again."""
+    layer.remove_rows(adapters)
     layer.remove_factors(adapters)
-    if not layer.adapter_names:
+    if not layer.adapter_names and not layer.row_names:
         restore(layer)
 
 

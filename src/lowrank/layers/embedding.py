@@ -31,14 +31,22 @@ class LoraEmbedding(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The base's rows plus every active adapter's."""
-        if self.active_factors and not self._looks_up():
+        if (self.active_factors or self.active_rows) and not self.answers_by_rows():
             return self.adapted_forward(*args, **kwargs)
         h = self.base_forward(*args, **kwargs)
         return self._changed(h, *args, **kwargs) if self.active_factors else h
 
-    def _looks_up(self) -> bool:
+    def answers_by_rows(self) -> bool:
         """Whether the plain class answers E[i], or c·E[i], and nothing else."""
         return plain_class(self).forward is nn.Embedding.forward or hasattr(self, self.embed_scale_name)
+
+    def mended(self, answer: Tensor, input: Tensor) -> Tensor:
+        """The rows that adapters own in the place of the table's, c times: ids (...) → (..., d)."""
+        scale = getattr(self, self.embed_scale_name, 1.0)
+        scale = scale.to(answer.dtype) if isinstance(scale, Tensor) else scale
+        for rows in self.active_rows:
+            answer = rows.looked_up(input, answer, scale, self.padding_idx)
+        return answer
 
     def _changed(self, h: Tensor, input: Tensor) -> Tensor:
         scale = getattr(self, self.embed_scale_name, 1.0)

@@ -22,6 +22,18 @@ NAMED_KINDS: dict[tuple[str, str], type[LoraLayer]] = {  # classes of packages t
     ("transformers.pytorch_utils", "Conv1D"): LoraConv1D,
 }
 
+IN_FULL = "modules_to_save trains it in full"
+REFUSED: dict[type[nn.Module], str] = {  # torch's layers with weights that are no W0 of the kinds above, and why
+    nn.RNNBase: f"the matrices of its gates, layers and directions go into one kernel, past any change: {IN_FULL}",
+    nn.RNNCellBase: f"its forward reads its matrices by names of their own (weight_ih, weight_hh): {IN_FULL}",
+    nn.Bilinear: f"its weight is a matrix for each output, between two inputs: {IN_FULL}",
+    nn.EmbeddingBag: f"it sums rows by itself, with weights of its own choice for each: {IN_FULL}",
+    nn.ConvTranspose1d: f"its kernel (in, out, ...) runs backwards, which no format of adapters writes: {IN_FULL}",
+    nn.ConvTranspose2d: f"its kernel (in, out, ...) runs backwards, which no format of adapters writes: {IN_FULL}",
+    nn.ConvTranspose3d: f"its kernel (in, out, ...) runs backwards, which no format of adapters writes: {IN_FULL}",
+    nn.MultiheadAttention: f"its in_proj_weight is no module: name its out_proj; {IN_FULL}",
+}
+
 MAKERS = {  # packages whose quantised layers are no linear maps that are read here, and what they make
     "gptqmodel": "GPTQ or AWQ (gptqmodel)", "auto_gptq": "GPTQ (auto_gptq)", "awq": "AWQ", "hqq": "HQQ",
     "optimum": "quanto or GPTQ (optimum)", "eetq": "EETQ", "aqlm": "AQLM",
@@ -97,6 +109,8 @@ def refusal(module: nn.Module) -> str | None:
             f"a {type(module).__name__} holds experts as stacked parameters: name these in target_parameters "
             f"({', '.join(names)})"
         )
+    if kind is None and (why := next((REFUSED[cls] for cls in type(module).__mro__ if cls in REFUSED), None)):
+        return f"a {type(module).__name__} is not adapted: {why}"
     if kind is None:
         return f"a {type(module).__name__} is none of Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d"
     if _answers_otherwise(module):

@@ -65,10 +65,20 @@ class LoraLinear(LoraLayer):
 
     def reason_for_plain_path(self) -> str | None:
         """Why the active adapters are computed by plain operations, or None where the fused function serves."""
-        forward = next(cls for cls in plain_class(self).__mro__ if "forward" in cls.__dict__)
-        if (forward.__module__, forward.__name__) not in OWN_FORWARDS:
+        if not self.answers_by_rows():
             return f"{plain_class(self).__name__} has a forward of its own"
-        return self.reason_against_adapters()
+        return "rows of its weight are an adapter's own" if self.active_rows else self.reason_against_adapters()
+
+    def answers_by_rows(self) -> bool:
+        """Whether the plain class answers W0·x + bias, as the fused function does."""
+        forward = next(cls for cls in plain_class(self).__mro__ if "forward" in cls.__dict__)
+        return (forward.__module__, forward.__name__) in OWN_FORWARDS
+
+    def mended(self, answer: Tensor, input: Tensor) -> Tensor:
+        """The scores of the rows that adapters own in the place of W0's: (..., k) → (..., d)."""
+        for rows in self.active_rows:
+            answer = rows.multiplied(input, answer, self.base_weight)
+        return answer
 
     def reason_against_adapters(self) -> str | None:
         """Why the active adapters cannot go through the fused function together, or None."""

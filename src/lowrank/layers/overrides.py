@@ -97,6 +97,8 @@ def _exchange(module: nn.Module, overrides: Overrides, leaving: str, coming: str
         assert tensor is not None
         table[name] = overrides.take(coming, name)
         overrides.put(leaving, name, tensor)
+    if isinstance(module, nn.RNNBase):  # it keeps a list of its weights, and computes with that
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
 
 def override_tensors(module: nn.Module, adapter: str) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class AdaptedWeight:
         runs, own = _local.own
         if runs is layer:
             return own
-        if not layer.active_factors:
+        if not layer.active_factors and not layer.active_rows:
             return weight
         if torch.compiler.is_compiling():
             return layer.adapted_weight()
@@ -128,7 +128,8 @@ class WeightAsRead(Tensor):
     def of(layer: "LoraLayer") -> "WeightAsRead":
         """The weight of `layer` as a forward reads it."""
         weight = layer.base_weight
-        trained = torch.is_grad_enabled() and any(p.requires_grad for f in layer.active_factors for p in f.trainable())
+        owned = [p for f in layer.active_factors for p in f.trainable()] + [r.values for r in layer.active_rows]
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in owned)
         read: WeightAsRead = Tensor._make_wrapper_subclass(
             WeightAsRead, weight.shape, dtype=weight.dtype, device=weight.device, requires_grad=trained
         )

@@ -8,14 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lowrank.core.factors import LoraFactors
 from lowrank.core.stored.of_module import is_readable
 from lowrank.errors import LowrankWarning, MergeError, some
 from lowrank.injection.adapters import check_release, drop, lora_layers, override_modules, switch
 from lowrank.injection.presence import record, settle
 from lowrank.injection.state import AdapterState, check_unfolded, require_adapter, require_state
-from lowrank.injection.targets import named_targets
-from lowrank.injection.tied import part_tied_weights, shared_weights
+from lowrank.injection.tied import part_tied_weights
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer, let_go
 from lowrank.layers.overrides import keep_override
@@ -37,6 +35,7 @@ from lowrank.merge.onto import (
 )
 from lowrank.merge.originals import Original, Weights, original_weights
 from lowrank.merge.overflow import merge_fault
+from lowrank.merge.shared import shared_targets
 from lowrank.merge.survival import surviving
 
 
@@ -83,11 +82,11 @@ def merge_and_unload(
     left: dict[str, float] = {}
     far: dict[str, Apart] = {}
     with require_state(model).turnstile.change(model):
-        shared = _shared_targets(model)
-        layers = [(path, layer) for path, layer in lora_layers(model) if set(names) & set(layer.adapter_names)]
+        shared = shared_targets(model, names)
+        layers = [(path, layer) for path, layer in lora_layers(model) if any(map(layer.holds, names))]
         dtypes = {str(plain or layer.base_weight.dtype).removeprefix("torch.") for _, layer in layers}
         for path, layer in _progress(layers, progress):
-            own = tuple(name for name in names if name in layer.adapter_names)
+            own = tuple(filter(layer.holds, names))
             weight = weights(path) if weights is not None and isinstance(layer, LoraQuantised) else None
             if weight is not None and isinstance(layer, LoraQuantised):
                 far[path] = apart_from_trained(layer, own, weight)
@@ -121,7 +120,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     settle(model)
     with state.turnstile.change(model):
         _check(model, state.active, everything=True)
-        layers = [layer for _, layer in lora_layers(model) if layer.active_adapters]
+        layers = [layer for _, layer in lora_layers(model) if layer.active_adapters or layer.active_rows]
         state.folded = True
         try:
             for layer in layers:
@@ -158,9 +157,9 @@ def _check(model: nn.Module, names: tuple[str, ...], everything: bool) -> None:
     """Everything that could go wrong with the arithmetic, found before the first weight is touched."""
     faults = []
     for path, layer in lora_layers(model):
-        own = [name for name in names if name in layer.adapter_names]
-        strange = [name for name in own if not _finite(layer.factors(name))]
-        faults += [f"adapter {name!r} has non-finite factors in {path}" for name in strange]
+        own = [name for name in names if layer.holds(name)]
+        strange = [name for name in own if not _finite(layer, name)]
+        faults += [f"adapter {name!r} has values that are not finite in {path}" for name in strange]
         if own and not strange and (why := merge_fault(layer, tuple(own))):
             faults.append(f"{path}: {why}")
         staying = [] if everything else [name for name in layer.adapter_names if name not in names]
@@ -206,15 +205,10 @@ def _check_onto(
     return None
 
 
-def _finite(factors: LoraFactors) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in factors.parameters())
-
-
-def _shared_targets(model: nn.Module) -> set[int]:
-    """The weights of adapted layers that other modules use too, by identity."""
-    modules = named_targets(model)
-    groups = [group for group in shared_weights(modules) if any(isinstance(modules[p], LoraLayer) for p in group)]
-    return {id(modules[path]._parameters["weight"]) for group in groups for path in group}
+def _finite(layer: LoraLayer, name: str) -> bool:
+    tensors = list(layer.factors(name).parameters()) if name in layer.adapter_names else []
+    tensors += [layer.rows(name).values] if name in layer.row_names else []
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 @torch.no_grad()

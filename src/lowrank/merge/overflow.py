@@ -21,6 +21,8 @@ def merge_fault(layer: LoraLayer, adapters: tuple[str, ...]) -> str | None:
     if not torch.isfinite(largest):
         return "the base's weight holds values that are not finite"
     try:
+        for name in (name for name in adapters if name in layer.row_names):
+            largest = torch.maximum(largest, _largest(layer.rows(name).values))
         bounds = [sum(_bound(change, largest) for change in changes) for _, changes in layer.units(weight, adapters)]
         bound = largest + max(bounds, key=float)
     except FloatingPointError as error:

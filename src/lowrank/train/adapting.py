@@ -13,6 +13,7 @@ from lowrank.train.loftq import LOFTQ, LoftqStarts
 from lowrank.train.models import checkpoint_activations
 from lowrank.train.settings import TargetSettings, TrainSettings
 from lowrank.train.task import Loaded
+from lowrank.train.token_rows import token_rows
 
 
 def target_config(settings: TargetSettings) -> LoraConfig:
@@ -60,7 +61,9 @@ def adapt(loaded: Loaded, settings: TrainSettings, starts: LoftqStarts | None) -
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     if not settings.full:
-        done = inject(model, lora_config(settings, loaded.heads)).summary()
+        rows = token_rows(model, loaded.tokenizer, settings.trainable_tokens)
+        config = replace(lora_config(settings, loaded.heads), trainable_token_indices=rows)
+        done = inject(model, config).summary()
         return done if starts is None else f"{done}; {starts.put(model)} layers start from what quantising took off"
     model.requires_grad_(True)
     return f"every weight: {sum(p.numel() for p in model.parameters()):,} trained parameters"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, field_validator, model_validator
 
 from lowrank.data.names import unescape, whole
-from lowrank.data.settings import DataSettings, Names, Pairs, Settings
+from lowrank.data.settings import DataSettings, Names, Pairs, Settings, Tokens
 from lowrank.data.sources import VALID, has_part
 from lowrank.train.state.settings import CheckpointSettings
 
@@ -47,6 +47,11 @@ class AdapterSettings(TargetSettings):
     dora: bool = Field(False, description="Learn a magnitude per output row beside the direction (DoRA)")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too")
     modules_to_save: Names = Field((), description="Modules to train and save in full, names with commas")
+    trainable_tokens: Tokens = Field(
+        (),
+        description="Tokens of which the rows in the table (and in a head that is not tied to it) are trained too: "
+        "tokens or their ids, with commas",
+    )
     rank_pattern: Annotated[dict[str, int], Pairs] = Field(
         {}, description="Other ranks by a regex that ends a name, as in q_proj=4,layers.0.up_proj=2"
     )

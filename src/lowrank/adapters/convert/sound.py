@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank.checkpoint.adapter_folder import AdapterContent
-from lowrank.checkpoint.read import FLOATS
+from lowrank.checkpoint.sound import FLOATS
 from lowrank.core.finite import all_finite
 from lowrank.errors import CheckpointError
 

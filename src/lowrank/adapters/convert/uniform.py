@@ -27,6 +27,11 @@ def refuse(content: AdapterContent, name: str, *, dora: bool, full: bool, conv: 
         raise CheckpointError(f"a DoRA adapter cannot be written as {name}, which knows no magnitudes")
     if conv and "conv" in kinds:
         raise CheckpointError(f"an adapter with convolutions cannot be written as {name}, whose factors are matrices")
+    if content.rows:
+        raise CheckpointError(
+            f"an adapter with rows of {next(iter(content.rows))} (trainable_token_indices) cannot be written as "
+            f"{name}, which holds factors only: merge it into its base"
+        )
     if full and content.full:
         key = next(iter(content.full))
         raise CheckpointError(

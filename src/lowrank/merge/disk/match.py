@@ -1,21 +1,20 @@
 """One adapter against the base: which tensors it changes, which it replaces, which it brings along."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from lowrank.checkpoint.keys import Key
+from lowrank.checkpoint.keys import B_BIAS
 from lowrank.checkpoint.read import AdapterFiles
-from lowrank.core.finite import all_finite
 from lowrank.errors import CheckpointError, some
-from lowrank.files.safetensors import DTYPE_NAMES
 from lowrank.injection.patterns import matches, matches_name, suggestion
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.expert_places import expert_changes, with_experts
+from lowrank.merge.disk.found import Match
+from lowrank.merge.disk.match_whole import match_bias, match_full, match_rows
 from lowrank.merge.disk.sidefiles import own_texts
-from lowrank.merge.disk.stored_rows import equals_stored, first_numbers
+from lowrank.merge.disk.stored_rows import first_numbers
 from lowrank.modelfiles.base import BaseFiles
 from lowrank.modelfiles.dialects import translations
 from lowrank.modelfiles.experts import stacks_in_files
@@ -25,25 +24,6 @@ from lowrank.modelfiles.quantised import unread_form
 from lowrank.modelfiles.tied import has_head, head_of, may_be_tied
 
 LARGEST_SCALE = torch.finfo(torch.float32).max
-
-# Names that a normalisation's tensors had in checkpoints of earlier years.
-OLD_NAMES = {"weight": "gamma", "bias": "beta"}
-
-
-@dataclass(slots=True)
-class Match:
-    """What one adapter does, by the names of tensors.
-
-    changed: {tensor: ΔW}; replaced: {tensor: full copy}; head: {name of a head that the base stores only as its
-    embedding: that embedding's tensor}; added: {tensor: full copy} that the base does not have; notes: for the report.
-    """
-
-    changed: dict[str, Contribution] = field(default_factory=dict)
-    replaced: dict[str, Tensor] = field(default_factory=dict)
-    heads: dict[str, str] = field(default_factory=dict)
-    added: dict[str, Tensor] = field(default_factory=dict)
-    renamed: tuple[tuple[str, str], ...] = ()
-    notes: list[str] = field(default_factory=list)
 
 
 def match(base: BaseFiles, adapter: Adapter) -> Match:
@@ -56,7 +36,7 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
     adapter = replace(adapter, files=with_experts(base, adapter.files, stacks))
     files = adapter.files
     modules = _modules(base) | dict.fromkeys(stacks)
-    paths = list(dict.fromkeys([*files.low_rank, *(key.path for key in files.full)]))
+    paths = list(dict.fromkeys([*files.low_rank, *(key.path for key in files.full), *files.rows]))
     resolution = resolve(paths, modules, lambda path, module: _may_fit(base, files, path, module))
     places = dict(resolution.modules)
     found = Match(renamed=resolution.renamed)
@@ -73,8 +53,8 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
         if shared := _shared_embedding(base, places.get(path, path)):
             places[path], embedding = shared
             found.heads[f"{places[path]}.weight"] = embedding
-    faults = _changes(base, adapter, places, found, modules) + _full(base, adapter, places, found)
-    faults += expert_changes(base, adapter, places, found.changed, stacks)
+    faults = _changes(base, adapter, places, found, modules) + match_full(base, adapter, places, found)
+    faults += expert_changes(base, adapter, places, found.changed, stacks) + match_rows(base, adapter, places, found)
     if faults and (method := unread_form(base)):
         raise CheckpointError(
             f"{base.label} is quantised ({method}), a form that is not read here: give the model it was made from, "
@@ -91,19 +71,6 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
 def _modules(base: BaseFiles) -> dict[str, None]:
     """The modules that own the base's tensors, in order."""
     return dict.fromkeys(name.rpartition(".")[0] for name in base.tensors)
-
-
-def _stored(base: BaseFiles, found: Match, place: str, name: str = "weight") -> tuple[str, str] | None:
-    """(name in the result, the base's tensor) for `name` of the module at `place`; None where there is none.
-
-    They differ for a head that is stored only as its embedding.
-    """
-    full = f"{place}.{name}" if place else name
-    if full in found.heads:
-        return full, found.heads[full]
-    old = f"{place}.{OLD_NAMES.get(name, name)}"
-    known = next((known for known in (full, old) if known in base.tensors), None)
-    return None if known is None else (known, known)
 
 
 def _may_fit(base: BaseFiles, files: AdapterFiles, path: str, module: str) -> bool:
@@ -129,7 +96,7 @@ def _changes(
     files, faults = adapter.files, []
     kinds: dict[str, tuple[str, list[str]]] = {}
     for path in [path for path in files.low_rank if path not in files.experts]:
-        stored = _stored(base, found, places[path]) if path in places else None
+        stored = found.stored(base, places[path]) if path in places else None
         if stored is None:
             faults.append(_nowhere(base, adapter, path, places.get(path, path), modules))
             continue
@@ -140,6 +107,8 @@ def _changes(
             faults.append(f"{path}: its scale {files.config.scale(path) * adapter.weight:g} does not fit into float32")
         if not kinds[path][1]:
             faults.append(shape_fault(files, path, shape))
+        elif B_BIAS in files.low_rank[path]:
+            faults += match_bias(base, adapter, path, places[path], found)
     certain = [fitting[0] for _, fitting in kinds.values() if len(fitting) == 1]
     for path, (name, fitting) in kinds.items():
         if len(fitting) == 2:
@@ -161,31 +130,6 @@ def _nowhere(base: BaseFiles, adapter: Adapter, path: str, place: str, modules: 
         own = [name for name in base.tensors if name.rpartition(".")[0] == place]
         return f"{path} has no weight in the base, only {some(own)}"
     return f"{path} is nowhere in the base{suggestion(path, modules)}"
-
-
-def _full(base: BaseFiles, adapter: Adapter, places: Mapping[str, str], found: Match) -> list[str]:
-    faults = []
-    for key, tensor in adapter.files.full.items():
-        label = f"{key.path}.{key.name}".removeprefix(".")
-        if tensor.dtype not in DTYPE_NAMES:
-            faults.append(f"{label} is {tensor.dtype}, which cannot be stored")
-            continue
-        if tensor.is_floating_point() and not all_finite(tensor):
-            faults.append(f"{label} holds values that are not finite")
-            continue
-        place = places.get(key.path, key.path)
-        stored = _stored(base, found, place, key.name)
-        if stored is None:
-            faults += _add(adapter, key, tensor, f"{place}.{key.name}".removeprefix("."), found)
-            continue
-        name, counterpart = stored
-        shape = base.tensors[counterpart][1].shape
-        if tuple(tensor.shape) != shape:
-            advice = ": resize the base's vocabulary first" if tensor.shape[1:] == shape[1:] and tensor.ndim > 1 else ""
-            faults.append(f"{label} has shape {list(tensor.shape)}, the base's has {list(shape)}{advice}")
-        elif not equals_stored(base, counterpart, tensor):
-            found.replaced[name] = tensor
-    return faults
 
 
 def _unadapted(base: BaseFiles, adapter: Adapter, found: Match) -> list[str]:
@@ -223,14 +167,3 @@ def distance_of_bases(base: BaseFiles, adapter: Adapter, found: Match) -> float 
         return None
     tensors = {one.path: found.heads.get(name, name) for name, one in found.changed.items()}
     return stored.distance(lambda path: first_numbers(base, tensors.get(path)))
-
-
-def _add(adapter: Adapter, key: Key, tensor: Tensor, name: str, found: Match) -> list[str]:
-    """A tensor that the base does not have: the head of a task, or a name that means nothing."""
-    saved = adapter.files.config.lora.modules_to_save
-    parts = key.path.split(".")
-    if key.of_base or not any(word in parts or matches_name(key.path, word) for word in saved):
-        return [f"{name} is nowhere in the base"]
-    found.added[name] = tensor
-    found.notes.append(f"{name} is new: the base has no such tensor, the adapter brings it (modules_to_save)")
-    return []

@@ -267,7 +267,7 @@ def _report(
     return MergeReport(
         out=out,
         merged=sum(bool(recipe.contributions) or recipe.repacked is not None for recipe in recipes),
-        replaced=sum(recipe.replacement is not None for recipe in recipes) - job.plan.small_parts,
+        replaced=sum(recipe.replacement is not None or bool(recipe.rows) for recipe in recipes) - job.plan.small_parts,
         moved=sum(recipe.moved for recipe in recipes),
         bytes=job.plan.nbytes,
         linked=linked,

@@ -11,7 +11,8 @@ from lowrank.errors import MergeError
 from lowrank.merge.apart import ANOTHER, Apart, apart
 from lowrank.merge.disk.adapters import Adapter
 from lowrank.merge.disk.changes import make_changes
-from lowrank.merge.disk.match import Match, distance_of_bases
+from lowrank.merge.disk.found import Match
+from lowrank.merge.disk.match import distance_of_bases
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.modelfiles.base import BaseFiles
 from lowrank.modelfiles.blocks import whole

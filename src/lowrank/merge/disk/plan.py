@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lowrank.core.token_rows import TokenRows
 from lowrank.errors import MergeError, some
 from lowrank.files.safetensors import DTYPE_NAMES, DTYPES, FLOATS, build_layout
 from lowrank.merge.disk.adapters import Adapter, Contribution
-from lowrank.merge.disk.match import Match, match
+from lowrank.merge.disk.found import Match
+from lowrank.merge.disk.match import match
 from lowrank.merge.disk.onto_original import check_original
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.requantised import requantised_recipes, survey
@@ -68,9 +70,12 @@ def plan_merge(
     replaced = _replaced(adapters, matches)
     changed = _changed(matches)
     heads = {head: embedding for found in matches for head, embedding in found.heads.items()}
-    ties = settle_ties(base, changed, replaced, heads)
+    rows = _rows(adapters, matches)
+    ties = settle_ties(base, changed, replaced, heads, rows)
     if onto == "original":
         check_original(base, adapters, matches)
+    if onto == "quantised" and rows:
+        raise MergeError(f"onto quantised: an adapter has single rows of {next(iter(rows))}: merge onto 16bit")
     if onto == "quantised":
         return _requantised(base, adapters, matches, changed, replaced, ties, anyway)
     _check_all_read(base)
@@ -82,11 +87,12 @@ def plan_merge(
             changed,
             replaced,
             plain if isinstance(place[1], StoredEntry) else dtype,
+            rows,
         )
         for name, place in base.tensors.items()
     }
     for head, embedding in ties.heads.items():
-        recipes[head] = _recipe(head, Source(*base.tensors[embedding]), changed, replaced, dtype)
+        recipes[head] = _recipe(head, Source(*base.tensors[embedding]), changed, replaced, dtype, rows)
     for name, tensor in replaced.items():
         if name not in recipes and name not in ties.dropped:
             recipes[name] = _new(name, tensor, dtype or _commonest_float(base))
@@ -152,21 +158,38 @@ def _replaced(adapters: Sequence[Adapter], matches: Sequence[Match]) -> dict[str
     return tensors
 
 
+def _rows(adapters: Sequence[Adapter], matches: Sequence[Match]) -> dict[str, tuple[TokenRows, ...]]:
+    """The single rows that adapters own of each tensor, every row one adapter's, of weight 1."""
+    owners: dict[tuple[str, int], Adapter] = {}
+    rows: dict[str, tuple[TokenRows, ...]] = {}
+    for adapter, found in zip(adapters, matches, strict=True):
+        for name, owned in found.rows.items():
+            if adapter.weight != 1:
+                raise MergeError(f"{adapter.folder} brings rows of {name}, which have no weighted form: weight it 1")
+            if twice := [row for row in owned.indices if (name, row) in owners]:
+                other = owners[name, twice[0]].folder
+                raise MergeError(f"{other} and {adapter.folder} each bring row {twice[0]} of {name}")
+            owners |= {(name, row): adapter for row in owned.indices}
+            rows[name] = (*rows.get(name, ()), owned)
+    return rows
+
+
 def _recipe(
     name: str,
     source: Source,
     changed: Mapping[str, tuple[Contribution, ...]],
     replaced: Mapping[str, Tensor],
     dtype: torch.dtype | None,
+    rows: Mapping[str, tuple[TokenRows, ...]],
 ) -> Recipe:
-    entry, contributions = source.entry, changed.get(name, ())
-    if (contributions and entry.dtype not in FLOATS) or (name in replaced and entry.dtype not in DTYPES):
+    entry, contributions, owned = source.entry, changed.get(name, ()), rows.get(name, ())
+    if ((contributions or owned) and entry.dtype not in FLOATS) or (name in replaced and entry.dtype not in DTYPES):
         raise MergeError(
             f"{name} is stored as {entry.dtype}, a form that is not read here: give the model that it was made from, "
             "in float16, bfloat16, float32 or float64"
         )
     converted = DTYPE_NAMES[dtype] if dtype is not None and entry.dtype in FLOATS else entry.dtype
-    return Recipe(name, converted, entry.shape, source, replaced.get(name), contributions)
+    return Recipe(name, converted, entry.shape, source, replaced.get(name), contributions, rows=owned)
 
 
 def _new(name: str, tensor: Tensor, dtype: torch.dtype) -> Recipe:

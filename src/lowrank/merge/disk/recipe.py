@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowrank.core.token_rows import TokenRows
 from lowrank.files.safetensors import FLOATS, Layout, nbytes_of
 from lowrank.merge.disk.adapters import Contribution
 from lowrank.modelfiles.tensors import Shard, Source, StoredEntry
@@ -29,6 +30,7 @@ class Recipe:
     """One tensor of the result: (replacement, else source) + Σ ΔW, rounded once to `dtype`.
 
     dtype: the format's word; replacement: the adapter's own full copy; contributions: what is added, in order;
+    rows: single rows that adapters own, which take the place of the tensor's own before anything is added;
     repacked: what computes the packed numbers of a weight that goes back into a stored form, instead of all that.
     """
 
@@ -39,6 +41,7 @@ class Recipe:
     replacement: Tensor | None = None
     contributions: tuple[Contribution, ...] = ()
     repacked: Repacked | None = None
+    rows: tuple[TokenRows, ...] = ()
 
     @property
     def moved(self) -> bool:
@@ -48,6 +51,7 @@ class Recipe:
             and self.replacement is None
             and not self.contributions
             and self.repacked is None
+            and not self.rows
             and self.source.entry.dtype == self.dtype
             and not isinstance(self.source.entry, StoredEntry)
         )

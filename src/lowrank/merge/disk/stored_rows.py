@@ -16,9 +16,18 @@ def read_rows(recipe: Recipe, descriptor: int, rows: slice, workspace: Workspace
     columns = recipe.matrix[1]
     if recipe.replacement is not None:
         block = recipe.replacement.reshape(recipe.matrix)[rows]
-        return block.to(recipe.stored_dtype) if recipe.contributions else block
+        return _with_rows(block.to(recipe.stored_dtype) if recipe.contributions else block, recipe, rows)
     assert recipe.source is not None
-    return read_entry_rows(recipe.source, descriptor, columns, rows, workspace, role)
+    return _with_rows(read_entry_rows(recipe.source, descriptor, columns, rows, workspace, role), recipe, rows)
+
+
+def _with_rows(block: Tensor, recipe: Recipe, rows: slice) -> Tensor:
+    """The block with those rows in it that adapters own, rounded to its dtype."""
+    for owned in recipe.rows:
+        here = (owned.at >= rows.start) & (owned.at < rows.stop)
+        if here.any():
+            block = block.index_copy(0, owned.at[here] - rows.start, owned.values.detach()[here].to(block.dtype))
+    return block
 
 
 def first_numbers(base: BaseFiles, name: str | None) -> torch.Tensor | None:

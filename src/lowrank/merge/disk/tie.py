@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank.core.merging import Change
+from lowrank.core.token_rows import TokenRows
 from lowrank.errors import MergeError
 from lowrank.files.safetensors import FLOATS
 from lowrank.merge.disk.adapters import Contribution
@@ -19,6 +20,7 @@ from lowrank.modelfiles.tied import EXPLICIT, has_head, head_of, may_be_tied, sh
 
 Changed = Mapping[str, tuple[Contribution, ...]]
 Replaced = Mapping[str, Tensor]
+Rows = Mapping[str, tuple[TokenRows, ...]]
 
 
 @dataclass(slots=True)
@@ -34,7 +36,7 @@ class Ties:
     notes: list[str] = field(default_factory=list)
 
 
-def settle_ties(base: BaseFiles, changed: Changed, replaced: Replaced, heads: Mapping[str, str]) -> Ties:
+def settle_ties(base: BaseFiles, changed: Changed, replaced: Replaced, heads: Mapping[str, str], rows: Rows) -> Ties:
     """Decide for every embedding that may share its tensor with a head. heads: heads that adapters name and the base
 
     does not store, with their embeddings. Raises MergeError where it cannot be known what shares the tensor.
@@ -42,7 +44,7 @@ def settle_ties(base: BaseFiles, changed: Changed, replaced: Replaced, heads: Ma
     ties = Ties()
     if not may_be_tied(base.config):
         return ties
-    touched = changed.keys() | replaced.keys()
+    touched = changed.keys() | replaced.keys() | {name for name in rows if name in heads}
     _refuse_unknown(base, changed)
     for embedding in [name for name in base.tensors if name.endswith(".weight")]:
         head = _head_tensor(embedding, heads)
@@ -56,7 +58,8 @@ def settle_ties(base: BaseFiles, changed: Changed, replaced: Replaced, heads: Ma
                 f"{embedding} is shared by an encoder, a decoder and a head, and the files do not tell which of them "
                 "the adapter changes: load the model and use merge_and_unload"
             )
-        _settle(ties, embedding, head, stored, _agree(embedding, head, changed, replaced))
+        agree = head not in rows and _agree(embedding, head, changed, replaced)  # rows of the embedding are the head's
+        _settle(ties, embedding, head, stored, agree)
     return ties
 
 

@@ -161,13 +161,14 @@ def _together(blocks: Iterable[Tensor]) -> Tensor:
 
 
 def _pieces(recipe: Recipe, full: bool) -> Iterator[list[slice]]:
-    """The rows to look at, in pieces to compute at once: every block of all rows, or the last row and some others."""
+    """The rows to look at, in pieces to compute at once: every block of all, or the last, owned and some other rows."""
     count = recipe.matrix[0]
     if full or count <= SAMPLED_ROWS:
         yield from ([rows] for rows in row_blocks(*recipe.matrix))
         return
     chosen = random.Random(recipe.name).sample(range(count - 1), SAMPLED_ROWS - 1)
-    yield [slice(row, row + 1) for row in sorted([*chosen, count - 1])]
+    owned = [row for rows in recipe.rows for row in rows.indices]
+    yield [slice(row, row + 1) for row in sorted({*chosen, count - 1, *owned})]
 
 
 def _places(recipe: Recipe, full: bool) -> Iterator[tuple[int, int]]:
