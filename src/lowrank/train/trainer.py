@@ -25,7 +25,7 @@ from lowrank.train.state.forward import ForwardState
 from lowrank.train.state.identity import made_of
 from lowrank.train.state.keeper import Keeper
 from lowrank.train.state.randomness import seeded
-from lowrank.train.state.resume import about, check_same, settings_of
+from lowrank.train.state.resume import about, check_same, check_settings, settings_of
 from lowrank.train.state.settings import seconds_of
 from lowrank.train.state.stopping import Stop
 from lowrank.train.state.store import latest
@@ -70,6 +70,8 @@ def resume(folder: str | Path, reporter: Reporter | None = None, **changes: Any)
                 f"--resume {folder}: the run is complete and its checkpoints are gone, so it cannot take more steps; "
                 "they stay where --keep-checkpoints says so"
             )
+        if value is not None:
+            check_settings(value.facts.about, settings)
         return _run(settings, place, reporter or Reporter(), began, value)
 
 
@@ -83,7 +85,7 @@ def _run(
         made = made_of(found.base, settings, loaded.tokenizer, found.data.examples)
         now = about(settings, found.steps, made, loaded.device)
         if value is not None:
-            check_same(folder, value.facts.about, now, value.facts.step)
+            check_same(settings.out, value.facts.about, now, value.facts.step)
         _check_room(loaded.model, folder, settings.full)
         if value is None:
             begin(folder, settings.resolved())

@@ -69,8 +69,8 @@ def restore(loop: Loop, forward: ForwardState, value: RunValue) -> None:
     _copy(_kept(loop.model), _those("kept", value.tensors), "held")
     _copy(_masters(state, names), _those("masters", value.tensors), "trained in float32")
     best = _those("best", value.tensors)
-    if best:
-        state.best_weights = [torch.empty_like(parameter) for parameter in own.values()]
+    state.best_weights = [torch.empty_like(parameter) for parameter in own.values()] if best else None
+    if state.best_weights is not None:
         _copy(dict(zip(names, state.best_weights, strict=True)), best, "best")
     _restore_optimiser(state, names, _those("optimiser", value.tensors), facts.optimiser)
     forward.restore(_those("buffers", value.tensors), facts.numbers)

@@ -55,9 +55,13 @@ class Keeper(Watch):
         self.log.go_on(value.facts.log.length, value.facts.log.seconds)
 
     def between(self, loop: Loop) -> None:
-        """Write a checkpoint where one is due. Raises Stopped, with one written, where the training is to stop."""
+        """Write a checkpoint where one is due. Raises Stopped, with one written, where the training is to stop.
+
+        However short its time, a start takes a step: else a run that is started again and again would stay where it is.
+        """
         state = loop.state
-        if self.stop.wanted and (state.step < loop.steps or self.stop.left):
+        begun = state.step != (self.last or 0) or self.stop.number is not None
+        if self.stop.wanted and begun and (state.step < loop.steps or self.stop.left):
             if state.step > 0 and state.step != self.last:
                 self._write(loop)
             raise Stopped(self._why(state.step), self.stop.number)

@@ -51,14 +51,18 @@ def about(settings: TrainSettings, steps: int, made_of: dict[str, str], device: 
     return About(steps=steps, settings=dict(settings.resolved()), made_of=made_of, machine=machine)
 
 
-def check_same(folder: Path, then: About, now: About, step: int) -> None:
-    """Raise ConfigError, naming all, for settings that may not change on the way, and CheckpointError for other data.
+def check_settings(then: About, settings: TrainSettings) -> None:
+    """Raise ConfigError, naming all, for settings that may not change on the way."""
+    if changed := _changed(then.settings, settings.resolved()):
+        what = some(changed, 5)
+        raise ConfigError(f"--resume {settings.out}: {what} cannot change on the way; leave it out, or begin a new run")
+
+
+def check_same(folder: str, then: About, now: About, step: int) -> None:
+    """Raise CheckpointError where a run would go on with other data, and ConfigError where it is past its end.
 
     Warns where the machine is another: the run goes on, but no longer bit for bit.
     """
-    if changed := _changed(then.settings, now.settings):
-        what = some(changed, 5)
-        raise ConfigError(f"--resume {folder}: {what} cannot change on the way; leave it out, or begin a new run")
     if now.steps < step:
         raise ConfigError(f"--resume {folder}: the run is at step {step} already, and {now.steps} are asked for")
     other = [name for name, digest in then.made_of.items() if now.made_of.get(name) != digest]
