@@ -206,10 +206,6 @@ def test_a_second_adapter_sees_the_base_only() -> None:
 def test_the_output_head_of_nested_attention_is_a_linear_layer_like_others() -> None:
     """nn.MultiheadAttention reads out_proj.weight and never calls out_proj: test_weights_read.py has its answers."""
     model = nn.TransformerEncoderLayer(8, 2, dim_feedforward=12, batch_first=True)
-    before = snapshot(model)
-    with pytest.raises(TargetError, match="a MultiheadAttention is not adapted: its in_proj_weight"):
-        lowrank.inject(model, LoraConfig(r=2, target_modules=["self_attn", "linear1"]))
-    assert_same(model, before)
     plan = lowrank.inject(model, LoraConfig(r=2, target_modules="all-linear"))
     assert [entry.path for entry in plan.entries] == ["self_attn.out_proj", "linear1", "linear2"]
 

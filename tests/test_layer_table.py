@@ -23,7 +23,6 @@ LAYERS = {  # one of every class that is refused
     nn.ConvTranspose1d: (lambda: nn.ConvTranspose1d(3, 4, 2), (2, 3, 6)),
     nn.ConvTranspose2d: (lambda: nn.ConvTranspose2d(3, 4, 2), (2, 3, 6, 5)),
     nn.ConvTranspose3d: (lambda: nn.ConvTranspose3d(3, 4, 2), (1, 3, 4, 4, 4)),
-    nn.MultiheadAttention: (lambda: nn.MultiheadAttention(4, 2), None),
 }
 
 

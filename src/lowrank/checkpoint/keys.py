@@ -23,6 +23,7 @@ ROLES = (A, B, EMBEDDING_A, EMBEDDING_B, MAGNITUDE)
 # An adapter's name between role and `weight` is left by those who save a PEFT model's state_dict as it is.
 _LOW_RANK = re.compile(rf"(?:(?P<path>.*)\.)?(?P<role>{'|'.join(ROLES)})(?:\.(?!bias$)[^.]+?)??(?:\.weight)?")
 _B_BIAS = re.compile(rf"(?:(?P<path>.*)\.)?{B}(?:\.[^.]+)?\.bias")
+_IN_ATTENTION = (".base_layer.out_proj", ".out_proj")  # PEFT wraps nn.MultiheadAttention around its out_proj
 _TOKENS = re.compile(rf"(?:(?P<path>.*)\.)?{re.escape(TOKENS)}(?:\.[^.]+)?")
 
 
@@ -46,7 +47,7 @@ def parse(key: str) -> Key:
         if match := expression.fullmatch(bare):
             return Key(match["path"] or "", role)
     if match := _LOW_RANK.fullmatch(bare):
-        return Key(match["path"] or "", match["role"])
+        return Key((match["path"] or "").replace(*_IN_ATTENTION), match["role"])
     path, _, name = bare.rpartition(".")
     owner = (path + ".").removesuffix("base_layer.").removesuffix("token_adapter.").removesuffix(".") if path else ""
     return Key(owner, None, name, of_base=owner != path)

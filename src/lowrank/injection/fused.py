@@ -108,15 +108,22 @@ LAYOUTS: dict[tuple[str, str], Layout] = {
 }
 
 
-def part_rows(path: str, out_features: int, names: tuple[str, ...], config: Any) -> tuple[RowBlock, ...]:
-    """The rows of the named parts of the fused projection at `path`.
+def equal_thirds_of(out_features: int) -> Layout:
+    """nn.MultiheadAttention: q, k and v, a third of the rows each, whatever the model."""
+    return lambda _: stacked(**dict.fromkeys("qkv", out_features // 3))
+
+
+def part_rows(
+    path: str, out_features: int, names: tuple[str, ...], config: Any, layout: Layout | None = None
+) -> tuple[RowBlock, ...]:
+    """The rows of the named parts of the fused projection at `path`; layout: its own, looked up where not given.
 
     Raises TargetError where the architecture's layout is not known, a part does not exist, or the config's widths do
     not add up to the weight's `out_features` rows.
     """
     model_type = getattr(config, "model_type", None)
     leaf = path.rpartition(".")[2]
-    layout = LAYOUTS.get((str(model_type), leaf))
+    layout = layout or LAYOUTS.get((str(model_type), leaf))
     wish = f"{leaf}[{','.join(names)}]"
     if layout is None:
         known = ", ".join(sorted({f"{name} of {model}" for model, name in LAYOUTS}))

@@ -40,7 +40,7 @@ def plain_reason(layer: LoraLayer) -> str | None:
         return layer.plain_reason
     if isinstance(layer, LoraStack):  # in the products of the module of experts
         return None
-    return f"the {layer.kind} has no fused function: its base is a lookup or a convolution"
+    return f"the {layer.kind} has no fused function: its base is no plain product"
 
 
 def shared_inputs(model: nn.Module, run: Callable[[], object]) -> list[tuple[str, ...]]:

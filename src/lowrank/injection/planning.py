@@ -6,7 +6,7 @@ from lowrank.core.scaling import lora_scale
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import ConfigError, TargetError
 from lowrank.injection.config import LoraConfig
-from lowrank.injection.fused import part_rows
+from lowrank.injection.fused import equal_thirds_of, part_rows
 from lowrank.injection.left_out import emptied, left_out
 from lowrank.injection.patterns import check_patterns, pattern_value
 from lowrank.injection.plan import InjectionPlan, PlanEntry
@@ -21,6 +21,7 @@ from lowrank.injection.targets import (
 from lowrank.injection.tied import sharing_warnings
 from lowrank.injection.token_rows import plan_rows, row_warnings
 from lowrank.injection.traversal import parameter_count
+from lowrank.layers.attention import LoraAttention
 from lowrank.layers.base import dimensions
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import own_tensors
@@ -76,7 +77,8 @@ def _entry(
     usual = config.expert_rank if experts and config.expert_rank is not None else config.r
     rank = pattern_value(path, config.rank_pattern, usual, "rank_pattern")
     alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha, "alpha_pattern")
-    parts = part_rows(path, d, part_names, getattr(model, "config", None)) if part_names else ()
+    layout = equal_thirds_of(d) if issubclass(kind, LoraAttention) else None
+    parts = part_rows(path, d, part_names, getattr(model, "config", None), layout) if part_names else ()
     scale = lora_scale(alpha, rank, config.use_rslora)
     return PlanEntry(path, kind, d, k, rank, alpha, scale, parts, part_names, experts)
 

@@ -45,6 +45,7 @@ class LoraLayer(RowedLayer):
     kind: ClassVar[str]
     plain: ClassVar[type[nn.Module]]  # the class before injection, and the layer kind that extends it; set with the
     mixin: ClassVar[type["LoraLayer"]]  # extended class, of which others (FSDP) may make a class of theirs
+    weight_name: ClassVar[str] = "weight"  # what the module calls W0
     transposed: ClassVar[bool] = False  # True where the weight is stored as W0ᵀ, (k, d)
     supports_dora: ClassVar[bool] = False
     weight = AdaptedWeight()
@@ -60,12 +61,12 @@ class LoraLayer(RowedLayer):
     @property
     def holds_weight(self) -> bool:
         """Whether W0 is a parameter, and not computed by a parametrisation."""
-        return "weight" in self._parameters
+        return self.weight_name in self._parameters
 
     @property
     def base_weight(self) -> nn.Parameter:
         """W0, whoever asks: the parameter that the module holds (what a parametrisation put there, if one did)."""
-        weight = self._parameters.get("weight")
+        weight = self._parameters.get(self.weight_name)
         return self.weight if weight is None else weight
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -95,12 +96,12 @@ class LoraLayer(RowedLayer):
     @classmethod
     def frozen(cls, module: nn.Module) -> Weight:
         """W0 of a module of this kind, (d, k), a view of it; where that is stored otherwise, what reads it."""
-        return cls.matrix(cast(Tensor, module.weight).detach())
+        return cls.matrix(cast(Tensor, getattr(module, cls.weight_name)).detach())
 
     @classmethod
     def dense(cls, module: nn.Module) -> Tensor:
         """W0 of a module of this kind as numbers, a matrix as stored: its own weight where it has one, else a copy."""
-        weight = module._parameters.get("weight")
+        weight = module._parameters.get(cls.weight_name)
         return cls.stored(cast(Tensor, module.weight if weight is None else weight)).detach()
 
     @classmethod
@@ -177,7 +178,7 @@ class LoraLayer(RowedLayer):
         self._put(weight)
 
     def _put(self, weight: nn.Parameter) -> None:
-        self._parameters["weight"] = weight
+        self._parameters[self.weight_name] = weight
 
     def unfold(self) -> None:
         """In place: what `fold` set aside is back; nothing where it set nothing aside."""
@@ -206,8 +207,8 @@ class LoraLayer(RowedLayer):
         state = dict(self.__getstate__())  # type: ignore[no-untyped-call]
         if ASIDE in state:
             weight, active, state["active_rows"] = state.pop(ASIDE)
-            if "weight" in state["_parameters"]:
-                state["_parameters"] = {**state["_parameters"], "weight": weight}
+            if self.weight_name in state["_parameters"]:
+                state["_parameters"] = {**state["_parameters"], self.weight_name: weight}
             state |= {"active_adapters": active, "active_factors": tuple(self.factors(name) for name in active)}
         return rebuild, (plain_class(self), lora_mixin(self)), state
 

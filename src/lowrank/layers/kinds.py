@@ -3,6 +3,7 @@
 from torch import nn
 
 from lowrank.core.stored.of_module import FLOATING, is_stored
+from lowrank.layers.attention import LoraAttention
 from lowrank.layers.base import REPLACED, LoraLayer, forward_is_replaced
 from lowrank.layers.conv import LoraConv
 from lowrank.layers.embedding import LoraEmbedding
@@ -17,6 +18,7 @@ KINDS: dict[type[nn.Module], type[LoraLayer]] = {
     nn.Conv1d: LoraConv,
     nn.Conv2d: LoraConv,
     nn.Conv3d: LoraConv,
+    nn.MultiheadAttention: LoraAttention,
 }
 NAMED_KINDS: dict[tuple[str, str], type[LoraLayer]] = {  # classes of packages that are not imported for this
     ("transformers.pytorch_utils", "Conv1D"): LoraConv1D,
@@ -31,7 +33,6 @@ REFUSED: dict[type[nn.Module], str] = {  # torch's layers with weights that are 
     nn.ConvTranspose1d: f"its kernel (in, out, ...) runs backwards, which no format of adapters writes: {IN_FULL}",
     nn.ConvTranspose2d: f"its kernel (in, out, ...) runs backwards, which no format of adapters writes: {IN_FULL}",
     nn.ConvTranspose3d: f"its kernel (in, out, ...) runs backwards, which no format of adapters writes: {IN_FULL}",
-    nn.MultiheadAttention: f"its in_proj_weight is no module: name its out_proj; {IN_FULL}",
 }
 
 MAKERS = {  # packages whose quantised layers are no linear maps that are read here, and what they make
@@ -112,16 +113,19 @@ def refusal(module: nn.Module) -> str | None:
     if kind is None and (why := next((REFUSED[cls] for cls in type(module).__mro__ if cls in REFUSED), None)):
         return f"a {type(module).__name__} is not adapted: {why}"
     if kind is None:
-        return f"a {type(module).__name__} is none of Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d"
+        name = type(module).__name__
+        return f"a {name} is none of Linear, Conv1D, Embedding, Conv1d, Conv2d, Conv3d, MultiheadAttention"
     if _answers_otherwise(module):
         return f"a {type(module).__name__} does not answer W0·x + bias, so a change of W0 cannot be added to its answer"
-    if not issubclass(kind, LoraQuantised) and (why := _unfit(module._parameters.get("weight"))) is not None:
+    if (why := kind.refusal(module)) is not None:
+        return why
+    if not issubclass(kind, LoraQuantised) and (why := _unfit(module._parameters.get(kind.weight_name))) is not None:
         return why
     if forward_is_replaced(module):
         return REPLACED
     if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return OFFLOADED
-    return kind.refusal(module)
+    return None
 
 
 def _refusal_of_stack(stack: ExpertStack) -> str | None:

@@ -67,6 +67,10 @@ def own_weights(experts: nn.Module) -> dict[str, Tensor] | None:
 class AdaptedWeight:
     """The `weight` of an adapted module's class. It has no `__set__`: assignments and deletions are nn.Module's."""
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Called with the name that the class gives it."""
+        self.name = name
+
     @overload
     def __get__(self, layer: None, owner: type) -> Self: ...
     @overload
@@ -75,9 +79,9 @@ class AdaptedWeight:
         """W0, or W0 + Σ ΔW: see the top of the file."""
         if layer is None:
             return self
-        weight = layer._parameters.get("weight")
+        weight = layer._parameters.get(self.name)
         if weight is None:
-            raise AttributeError(f"'{owner.__name__}' object has no attribute 'weight'")
+            raise AttributeError(f"'{owner.__name__}' object has no attribute '{self.name}'")
         runs, own = _local.own
         if runs is layer:
             return own

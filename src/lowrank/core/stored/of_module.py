@@ -176,9 +176,18 @@ def forget_read(module: nn.Module) -> None:
 
 def frozen(module: nn.Module) -> Weight:
     """W0 as the module holds it: its parameter, or what reads its stored form. Both have a shape, dtype and device."""
-    return stored_weight(module) if is_stored(module) else cast(Tensor, module.weight).detach()
+    return stored_weight(module) if is_stored(module) else _own(module).detach()
 
 
 def frozen_shape(module: nn.Module) -> torch.Size:
     """The shape of W0, of a stored form too."""
-    return stored_weight(module).shape if is_stored(module) else cast(Tensor, module.weight).shape
+    return stored_weight(module).shape if is_stored(module) else _own(module).shape
+
+
+def weight_name(module: nn.Module) -> str:
+    """What the module calls its W0: `weight`, but for nn.MultiheadAttention, whose q, k and v are one matrix."""
+    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+
+
+def _own(module: nn.Module) -> Tensor:
+    return cast(Tensor, getattr(module, weight_name(module)))

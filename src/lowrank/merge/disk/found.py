@@ -12,6 +12,9 @@ from lowrank.modelfiles.base import BaseFiles
 OLD_NAMES = {"weight": "gamma", "bias": "beta"}
 
 
+IN_PROJ = "in_proj_weight"  # what nn.MultiheadAttention calls its weight
+
+
 @dataclass(slots=True)
 class Match:
     """What one adapter does, by the names of tensors.
@@ -38,5 +41,6 @@ class Match:
         if full in self.heads:
             return full, self.heads[full]
         old = f"{place}.{OLD_NAMES.get(name, name)}"
-        known = next((known for known in (full, old) if known in base.tensors), None)
+        attention = f"{place}.{IN_PROJ}" if name == "weight" else full
+        known = next((known for known in (full, old, attention) if known in base.tensors), None)
         return None if known is None else (known, known)

@@ -11,7 +11,7 @@ from lowrank.errors import CheckpointError, some
 from lowrank.injection.patterns import matches, matches_name, suggestion
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.expert_places import expert_changes, with_experts
-from lowrank.merge.disk.found import Match
+from lowrank.merge.disk.found import IN_PROJ, Match
 from lowrank.merge.disk.match_whole import match_bias, match_full, match_rows
 from lowrank.merge.disk.sidefiles import own_texts
 from lowrank.merge.disk.stored_rows import first_numbers
@@ -48,7 +48,7 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
             "over if the model is to be used with them"
         )
     for path in paths:
-        if f"{places.get(path, path)}.weight" in base.tensors or path in files.experts:
+        if found.stored(base, places.get(path, path)) or path in files.experts:
             continue
         if shared := _shared_embedding(base, places.get(path, path)):
             places[path], embedding = shared
@@ -74,7 +74,7 @@ def _modules(base: BaseFiles) -> dict[str, None]:
 
 
 def _may_fit(base: BaseFiles, files: AdapterFiles, path: str, module: str) -> bool:
-    tensor = base.tensors.get(f"{module}.weight")
+    tensor = base.tensors.get(f"{module}.weight") or base.tensors.get(f"{module}.{IN_PROJ}")
     if path not in files.low_rank or path in files.experts:
         return True
     return tensor is not None and bool(kinds_that_fit(files, path, tensor[1].shape))
