@@ -168,6 +168,10 @@ CHATS = [
     [{"role": "user", "content": f"what is the cat {n} ?"}, {"role": "assistant", "content": "red " * (n % 7 + 1)}]
     for n in range(400)
 ]
+MARKED = (
+    "{% for m in messages %}{{ m.role }} {% generation %}{{ m.content }} </s>{% endgeneration %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
 OF_KIND = {
     "chat": [{"messages": turns} for turns in CHATS],
     "completion": completion_rows(400),
@@ -180,7 +184,7 @@ OF_KIND = {
 @pytest.mark.parametrize("kind", OF_KIND)
 def test_tokens_do_not_depend_on_parts_and_threads(kind, tmp_path, monkeypatch):
     data = read(write_jsonl(tmp_path / "a.jsonl", OF_KIND[kind]), cache=False)
-    template = "{% for m in messages %}{{ m.role }} {{ m.content }} </s>{% endfor %}" if data.speaks else ""
+    template = MARKED if data.speaks else ""
     recipe = Recipe(kind, "{prompt} ->", 16, ("bad", "good"), chat_template=template)
 
     def found(threads, rows):

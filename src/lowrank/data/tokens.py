@@ -129,7 +129,7 @@ def _fitted(data: Dataset, whole: list[Example], recipe: Recipe, bos: list[int],
             continue
         parts = FIT[policy](example, longest, bos) if long else [example]
         firsts = [Example(part.ids, [IGNORED, *part.labels[1:]]) for part in parts]
-        kept = [part for part in firsts if part.trained]
+        kept = [part for part in firsts if any(label != IGNORED for label in reversed(part.labels))]
         trained += kept
         tally.cut += long and policy == CUT and bool(parts)
         tally.split += long and policy == SPLIT

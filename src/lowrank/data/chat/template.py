@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from lowrank.data.rows import RowError
 from lowrank.errors import ConfigError
 
 Messages = Sequence[Mapping[str, Any]]
+RENDERING = Lock()  # transformers has one tracker of {% generation %} a template, for all threads
 
 
 def template_text(tokenizer: Any, file: str | None) -> tuple[str, str]:
@@ -73,13 +75,14 @@ class ChatTemplate:
     def render(self, messages: Messages, tools: Messages, generate: bool = False) -> str:
         """The text of the messages, with the beginning of an answer where asked. Raises RowError where it refuses."""
         try:
-            found = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                chat_template=self.text,
-                tokenize=False,
-                add_generation_prompt=generate,
-            )
+            with RENDERING:
+                found = self.tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=[dict(tool) for tool in tools] or None,
+                    chat_template=self.text,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                )
         except Exception as error:  # a template is a program, and may raise whatever it likes
             raise RowError(f"the chat template refuses it ({' '.join(str(error).split()):.150})") from None
         return str(found)
@@ -93,13 +96,14 @@ class ChatTemplate:
         """[start, end) of what {% generation %} holds, in the characters of `render(messages, tools)`."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        _, found = render_jinja_template(
-            conversations=[[dict(message) for message in messages]],
-            tools=[dict(tool) for tool in tools] or None,
-            chat_template=self.text,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
+        with RENDERING:
+            _, found = render_jinja_template(
+                conversations=[[dict(message) for message in messages]],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=self.text,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
         return [(int(start), int(end)) for start, end in found[0]]
 
     @cached_property
