@@ -36,6 +36,7 @@ COMMANDS = {
     "extract": "Make an adapter of what a tuned checkpoint has beyond its base.",
     "resize": "Give an adapter another rank.",
     "convert": "Write an adapter in another program's format: loralib, mlx-lm, GGUF, old pickles.",
+    "estimate": "Say what a training will take, memory by kind and time, before a weight is loaded.",
     "doctor": "What is installed, what runs fast here, and how a model's layers would be computed.",
 }
 MODULES = {"eval": "evaluate"}  # where a module cannot be called as its command is

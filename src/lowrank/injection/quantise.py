@@ -50,11 +50,7 @@ def quantise(
     (path, W0, what is held of it) while both are there. Raises ConfigError where bitsandbytes is not installed.
     """
     bnb = _bitsandbytes(scheme)
-    modules = named_targets(model)
-    heads = output_heads(model, modules)
-    for path, module in modules.items():
-        if type(module) is not nn.Linear or id(module) in heads or any(matches_name(path, name) for name in skip):
-            continue
+    for path, module in quantisable(model, skip).items():
         weight = module.weight.detach()
         new = _layer(bnb, module, scheme, double).to(device or weight.device)
         new.train(module.training)
@@ -65,6 +61,17 @@ def quantise(
     if found is None:
         raise ConfigError(f"quantise {scheme}: this model has no Linear but its head that could be quantised")
     return found
+
+
+def quantisable(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Linear]:
+    """{path: Linear} of the layers that `quantise` holds in a stored form."""
+    modules = named_targets(model)
+    heads = output_heads(model, modules)
+    return {
+        path: module
+        for path, module in modules.items()
+        if type(module) is nn.Linear and id(module) not in heads and not any(matches_name(path, n) for n in skip)
+    }
 
 
 def what_is_held(model: nn.Module) -> Held | None:

@@ -25,6 +25,7 @@ from lowrank.kernels.autocast import dtype_for
 from lowrank.kernels.dropout import Mask
 from lowrank.kernels.hooks import are_saved_tensors_watched
 from lowrank.kernels.order import choose_order, few_rows, thin_products_are_slow
+from lowrank.kernels.rehearsal import is_rehearsed
 from lowrank.kernels.shared_input import Part, SharedInput, shared_input
 
 Held = TypeVar("Held", bound=Weight)
@@ -47,7 +48,7 @@ def reason_against(x: Tensor, weight: Weight, bias: Tensor | None) -> str | None
         return None if x.is_floating_point() and type(x) is Tensor else f"its input is {x.dtype}"
     if weight.requires_grad:
         return "the base weight is trained too"
-    if x.is_meta:
+    if x.is_meta and not is_rehearsed():
         return "tensors on the meta device have no numbers"
     if type(weight) not in (Tensor, torch.nn.Parameter) or type(x) is not Tensor:
         return f"its tensors are of a class of their own ({type(weight).__name__}, {type(x).__name__})"

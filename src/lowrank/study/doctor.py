@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.data.names import read_targets
-from lowrank.errors import CheckpointError, ConfigError
+from lowrank.errors import ConfigError
 from lowrank.hub import JSON
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
@@ -25,6 +24,7 @@ from lowrank.kernels.order import FEW_ROWS, choose_order
 from lowrank.kernels.processor import half_products_are_slow, warning_of_slow_products
 from lowrank.layers.base import dimensions, lora_mixin
 from lowrank.stages import stage
+from lowrank.study.empty import empty_model
 from lowrank.train.models import find_model
 
 PACKAGES = ("lowrank", "torch", "transformers", "safetensors", "peft", "accelerate", "triton")
@@ -41,9 +41,9 @@ def describe_machine() -> dict[str, str]:
     facts["float32"] = "gradients by oneDNN, faster than MKL on this AMD processor" if is_faster_here() else "by torch"
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    single = _seconds(torch.float32, device)
+    single = product_seconds(torch.float32, device)
     for name in ("bfloat16", "float16"):
-        share = _seconds(DTYPES[name], device) / single
+        share = product_seconds(DTYPES[name], device) / single
         slow = warning_of_slow_products(DTYPES[name], device)
         verdict = slow or ("use it" if share < 0.8 else "no gain here")
         facts[name] = f"{PROBE}×{PROBE} product in {share:.2f} of float32's time on this {device}: {verdict}"
@@ -57,7 +57,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _seconds(dtype: torch.dtype, device: str) -> float:
+def product_seconds(dtype: torch.dtype, device: str) -> float:
     """The best of five products of two square matrices, or of those that a second is enough for."""
     stage(f"measuring products in {str(dtype).removeprefix('torch.')}")
     x = torch.ones(PROBE, PROBE, dtype=dtype, device=device)
@@ -127,7 +127,7 @@ def describe_model(name: str, targets: str | None, rank: int, tokens: int, dtype
     if not 1 <= tokens <= MOST_TOKENS:
         raise ConfigError(f"--tokens {tokens}: a batch has at least one token, and at most {MOST_TOKENS:,} are tried")
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=read_targets(targets))
-    model = _empty_model(find_model(name, JSON), DTYPES[dtype])
+    model = empty_model(find_model(name, JSON), DTYPES[dtype])
     plan = inject(model, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds: Counter[tuple[str, tuple[int, int], str, str]] = Counter()
@@ -150,22 +150,6 @@ def _products(tokens: int, k: int, d: int, rank: int, dtype: torch.dtype, device
 
 def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def _empty_model(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model's architecture on the meta device."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    names = getattr(config, "architectures", None) or []
-    cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
-    if cls is None:
-        raise CheckpointError(
-            f"model {folder}: its config names no architecture of transformers {transformers.__version__}"
-        )
-    with torch.device("meta"):
-        model: nn.Module = cls(config)
-    return model.to(dtype)
 
 
 def _sharing(model: nn.Module) -> tuple[tuple[tuple[tuple[str, ...], int], ...], str]:

@@ -122,22 +122,30 @@ def _tried(model: Any) -> Head | None:
     ids = (torch.arange(12) % model.get_input_embeddings().num_embeddings).view(2, 6)
     inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
     inputs = {name: tensor.to(next(model.parameters()).device) for name, tensor in inputs.items()}
-    found: list[str] = []
-    handles = [module.register_forward_hook(_noting(path, found)) for path, module in _outer_parts(model)]
-    try:
-        wanted = model(**inputs, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not found:
+    head, wanted = with_backbone(model, inputs)
+    if head is None:
         return None
-    head = Head(model, found[-1], wanted.shape[-1])  # a part answers after its own parts: the last one is outermost
     hidden = head.hidden(inputs)
     real = inputs["attention_mask"] == 1
     logits = hidden.logits(hidden.states[real])
     apart = (logits.double() - wanted[real].double()).abs().max()
     known = wanted.shape[1] == ids.shape[1] and bool(wanted.isfinite().all())
     return head if known and apart <= AGREE[logits.dtype] * wanted.abs().max() else None
+
+
+def with_backbone(model: nn.Module, inputs: Inputs) -> tuple[Head | None, Tensor]:
+    """(the head behind what answers with hidden states, the logits), by one call; it is not tried alone."""
+    found: list[str] = []
+    handles = [module.register_forward_hook(_noting(path, found)) for path, module in _outer_parts(model)]
+    call: Any = model
+    try:
+        logits: Tensor = call(**inputs, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        return None, logits
+    return Head(model, found[-1], logits.shape[-1]), logits  # a part answers after its own: the last one is outermost
 
 
 def _outer_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,67 @@
+"""Attention as it is held where it is computed in pieces (flash): the answer and a number a row, never all scores.
+
+On the meta device torch would take the plain form, which keeps rows × heads × length² scores.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from lowrank.study.estimate.counting import Counting
+
+BACKWARD = 2.5  # the products of the backward pass, of those of the forward one: five for two
+
+
+@contextmanager
+def in_pieces(counting: Counting, on: str) -> Iterator[None]:
+    """Inside, `scaled_dot_product_attention` of torch's is the stand-in, and its work is counted.
+
+    on: "cpu" or "gpu"; a CPU computes attention with dropout in the plain form, and so does the meta device.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def stand_in(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **options: Any
+    ) -> Tensor:
+        if dropout_p > 0 and on == "cpu":
+            return plain(query, key, value, attn_mask, dropout_p, **options)
+        answer: Tensor = _Attention.apply(query, key, value, counting)  # type: ignore[no-untyped-call]
+        return answer
+
+    F.scaled_dot_product_attention = stand_in  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+class _Attention(Function):
+    """q (rows, heads, length, d), k and v with as many heads or fewer → (rows, heads, length, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counting: Counting) -> Tensor:
+        rows, heads, length, _ = query.shape
+        out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)  # laid out as its reader wants it
+        sums = query.new_empty(rows, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.counting = counting
+        counting.did(_operations(query, key), 2 * (query.nbytes + key.nbytes + value.nbytes))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, _ = ctx.saved_tensors
+        read = query.nbytes + key.nbytes + value.nbytes + out.nbytes + gradient.nbytes
+        ctx.counting.did(BACKWARD * _operations(query, key), 2 * read)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+def _operations(query: Tensor, key: Tensor) -> float:
+    """Of both products, of which causal attention needs half."""
+    rows, heads, length, d = query.shape
+    return 2.0 * rows * heads * length * key.shape[-2] * d
