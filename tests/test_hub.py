@@ -123,7 +123,7 @@ WRONG = [
     ("generate --model org/llama@v9 --prompt a", "org/llama@v9: there is no such folder here"),
     ("eval --model org/llama --adapter me/none --data org/set:rows.jsonl", "me/none: there is no such folder here"),
     ("eval --model org/llama --data org/set:none.jsonl", "org/set:none.jsonl: there is no such file here"),
-    ("eval --model org/llama --data org/set", "name it, as in org/set:train.jsonl"),
+    ("eval --model org/llama --data org/set", "org/set: there is no such file here"),
     ("eval --model org/llama --data runs/none.jsonl", "data file runs/none.jsonl: No such file"),
     ("merge --model org/none --adapter me/skill --out x", "org/none: there is no such folder here"),
     ("inspect me/none", "me/none: there is no such folder here"),

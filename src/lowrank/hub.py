@@ -2,7 +2,7 @@
 
     org/name                   a repository, at the revision its owner calls main
     org/name@revision          the same at a branch, a tag or a commit
-    org/name:train.jsonl       a file of a data set's repository
+    org/name:train.jsonl       a file of a data set's repository; whole sets are `data.hub_sets`
 
 What is here under that name always wins. Of a repository only safetensors, JSON and a tokenizer's files are fetched:
 never code, never pickles. HF_HUB_OFFLINE, HF_HOME, HF_TOKEN and HF_ENDPOINT mean what they mean to huggingface_hub.
@@ -90,16 +90,11 @@ def cached(name: str) -> list[str]:
 def local_file(name: str | os.PathLike[str]) -> Path:
     """The data file that `name` means: itself, or where the cache has the file of a data set on the Hub.
 
-    Raises DataError for a name on the Hub without a file, or that cannot be fetched.
+    Raises DataError for one that cannot be fetched.
     """
     wanted = hub_id(name)
-    if wanted is None or (wanted.file is None and _FILE_NAME.search(wanted.repo)):
+    if wanted is None or wanted.file is None:
         return Path(name)
-    if wanted.file is None:
-        raise DataError(
-            f"{name}: there is no such file here, and of a data set on the Hub one file is read: name it, as in "
-            f"{wanted.repo}:train.jsonl"
-        )
     file = wanted.file
 
     def fetch() -> str:
@@ -108,6 +103,14 @@ def local_file(name: str | os.PathLike[str]) -> Path:
         return hf_hub_download(wanted.repo, file, repo_type="dataset", revision=wanted.revision)
 
     return Path(_fetched(wanted, fetch, DataError, "file"))
+
+
+def data_set(name: str | os.PathLike[str]) -> HubId | None:
+    """The whole data set on the Hub that `name` means, its configuration as the file; None for a file or a path."""
+    wanted = hub_id(name)
+    if wanted is None or _FILE_NAME.search(wanted.repo if wanted.file is None else wanted.file):
+        return None
+    return wanted
 
 
 def origin(path: str | os.PathLike[str]) -> HubId | None:

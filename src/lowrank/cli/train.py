@@ -56,8 +56,8 @@ def train(
         A model: its folder, its name on the Hub (org/name, org/name@revision), or "nano", which ships with lowrank
     data
         A file of rows (jsonl, json, csv, tsv, txt, parquet, arrow; .gz, .zst), several with commas, a folder with
-        train.* and valid.*, or one on the Hub (org/name:FILE): chats, prompt + completion, text, text + label
-        (a name or a number), chosen + rejected
+        train.* and valid.*, a set on the Hub (org/name) or one file of it (org/name:FILE): chats, prompt + completion,
+        text, text + label (a name or a number), chosen + rejected
     out
         The folder to make: adapter, log and resolved settings
     config

@@ -1,13 +1,14 @@
-"""What `--data` names: a file, several (with commas, or a pattern), or a folder with train.*, valid.* and test.*."""
+"""What `--data` names: a file, several, a pattern, a folder with train.*, valid.* and test.*, a set on the Hub."""
 
 import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowrank.data.hub_sets import files_of_set
 from lowrank.data.readers import ENDINGS, is_data
 from lowrank.errors import DataError
-from lowrank.hub import local_file
+from lowrank.hub import data_set, local_file
 
 TRAIN, VALID, TEST = "train", "valid", "test"
 PARTS = {TRAIN: TRAIN, VALID: VALID, "validation": VALID, "val": VALID, "dev": VALID, TEST: TEST}
@@ -20,6 +21,8 @@ def files_of(source: str | Path, parts: Sequence[str]) -> list[Path]:
 
     Raises DataError for a pattern that no file has, and for a folder without any of the parts.
     """
+    if (wanted := data_set(source)) is not None:
+        return files_of_set(wanted, parts, PARTS)
     path = local_file(source)
     if path.is_dir():
         return _in_folder(path, parts)
