@@ -79,3 +79,98 @@ def test_load_after_save_is_the_identity(family: str, init: object, tmp_path: Pa
     lowrank.save_adapter(other, tmp_path / "two")
     for name in ("adapter_config.json", "adapter_model.safetensors", "lowrank.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def single_experts(model: nn.Module, folder: Path, names: dict[str, tuple[str, int, int]], skip: int = -1) -> None:
+    """An adapter of experts as Linear modules, of what `adapted` put into the model's stacks.
+
+    names: {leaf: (stack, row block, of how many)}; skip: an expert that it leaves out.
+    """
+    import json
+
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for path, stack in lora_layers(model):
+        factors = stack.factors("default")
+        for leaf, (name, block, count) in names.items():
+            for expert in range(factors.a.shape[0]):
+                if path.endswith(name) and expert != skip:
+                    b = factors.b[expert].detach().chunk(count)[block]
+                    stem = f"base_model.model.{path.rpartition('.')[0].replace('.mlp.', '.MOE.')}.{expert}.{leaf}"
+                    tensors[f"{stem}.lora_A.weight"] = factors.a[expert].detach().clone()
+                    tensors[f"{stem}.lora_B.weight"] = b.clone()
+    folder.mkdir()
+    moe = ".block_sparse_moe." if "w1" in names else ".mlp."
+    save_file(
+        {key.replace(".MOE.", moe): tensor for key, tensor in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": list(names)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+OLD = {
+    "mixtral": {"w1": ("gate_up_proj", 0, 2), "w3": ("gate_up_proj", 1, 2), "w2": ("down_proj", 0, 1)},
+    "qwen3_moe": {
+        "gate_proj": ("gate_up_proj", 0, 2),
+        "up_proj": ("gate_up_proj", 1, 2),
+        "down_proj": ("down_proj", 0, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("family", OLD)
+def test_adapters_of_experts_as_modules_go_into_the_stacks_as_peft_puts_them(family: str, tmp_path: Path) -> None:
+    model = adapted(mixture(family, "eager"))
+    single_experts(model, tmp_path / "old", OLD[family])
+    other = mixture(family)
+    report = lowrank.load_adapter(other, tmp_path / "old")
+    assert {layer.factors("default").rank for _, layer in lora_layers(other)} == {3, 6} and not report.notes
+    torch.testing.assert_close(answer(other), answer(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answer(peft_model(family, tmp_path / "old")), answer(model), rtol=1e-4, atol=1e-5)
+    lowrank.save_adapter(other, tmp_path / "new")
+    torch.testing.assert_close(answer(peft_model(family, tmp_path / "new")), answer(model), rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_that_the_file_leaves_out_is_the_base(tmp_path: Path) -> None:
+    model = adapted(mixture("mixtral", "eager"))
+    single_experts(model, tmp_path / "old", OLD["mixtral"], skip=2)
+    other = mixture("mixtral")
+    lowrank.load_adapter(other, tmp_path / "old")
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.factors("default").b[2] = 0
+    torch.testing.assert_close(answer(other), answer(model), rtol=1e-4, atol=1e-5)
+
+
+def test_files_that_fit_no_experts_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    import json
+
+    lowrank.save_adapter(adapted(mixture("mixtral")), tmp_path / "four")
+    single_experts(adapted(mixture("mixtral")), tmp_path / "single", OLD["mixtral"])
+    few = mixture("mixtral", num_local_experts=3)
+    before = answer(few)
+    with pytest.raises(lowrank.LowrankError, match=r"lora_A.weight has shape \[12, 32\], wanted \[9, 32\]"):
+        lowrank.load_adapter(few, tmp_path / "four")
+    with pytest.raises(lowrank.LowrankError, match=r"experts.3.w. is expert 3, and the model has 3"):
+        lowrank.load_adapter(few, tmp_path / "single")
+    config = json.loads((tmp_path / "four" / "adapter_config.json").read_text())
+    for names in (["experts.down_proj"], []):
+        (tmp_path / "four" / "adapter_config.json").write_text(json.dumps(config | {"target_parameters": names}))
+        with pytest.raises(lowrank.LowrankError, match=r"which is which cannot be told|no module .*base_layer"):
+            lowrank.load_adapter(few, tmp_path / "four")
+    assert torch.equal(answer(few), before)
+    assert not any("lora" in name for name, _ in few.named_modules())
+
+
+def test_trained_biases_of_experts_are_where_peft_has_them(tmp_path: Path) -> None:
+    model = adapted(mixture("gpt_oss", "eager"), bias="all")
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "bias" in name and tensor.requires_grad:
+                tensor += 0.1 * torch.randn_like(tensor)
+    lowrank.save_adapter(model, tmp_path)
+    other = mixture("gpt_oss", "eager")
+    lowrank.load_adapter(other, tmp_path)
+    assert torch.equal(answer(other), answer(model))
+    torch.testing.assert_close(answer(peft_model("gpt_oss", tmp_path)), answer(model), rtol=1e-4, atol=1e-5)

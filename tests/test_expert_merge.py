@@ -10,6 +10,7 @@ import lowrank
 from expert_models import adapted, answer, mixture
 from lowrank.analysis.inspection import inspect_adapter
 from lowrank.files.safetensors import read_tensors
+from lowrank.injection.adapters import lora_layers
 
 ONE_BY_ONE = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_next", "jamba", "nemotron_h")
 
@@ -72,11 +73,27 @@ def test_another_number_of_experts_is_refused_with_both_shapes(tmp_path: Path) -
         lowrank.merge_checkpoint(tmp_path / "three", tmp_path / "four" / "adapter", tmp_path / "out")
 
 
+def test_inspect_measures_every_expert(tmp_path: Path) -> None:
+    model = saved("qwen3_moe", tmp_path, target_modules=["q_proj"], rank_pattern={"down_proj": 2})
+    inspection = inspect_adapter(tmp_path / "adapter", against=tmp_path / "adapter")
+    layers = {(layer.place.layer, layer.place.module): layer for layer in inspection.layers}
+    assert len(layers) == 2 * (1 + 2 * 4)
+    for path, stack in lora_layers(model):
+        if not path.endswith("q_proj"):
+            factors = stack.factors("default")
+            for expert in range(4):
+                found = layers[int(path.split(".")[2]), f"{expert}.{stack.parameter}"]
+                change = factors.scale * factors.b[expert] @ factors.a[expert]
+                assert found.measure.norm == pytest.approx(float(change.norm()), rel=1e-4)
+                assert found.measure.rank == factors.rank
+
+
 def test_what_does_not_take_stacks_says_so(tmp_path: Path) -> None:
     saved("mixtral", tmp_path)
-    for call in (lowrank.read_adapter, inspect_adapter):
-        with pytest.raises(lowrank.LowrankError, match="adapts stacked experts"):
-            call(tmp_path / "adapter")
+    with pytest.raises(lowrank.LowrankError, match="adapts stacked experts"):
+        lowrank.read_adapter(tmp_path / "adapter")
+    with pytest.raises(lowrank.LowrankError, match="inspect it without a model"):
+        inspect_adapter(tmp_path / "adapter", tmp_path / "base")
     with pytest.raises(lowrank.LowrankError, match="adapts stacked experts"):
         lowrank.resize_adapter(tmp_path / "adapter", tmp_path / "new", rank=1)
     with pytest.raises(lowrank.LowrankError, match="adapts stacked experts"):

@@ -11,8 +11,10 @@ from lowrank.analysis.changes import read_change
 from lowrank.analysis.compare import Comparison, Unshared, compare
 from lowrank.analysis.measure import Measure, measure
 from lowrank.analysis.places import Place, natural, places
-from lowrank.checkpoint import AdapterFiles, read_adapter
+from lowrank.checkpoint import AdapterFiles
+from lowrank.checkpoint.each_expert import with_each_expert
 from lowrank.checkpoint.keys import Key
+from lowrank.checkpoint.read import read_with_stacks
 from lowrank.errors import LowrankError, short, some
 
 Location = str | os.PathLike[str]
@@ -66,8 +68,13 @@ def inspect_adapter(
     Raises CheckpointError for damaged files, factors that are not finite and a base that is not this adapter's, and
     LowrankError for two adapters that share no module.
     """
-    files = read_adapter(adapter, allow_pickle)
-    other = None if against is None else read_adapter(against, allow_pickle)
+    files = _read(adapter, allow_pickle)
+    other = None if against is None else _read(against, allow_pickle)
+    if model is not None and files.config.known:
+        raise LowrankError(
+            f"{files.folder} adapts stacked experts, which are not measured beside their base: inspect it without a "
+            "model"
+        )
     weights = None if model is None else find_base_weights(files, model)
     measured = _measure(files, weights, progress)
     comparisons, unshared = ({}, None) if other is None else _compare(files, other)
@@ -91,6 +98,11 @@ def _full(files: AdapterFiles) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield _name(key), tuple(tensor.shape)
     for path, tensor in files.rows.items():
         yield f"{path} (rows {some(files.row_indices(path), 8)})", tuple(tensor.shape)
+
+
+def _read(adapter: Location, allow_pickle: bool) -> AdapterFiles:
+    """The adapter's files; each expert of a stack is a module."""
+    return with_each_expert(read_with_stacks(adapter, allow_pickle))
 
 
 def _measure(

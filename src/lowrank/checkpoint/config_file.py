@@ -3,7 +3,8 @@
 Fields we do not know are reported, not fatal. Fields that make the adapter mean what we cannot represent are.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +77,26 @@ LOST_BASES = ("loftq", "corda", "lora_ga")
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """A config file. lora: its meaning; unknown: names of fields we do not know; raw: the file as it is."""
+    """A config file. lora: its meaning; unknown: names of fields we do not know; raw: the file as it is.
+
+    known: {path: (rank, scale)} of modules whose factors were put together from those of others.
+    """
 
     lora: LoraConfig
     unknown: tuple[str, ...]
     raw: dict[str, Any]
+    known: Mapping[str, tuple[int, float]] = field(default_factory=dict)
 
     def rank(self, path: str) -> int:
         """The rank that the file declares for the module at `path`."""
+        if path in self.known:
+            return self.known[path][0]
         return pattern_value(path, self.lora.rank_pattern, self.lora.r, "rank_pattern")
 
     def scale(self, path: str) -> float:
         """s of the module at `path`, from the declared rank and alpha."""
+        if path in self.known:
+            return self.known[path][1]
         alpha = pattern_value(path, self.lora.alpha_pattern, self.lora.lora_alpha, "alpha_pattern")
         return lora_scale(alpha, self.rank(path), self.lora.use_rslora)
 

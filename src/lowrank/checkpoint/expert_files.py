@@ -20,12 +20,17 @@ from lowrank.layers.stack import LoraStack, kind_of_stack, stacks_of
 WRAP = ".base_layer"
 
 
+def owner_of(path: str, layer: nn.Module) -> str:
+    """The path of the module whose parameter the layer adapts: that of the experts for a stack of them."""
+    return path.rpartition(".")[0] if isinstance(layer, LoraStack) else path
+
+
 def wrapped_paths(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """{path: the path in a file} of adapted modules, which are given in the model's order."""
     stacks: dict[str, list[str]] = {}
     for path, layer in layers.items():
         if isinstance(layer, LoraStack):
-            stacks.setdefault(path.rpartition(".")[0], []).append(path)
+            stacks.setdefault(owner_of(path, layer), []).append(path)
     named = {
         path: root + WRAP * (len(paths) - 1 - place)
         for root, paths in stacks.items()

@@ -26,6 +26,8 @@ _B_BIAS = re.compile(rf"(?:(?P<path>.*)\.)?{B}(?:\.[^.]+)?\.bias")
 _IN_ATTENTION = (".base_layer.out_proj", ".out_proj")  # PEFT wraps nn.MultiheadAttention around its out_proj
 _TOKENS = re.compile(rf"(?:(?P<path>.*)\.)?{re.escape(TOKENS)}(?:\.[^.]+)?")
 
+_WRAPS = re.compile(r"(?:(?:^|\.)(?:base_layer|token_adapter))+$")  # modules of experts are wrapped for each stack
+
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -49,7 +51,7 @@ def parse(key: str) -> Key:
     if match := _LOW_RANK.fullmatch(bare):
         return Key((match["path"] or "").replace(*_IN_ATTENTION), match["role"])
     path, _, name = bare.rpartition(".")
-    owner = (path + ".").removesuffix("base_layer.").removesuffix("token_adapter.").removesuffix(".") if path else ""
+    owner = _WRAPS.sub("", path)
     return Key(owner, None, name, of_base=owner != path)
 
 
@@ -59,7 +61,7 @@ def low_rank_key(path: str, role: str) -> str:
     return f"{PREFIX}{path}.{role}{ending}"
 
 
-def full_key(path: str, name: str, *, adapted: bool) -> str:
-    """The file key of a tensor kept in full; `adapted` modules have the infix `base_layer`."""
+def full_key(path: str, name: str, *, adapted: int) -> str:
+    """The file key of a tensor kept in full; `adapted`: how often the module is, and has the infix `base_layer`."""
     owner = [path] if path else []
-    return PREFIX + ".".join([*owner, *(["base_layer"] if adapted else []), name])
+    return PREFIX + ".".join([*owner, *["base_layer"] * adapted, name])

@@ -20,6 +20,7 @@ from lowrank.checkpoint.renaming import Renaming, find_renaming, lies_in
 from lowrank.checkpoint.report import LoadReport
 from lowrank.checkpoint.restore import unfold, with_moved_base
 from lowrank.checkpoint.row_files import rows_of
+from lowrank.checkpoint.single_experts import with_single_experts
 from lowrank.checkpoint.sound import tensor_faults
 from lowrank.checkpoint.unanswered import unanswered
 from lowrank.core.factors import LoraFactors
@@ -72,7 +73,8 @@ def load_adapter(
 def load_files(model: nn.Module, files: AdapterFiles, adapter_name: str, trainable: bool) -> LoadReport:
     """In place: `load_adapter` for files that are read already."""
     modules = {"": model} | named_targets(model)
-    files = with_stacks(files, modules)
+    given = with_stacks(files, modules)
+    files = with_single_experts(given, model, modules)
     rename = find_renaming(_paths(files), modules)
     _check(files, model, modules, rename)
     factors = {rename(path): _factors(files, path, modules[rename(path)]) for path in files.low_rank}
@@ -80,7 +82,7 @@ def load_files(model: nn.Module, files: AdapterFiles, adapter_name: str, trainab
     rows = rows_of(model, modules, files, rename)
     said = said_indices(model, modules, rows)
     config = replace(loaded_config(files, factors, full, modules, rename), trainable_token_indices=said)
-    unsaid = tuple(unanswered(files, modules, rename))
+    unsaid = tuple(unanswered(given, modules, rename))
     with or_as_it_was(model, adapter_name, config):
         _attach(model, adapter_name, config, factors, full, rows, trainable)
         report = _report(model, adapter_name, files, rename, full, unsaid)

@@ -56,8 +56,8 @@ def rank_faults(files: "AdapterFiles") -> list[str]:
         rank = files.config.rank(path)
         if a is None or b is None or not a.numel() or not b.numel():
             continue
-        if files.config.lora.target_parameters and a.shape[0] == b.shape[-1]:
-            continue  # a pair for every expert, of ranks that its place will tell
+        if files.config.lora.target_parameters and not files.config.known and a.shape[0] == b.shape[-1]:
+            continue  # perhaps a pair for every expert, of a rank that its place will tell
         if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != rank or not _fits_rank(a, b, files.kind(path)):
             faults.append(
                 f"{path} has A {list(a.shape)} and B {list(b.shape)}, and adapter_config.json says rank {rank}"

@@ -1,5 +1,6 @@
 """The three files of an adapter as bytes, from the adapter in its model."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from lowrank.checkpoint import companion, config_file
 from lowrank.checkpoint.companion import Companion, Fused
 from lowrank.checkpoint.describe import unsaid
-from lowrank.checkpoint.expert_files import parameter_names, wrapped_paths
+from lowrank.checkpoint.expert_files import owner_of, parameter_names, wrapped_paths
 from lowrank.checkpoint.fingerprint import fingerprint
 from lowrank.checkpoint.gather import Values, whole, whole_factors
 from lowrank.checkpoint.keys import MAGNITUDE, TOKENS, full_key, low_rank_key
@@ -67,7 +68,7 @@ def adapter_files(model: nn.Module, adapter: str, scales: Scales = "one", values
         path: _Part(layer, whole_factors(layer.factors(adapter), values), written[path])
         for path, layer in layers.items()
     }
-    full = _full_tensors(model, adapter, config, set(layers))
+    full = _full_tensors(model, adapter, config, Counter(owner_of(path, layer) for path, layer in layers.items()))
     tensors = dict(_low_rank_tensors(parts)) | {key: values(tensor).detach() for key, tensor in full.items()}
     modules = named_targets(model)
     said = said_indices(model, modules, rows)
@@ -102,10 +103,10 @@ def _low_rank_tensors(parts: dict[str, _Part]) -> Iterator[tuple[str, Tensor]]:
             yield low_rank_key(names[path], MAGNITUDE), part.factors.magnitude.detach()
 
 
-def _full_tensors(model: nn.Module, adapter: str, config: LoraConfig, adapted: set[str]) -> dict[str, Tensor]:
+def _full_tensors(model: nn.Module, adapter: str, config: LoraConfig, adapted: Counter[str]) -> dict[str, Tensor]:
     """What the adapter owns in full, and what PEFT takes for owned: it matches `modules_to_save` by any ending."""
     tensors = {
-        full_key(path, name, adapted=path in adapted): tensor
+        full_key(path, name, adapted=adapted[path]): tensor
         for path, module in override_modules(model, adapter)
         for name, tensor in override_tensors(module, adapter).items()
     }

@@ -1,0 +1,58 @@
+"""Stacked experts without a model, each expert as a linear module of its own: `experts.3.down_proj`."""
+
+from dataclasses import replace
+
+from lowrank.checkpoint.expert_files import told_apart, wraps_of
+from lowrank.checkpoint.keys import A, B
+from lowrank.checkpoint.read import AdapterFiles
+from lowrank.checkpoint.sound import rank_faults
+from lowrank.errors import CheckpointError
+from lowrank.injection.patterns import matches
+from lowrank.layers.experts import STACKS
+
+
+def with_each_expert(files: AdapterFiles) -> AdapterFiles:
+    """The same adapter with a module for every expert of its stacks; itself where it has none.
+
+    Stacks are in the order that every module of experts in transformers has: what goes in (gate, up) before what goes
+    out. Raises CheckpointError where which is which cannot be told, and for factors of no whole number of experts.
+    """
+    if not files.config.lora.target_parameters:
+        return files
+    told = told_apart(files, wraps_of(files), lambda root: _stacks_at(files, root))
+    low_rank = {path: tensors for path, tensors in told.low_rank.items() if path not in told.experts}
+    known, scales, start = dict(files.config.known), dict(files.companion.scales), set(files.companion.start)
+    for path in told.experts:
+        root, _, name = path.rpartition(".")
+        a, b = told.low_rank[path][A], told.low_rank[path][B]
+        rank = files.config.rank(path)
+        count, rest = divmod(a.shape[0], rank)
+        if rest or a.shape[0] != b.shape[-1]:
+            raise CheckpointError(
+                f"{files.folder}: {path} has A {list(a.shape)} and B {list(b.shape)}, and adapter_config.json says "
+                f"rank {rank}, which makes no whole number of experts"
+            )
+        of_b = b.unflatten(1, (rank, count))  # (d, r, E)
+        for expert, one in enumerate(a.unflatten(0, (count, rank))):
+            single = f"{root}.{expert}.{name}"
+            low_rank[single] = {A: one, B: of_b[:, :, expert]}
+            known[single] = rank, files.config.scale(path)
+            if path in scales:
+                scales[single] = scales[path]
+            if path in start:
+                start.add(single)
+    companion = replace(files.companion, scales=scales, start=frozenset(start))
+    config = replace(files.config, known=known)
+    every = replace(files, low_rank=low_rank, config=config, companion=companion)
+    if faults := rank_faults(every):
+        raise CheckpointError(f"{files.folder}: {'; '.join(faults)}")
+    return every
+
+
+def _stacks_at(files: AdapterFiles, root: str) -> dict[str, str]:
+    """The stacks of the module at `root` that target_parameters names; none where it is a module of target_modules."""
+    lora = files.config.lora
+    if lora.target_modules is not None and matches(root, lora.target_modules, "target_modules"):
+        return {}
+    names = lora.target_parameters or ()
+    return {name: "experts" for name in STACKS if matches(f"{root}.{name}", names, "target_parameters")}

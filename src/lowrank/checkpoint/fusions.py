@@ -1,0 +1,82 @@
+"""Which tensors, stored one expert at a time, are which part of which stack of a model: transformers' table, as data.
+
+transformers fuses experts as it loads a checkpoint (`conversion_mapping`): of Qwen's `mlp.experts.7.gate_proj.weight`
+and `up_proj.weight`, or Mixtral's `block_sparse_moe.experts.7.w1.weight` and `w3.weight`, it makes
+`experts.gate_up_proj`.
+Adapters of the years when experts were modules have the same names.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+PLAIN = re.compile(r"[\w.*]+")
+FUSED_BY = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])  # along the experts, and then the rows
+
+
+class Part(NamedTuple):
+    """One expert's tensor: the path of its stack, which of `blocks` row blocks it is, and which expert."""
+
+    stack: str
+    number: int
+    blocks: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fusions:
+    """renamings: what is renamed first; rules: (how the tensors of a stack's row blocks are called, the stack)."""
+
+    renamings: tuple[tuple[re.Pattern[str], str], ...]
+    rules: tuple[tuple[tuple[re.Pattern[str], ...], str], ...]
+
+    def part(self, name: str) -> Part | None:
+        """What the tensor of this name is, None where it is no expert's that is fused."""
+        for pattern, replacement in self.renamings:
+            name = pattern.sub(replacement, name)
+        for sources, target in self.rules:
+            for number, source in enumerate(sources):
+                if match := source.fullmatch(name):
+                    return Part(match["before"] + target, number, len(sources), int(match["expert"]))
+        return None
+
+
+def fusions_of(config: object) -> Fusions:
+    """The table for a model of this config (its fields, or a config of transformers); empty without one."""
+    renamings: list[tuple[re.Pattern[str], str]] = []
+    rules: list[tuple[tuple[re.Pattern[str], ...], str]] = []
+    for model_type in _model_types(config):
+        for entry in _entries(model_type):
+            sources, targets = list(entry.source_patterns), list(entry.target_patterns)
+            operations = [type(operation).__name__ for operation in getattr(entry, "operations", None) or ()]
+            if not operations and len(sources) == len(targets) == 1:
+                renamings.append((re.compile(sources[0]), targets[0]))
+            elif operations in FUSED_BY and len(targets) == 1 and all(map(PLAIN.fullmatch, sources)):
+                rules.append((tuple(map(_numbered, sources)), targets[0]))
+    return Fusions(tuple(renamings), tuple(rules))
+
+
+def _model_types(config: object) -> Iterator[str]:
+    """The type of the model, and of the language model inside of it."""
+    for owner in (config, _field(config, "text_config")):
+        if isinstance(model_type := _field(owner, "model_type"), str):
+            yield model_type
+
+
+def _field(config: object, name: str) -> object:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def _entries(model_type: str) -> list[Any]:
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # a transformers that stacks no experts
+        return []
+    return list(get_checkpoint_conversion_mapping(model_type) or ())
+
+
+def _numbered(source: str) -> re.Pattern[str]:
+    """`mlp.experts.*.up_proj.weight` for whole names, with the expert's number and what stands before."""
+    body = re.escape(source).replace(r"\*", r"(?P<expert>\d{1,6})", 1)
+    return re.compile(f"(?P<before>.*){body}" if source.startswith(".") else rf"(?P<before>(?:.*\.)?){body}")

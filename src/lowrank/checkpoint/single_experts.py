@@ -1,0 +1,94 @@
+"""Adapters that have a pair for each expert as a module of its own, for models that stack their experts.
+
+Such were written while experts were Linear modules (PEFT up to 0.17, transformers 4), and are by `extract` from
+checkpoints. Of an expert's gate and up projection, which one stack has above each other, A is [A_gate; A_up] and B is
+block-diagonal, of twice the rank: the same ΔW. Experts that the adapter does not have get zeros.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.checkpoint.fusions import Part, fusions_of
+from lowrank.checkpoint.keys import A, B
+from lowrank.checkpoint.layout import to_file
+from lowrank.checkpoint.read import AdapterFiles
+from lowrank.core.stored.of_module import frozen_shape
+from lowrank.errors import CheckpointError
+from lowrank.layers.stack import LoraStack, kind_of_stack, stacks_of
+
+Placed = dict[tuple[int, int], str]  # {(row block, expert): the path in the file}
+
+
+def with_single_experts(files: AdapterFiles, model: nn.Module, modules: Mapping[str, nn.Module]) -> AdapterFiles:
+    """The same files with the factors of single experts in their stacks, for a model that has these.
+
+    Raises CheckpointError for an expert that the model does not have, for factors that fit no expert of it, and for
+    such as were trained on a changed base.
+    """
+    stacks = {f"{path}.{name}": s for path, module in modules.items() for name, s in stacks_of(module).items()}
+    if not stacks:
+        return files
+    fusions = fusions_of(getattr(model, "config", None))
+    placed: dict[str, Placed] = {}
+    blocks: dict[str, int] = {}
+    for path in files.low_rank:
+        part = None if path in modules else fusions.part(f"{path}.weight")
+        if part is not None and part.stack in stacks:
+            _check(files, path, part, frozen_shape(stacks[part.stack])[0])
+            placed.setdefault(part.stack, {})[part.number, part.expert] = path
+            blocks[part.stack] = part.blocks
+    if placed and files.config.moved_base is not None:
+        raise CheckpointError(
+            f"{files.folder}: its experts were trained from {files.config.moved_base} on a changed base, of which the "
+            "start is not found again for single experts: convert it with PEFT first"
+        )
+    used = {path for pairs in placed.values() for path in pairs.values()}
+    low_rank = {path: tensors for path, tensors in files.low_rank.items() if path not in used}
+    known, experts = dict(files.config.known), dict(files.experts)
+    for path, pairs in placed.items():
+        kind = kind_of_stack(stacks[path])
+        a, b, scale = _stacked(files, path, pairs, blocks[path], kind, frozen_shape(stacks[path]))
+        pair = to_file(kind.kind, a, b, tuple(frozen_shape(stacks[path])))
+        low_rank[path] = dict(zip((A, B), pair, strict=True))
+        known[path], experts[path] = (a.shape[1], scale), kind.kind
+    return replace(files, low_rank=low_rank, experts=experts, config=replace(files.config, known=known))
+
+
+def _check(files: AdapterFiles, path: str, part: Part, count: int) -> None:
+    tensors = files.low_rank[path]
+    if part.expert >= count:
+        raise CheckpointError(
+            f"{files.folder}: {path} is expert {part.expert}, and the model has {count} at {part.stack}: it was made "
+            "for another base"
+        )
+    if set(tensors) != {A, B} or any(tensor.dim() != 2 for tensor in tensors.values()):
+        raise CheckpointError(f"{files.folder}: {path} has {' and '.join(sorted(tensors))}, and an expert has A and B")
+
+
+def _stacked(
+    files: AdapterFiles, path: str, pairs: Placed, parts: int, kind: type[LoraStack], shape: torch.Size
+) -> tuple[Tensor, Tensor, float]:
+    """(A (E, Σ r_i, k), B (E, d, Σ r_i), s) of a stack; row block i of B has the columns of A's block i alone."""
+    (d, k), count = kind.sizes(shape), shape[0]
+    if d % parts:
+        raise CheckpointError(f"{files.folder}: {path} has {d} rows, which are no {parts} equal blocks")
+    rows, config = d // parts, files.config
+    ranks = [max((config.rank(p) for (i, _), p in pairs.items() if i == part), default=0) for part in range(parts)]
+    scale = next((s for p in pairs.values() if (s := config.scale(p))), 1.0)
+    dtype = torch.promote_types(torch.float32, files.low_rank[next(iter(pairs.values()))][A].dtype)
+    a, b = torch.zeros(count, sum(ranks), k, dtype=dtype), torch.zeros(count, d, sum(ranks), dtype=dtype)
+    for (part, expert), source in pairs.items():
+        one_a, one_b = files.low_rank[source][A], files.low_rank[source][B]
+        start, rank = sum(ranks[:part]), config.rank(source)
+        if one_a.shape != (rank, k) or one_b.shape != (rows, rank):
+            raise CheckpointError(
+                f"{files.folder}: {source} has A {list(one_a.shape)} and B {list(one_b.shape)}, and an expert of "
+                f"{path} at rank {rank} wants {[rank, k]} and {[rows, rank]}"
+            )
+        a[expert, start : start + rank] = one_a.to(dtype)
+        own = one_b.to(dtype) * (config.scale(source) / scale)
+        b[expert, rows * part : rows * (part + 1), start : start + rank] = own
+    return a, b, scale
