@@ -1,6 +1,7 @@
 """Stacked experts: adapted ≡ merged ≡ the formula, in every family and by every implementation, and nothing formed."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -12,6 +13,7 @@ from expert_models import EVERY_STACK, FAMILIES, IDS, IMPLEMENTATIONS, adapted, 
 from lowrank import LoraConfig
 from lowrank.injection.adapters import lora_layers
 from lowrank.layers.stack import LoraStack
+from lowrank.layers.stack_as_read import StackAsRead
 
 CASES = [(family, way) for family in FAMILIES for way in IMPLEMENTATIONS if family != "llama4_text"]
 CASES.append(("llama4_text", "its own"))
@@ -144,6 +146,18 @@ def test_autocast_and_a_half_precision_base_are_near_the_same(way: str) -> None:
     before = answer(half)
     lowrank.merge_and_unload(half)
     assert (answer(half).float() - before.float()).norm() < 0.05 * before.float().norm()
+
+
+@pytest.mark.parametrize("way", IMPLEMENTATIONS)
+def test_nothing_that_stood_for_a_stack_outlives_the_step(way: str) -> None:
+    model = adapted(mixture("mixtral", way))
+    gc.collect()
+    gc.disable()
+    try:
+        answer(model).sum().backward()
+        assert not [thing for thing in gc.get_objects() if type(thing) is StackAsRead]
+    finally:
+        gc.enable()
 
 
 def test_copies_and_pickles_are_whole_and_their_own() -> None:

@@ -8,7 +8,6 @@ working, and any subclass of Linear is adapted as it is, by the forward it alrea
 
 import math
 from collections.abc import Collection, Iterator
-from types import MethodType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,6 +18,7 @@ from lowrank.core.merging import Change, adapted_weight, merge_weight, prepare
 from lowrank.core.stored import Weight
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import TargetError
+from lowrank.layers.extended import REPLACED, extended_class, forward_is_replaced, rebind_forward, rebuild
 from lowrank.layers.reading import AdaptedWeight, own_weight, say_dropout
 from lowrank.layers.rowed import RowedLayer, with_rows
 
@@ -28,7 +28,6 @@ PARAMETRISED = "its weight is computed by a parametrisation that was put on afte
 OWN = (  # what a layer keeps of adapters beside their modules
     "adapter_names", "active_adapters", "active_factors", "row_names", "active_rows", "plain_reason", "said_dropout",
 )  # fmt: skip
-REPLACED = "its forward is replaced on the instance, which would bypass the adapter; inject before you patch the module"
 
 
 def _attribute(adapter: str) -> str:
@@ -213,23 +212,6 @@ class LoraLayer(RowedLayer):
         return rebuild, (plain_class(self), lora_mixin(self)), state
 
 
-_EXTENDED: dict[tuple[type[nn.Module], type[nn.Module]], type[Any]] = {}
-
-
-def extended_class(plain: type[nn.Module], mixin: type[nn.Module]) -> type[Any]:
-    """The class that adds `mixin` to `plain`, made once, so that equal layers stay of one class."""
-    if (plain, mixin) not in _EXTENDED:
-        names = {"__module__": plain.__module__, "plain": plain, "mixin": mixin}
-        _EXTENDED[plain, mixin] = type(f"Lora{plain.__name__}", (mixin, plain), names)
-    return _EXTENDED[plain, mixin]
-
-
-def rebuild(plain: type[nn.Module], mixin: type[nn.Module]) -> nn.Module:
-    """An empty module of the extended class, to be filled by who copies or unpickles one."""
-    cls = extended_class(plain, mixin)
-    return cast(nn.Module, object.__new__(cls))
-
-
 def plain_class(layer: LoraLayer) -> type[nn.Module]:
     """The class the module had before injection."""
     return type(layer).plain
@@ -238,17 +220,6 @@ def plain_class(layer: LoraLayer) -> type[nn.Module]:
 def lora_mixin(layer: LoraLayer) -> type[LoraLayer]:
     """The layer kind that extends the module."""
     return type(layer).mixin
-
-
-def rebind_forward(module: nn.Module) -> None:
-    """Point accelerate's device-map hook, which keeps the forward it replaced, at the class's present forward."""
-    if "forward" in module.__dict__ and isinstance(module.__dict__.get("_old_forward"), MethodType):
-        module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
-
-
-def forward_is_replaced(module: nn.Module) -> bool:
-    """True where an instance carries a `forward` of its own that would bypass its class (and so any adapter)."""
-    return "forward" in module.__dict__ and not isinstance(module.__dict__.get("_old_forward"), MethodType)
 
 
 def extend(module: nn.Module, mixin: type[LoraLayer]) -> LoraLayer:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.kernels.fused import is_transformed
-from lowrank.layers.base import extended_class, rebind_forward, rebuild
+from lowrank.layers.extended import extended_class, rebind_forward, rebuild
 from lowrank.layers.reading import is_read_by_a_forward, own_weight, own_weights
 from lowrank.layers.stack_as_read import StackAsRead
 

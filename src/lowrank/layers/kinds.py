@@ -4,10 +4,11 @@ from torch import nn
 
 from lowrank.core.stored.of_module import FLOATING, is_stored
 from lowrank.layers.attention import LoraAttention
-from lowrank.layers.base import REPLACED, LoraLayer, forward_is_replaced
+from lowrank.layers.base import LoraLayer
 from lowrank.layers.conv import LoraConv
 from lowrank.layers.embedding import LoraEmbedding
 from lowrank.layers.experts import stack_names
+from lowrank.layers.extended import REPLACED, forward_is_replaced
 from lowrank.layers.linear import LoraConv1D, LoraLinear
 from lowrank.layers.quantised import LoraQuantised
 from lowrank.layers.stack import ExpertStack, LoraStack, kind_of_stack

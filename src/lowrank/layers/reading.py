@@ -16,6 +16,7 @@ W0 + ΔW is formed at the first operation (`WeightAsRead`), so that looking at a
 import sys
 import threading
 import warnings
+import weakref
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
 
@@ -139,8 +140,18 @@ class WeightAsRead(Tensor):
         )
         read.layer, read.formed = layer, {}
         if trained:
-            read.register_hook(read._hand_on)  # type: ignore[no-untyped-call]
+            read.listen()
         return read
+
+    def listen(self) -> None:
+        """In place: a gradient that arrives here as at a leaf is handed on; no circle keeps it, and W0 + ΔW, alive."""
+        weak = weakref.ref(self)
+
+        def hand_on(gradient: Tensor) -> None:
+            if (read := weak()) is not None:
+                read._hand_on(gradient)
+
+        self.register_hook(hand_on)  # type: ignore[no-untyped-call]
 
     def form(self) -> Tensor:
         """W0 + Σ ΔW, a plain tensor: the same one however often it is asked for."""

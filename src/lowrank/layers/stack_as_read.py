@@ -9,7 +9,9 @@ is read (`layers.reading`): slower, and right.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,17 +27,19 @@ if TYPE_CHECKING:
     from lowrank.layers.stack import LoraStack
 
 
-class Pair(NamedTuple):
-    """The active adapters of one dropout as one: ΔW_e = s·B_e·A_e, a (E, r, k), b (E, d, r).
-
-    of_expert: the same, expert by expert, taken apart once for all of them.
-    """
+@dataclass(frozen=True)
+class Pair:
+    """The active adapters of one dropout as one: ΔW_e = s·B_e·A_e, a (E, r, k), b (E, d, r)."""
 
     a: Tensor
     b: Tensor
     scale: float
     dropout: float
-    of_expert: list[tuple[Tensor, Tensor]]
+
+    @cached_property
+    def of_expert(self) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) expert by expert, taken apart once for all of them, so that their gradients are put together once."""
+        return list(zip(self.a.unbind(), self.b.unbind(), strict=True))
 
 
 def active_pairs(layer: "LoraStack") -> list[Pair]:
@@ -49,7 +53,7 @@ def active_pairs(layer: "LoraStack") -> list[Pair]:
         a, b, scale = found[0]
         if len(found) > 1:
             a, b, scale = torch.cat([a for a, _, _ in found], 1), torch.cat([b * s for _, b, s in found], 2), 1.0
-        pairs.append(Pair(a, b, scale, dropout, list(zip(a.unbind(), b.unbind(), strict=True))))
+        pairs.append(Pair(a, b, scale, dropout))
     return pairs
 
 
@@ -104,7 +108,7 @@ def _read(layer: "LoraStack", base: Tensor, pairs: list[Pair], expert: int | Ten
     )
     read.layer, read.base, read.pairs, read.expert, read.maps, read.formed = layer, base, pairs, expert, maps, {}
     if trained:
-        read.register_hook(read._hand_on)  # type: ignore[no-untyped-call]
+        read.listen()
     return read
 
 

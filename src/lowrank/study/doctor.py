@@ -23,6 +23,7 @@ from lowrank.kernels.onednn import is_faster_here
 from lowrank.kernels.order import FEW_ROWS, choose_order
 from lowrank.kernels.processor import half_products_are_slow, warning_of_slow_products
 from lowrank.layers.base import dimensions, lora_mixin
+from lowrank.layers.stack import LoraStack
 from lowrank.stages import stage
 from lowrank.study.empty import empty_model
 from lowrank.train.models import find_model
@@ -135,7 +136,8 @@ def describe_model(name: str, targets: str | None, rank: int, tokens: int, dtype
         d, k = dimensions(lora_mixin(entry.layer), entry.layer)
         few = device == "cpu" and tokens < FEW_ROWS and not half_products_are_slow(DTYPES[dtype])
         plain = entry.reason or (f"plain, as {tokens} tokens are fewer than {FEW_ROWS}" if few else "")
-        order = "" if plain else _products(tokens, k, d, rank, DTYPES[dtype], device)
+        together = plain or isinstance(entry.layer, LoraStack)  # its products go with the module of experts' own
+        order = "" if together else _products(tokens, k, d, rank, DTYPES[dtype], device)
         kinds[_leaf(entry.path), (d, k), plain or "fused", order] += 1
     groups = tuple(LayerGroup(leaf, n, shape, path, order) for (leaf, shape, path, order), n in kinds.items())
     return ModelPaths(plan, groups, *_sharing(model))
