@@ -82,7 +82,7 @@ def test_inspect_measures_every_expert(tmp_path: Path) -> None:
         if not path.endswith("q_proj"):
             factors = stack.factors("default")
             for expert in range(4):
-                found = layers[int(path.split(".")[2]), f"{expert}.{stack.parameter}"]
+                found = layers[int(path.split(".")[2]), f"experts.{expert}.{stack.parameter}"]
                 change = factors.scale * factors.b[expert] @ factors.a[expert]
                 assert found.measure.norm == pytest.approx(float(change.norm()), rel=1e-4)
                 assert found.measure.rank == factors.rank

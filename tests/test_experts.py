@@ -240,3 +240,11 @@ def test_a_parameter_called_weight_means_its_layer() -> None:
     model = mixture("mixtral")
     plan = lowrank.inject(model, LoraConfig(target_modules=(), target_parameters=["q_proj.weight"], r=2))
     assert [entry.path for entry in plan.entries] == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+def test_a_compiled_model_answers_the_same(way: str) -> None:
+    model = adapted(mixture("mixtral", way))
+    wanted = answer(model)
+    with torch.no_grad():
+        torch.testing.assert_close(answer(torch.compile(model, backend="eager")), wanted, rtol=1e-4, atol=1e-5)
