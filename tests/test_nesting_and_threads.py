@@ -209,6 +209,8 @@ def run_beside(model: nn.Module, x: Tensor, act: Callable[[], None], rounds: int
     threads = [threading.Thread(target=infer) for _ in range(2)]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
+    patience = pytest.MonkeyPatch()
+    patience.setattr("lowrank.injection.turnstile.PATIENCE", 30.0)  # a switch that forwards starve fails soon
     try:
         for thread in threads:
             thread.start()
@@ -216,6 +218,7 @@ def run_beside(model: nn.Module, x: Tensor, act: Callable[[], None], rounds: int
             act()
             time.sleep(0)
     finally:
+        patience.undo()
         stop.set()
         for thread in threads:
             thread.join(30)
