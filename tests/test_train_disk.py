@@ -231,5 +231,6 @@ def test_a_launcher_of_several_processes_is_refused(
     monkeypatch.setenv(name, "2")
     with pytest.raises(ConfigError, match=f"{name} is 2"):
         train.run(settings(home, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
     monkeypatch.setenv(name, "1")
     train.run(settings(home, tmp_path / "run"))

@@ -43,6 +43,10 @@ class DataError(LowrankError):
     """Training data that cannot be used, named by file, line and field."""
 
 
+class ProcessLost(LowrankError):  # noqa: N818  as the next one
+    """Of several processes of one training another one ended: the cause is its to say."""
+
+
 class Diverged(LowrankError):  # noqa: N818  the field's word
     """A training whose loss or gradient is not finite any more, so that nothing can be learned from there."""
 

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,13 @@ def attempt(asked: TrainSettings, seconds: float, call: int) -> tuple[bool, int,
         status = 1
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            torch.set_num_threads(1)  # after a fork torch's pool is made anew, not safely by several threads
             if call:
                 arm(call)
             go(asked, Counted(shared))
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     timer = threading.Timer(seconds, os.kill, (child, signal.SIGKILL)) if seconds else None

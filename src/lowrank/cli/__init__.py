@@ -13,12 +13,14 @@ from signal import Signals
 
 from cyclopts import App, CycloptsError, Parameter
 
+from lowrank import launch
 from lowrank.cli.last_net import caught
 from lowrank.cli.pulse import pulsing
+from lowrank.cli.several import tells_the_end
 from lowrank.cli.signals import Ended, unwinding
 from lowrank.cli.streams import say_anything
 from lowrank.cli.wrong_calls import check_values, wrong_call
-from lowrank.errors import LowrankError, LowrankWarning, Stopped, short
+from lowrank.errors import LowrankError, LowrankWarning, ProcessLost, Stopped, short
 
 COMMANDS = {
     "demo": "The whole story in a minute, offline: teach a small decoder a skill, merge it, prove the merge.",
@@ -79,16 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _answer(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except LowrankError as error:
-        return _complain(str(error))
+        return _complain(str(error), lost=isinstance(error, ProcessLost))
     except Stopped as stopped:
-        print(f"lowrank: {_line(stopped)}", file=sys.stderr)
-        return OUT_OF_TIME if stopped.number is None else 128 + stopped.number
+        return _end(f"lowrank: {_line(stopped)}", OUT_OF_TIME if stopped.number is None else 128 + stopped.number)
     except Ended as ended:
-        print(f"lowrank: ended by {Signals(ended.number).name}", file=sys.stderr)
-        return 128 + ended.number
+        return _end(f"lowrank: ended by {Signals(ended.number).name}", 128 + ended.number)
     except KeyboardInterrupt:
-        print("lowrank: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _end("lowrank: interrupted", INTERRUPTED)
     except BrokenPipeError:
         # Python flushes stdout once more at exit, which would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -110,8 +109,13 @@ def _answer(arguments: list[str]) -> None:
         raise LowrankError(wrong_call(error, app, arguments, tuple(COMMANDS))) from None
 
 
-def _complain(text: str, status: int = WRONG_CALL) -> int:
-    print(f"lowrank: error: {_line(text)}", file=sys.stderr)
+def _complain(text: str, status: int = WRONG_CALL, lost: bool = False) -> int:
+    return _end(f"lowrank: error: {_line(text)}", status, lost)
+
+
+def _end(line: str, status: int, lost: bool = False) -> int:
+    if tells_the_end(lost):
+        print(line, file=sys.stderr)
     return status
 
 
@@ -127,6 +131,8 @@ def _warnings_as_lines() -> Iterator[None]:
         usual: Callable[..., None] = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object) -> None:
+            if not launch.is_first():
+                return  # the first process has it too
             if issubclass(category, LowrankWarning):
                 print(f"lowrank: warning: {_line(message)}", file=sys.stderr)
             else:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self, TextIO
 
+from lowrank import launch
 from lowrank.cli.stage_bar import StageBar
 from lowrank.stages import listening
 
@@ -36,7 +37,7 @@ class Pulse:
                 self._due = min(self._due, now + self.first)
                 self._wake.set()
         self._done, self._total = done, total
-        if not self._muted:
+        if not self._muted and launch.is_first():
             self._bar.told(what, done, total)
 
     def spoke(self) -> None:
@@ -74,7 +75,7 @@ class Pulse:
                 self._wake.wait(left)
                 self._wake.clear()
                 continue
-            if not self._muted and not self._bar.shown:
+            if not self._muted and not self._bar.shown and launch.is_first():
                 print(self.line(), file=self.stream or sys.stderr, flush=True)
             self.spoke()
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from cyclopts import App, Group, Parameter
 
+from lowrank import launch
 from lowrank.cli.flags import given
 from lowrank.data.settings import DataSettings
 from lowrank.errors import ConfigError
@@ -76,6 +77,9 @@ def train(
     from lowrank.cli.console import RunDisplay
     from lowrank.train.trainer import run
 
+    if not launch.is_first():  # of several processes, which speak with one voice
+        run(settings)
+        return
     with RunDisplay() as display:
         result = run(settings, display)
     display.finished(result, settings)
@@ -90,6 +94,9 @@ def _resume(folder: Path, flags: dict[str, object], config: Path | None) -> None
     from lowrank.train.state.resume import settings_of
     from lowrank.train.trainer import resume
 
+    if not launch.is_first():
+        resume(folder, None, **flags)
+        return
     settings = settings_of(folder, flags)
     with RunDisplay() as display:
         result = resume(folder, display, **flags)

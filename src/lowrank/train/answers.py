@@ -12,6 +12,7 @@ from lowrank.data.batches import chunks
 from lowrank.data.tokens import IGNORED, Example
 from lowrank.stages import stage
 from lowrank.train.models import quiet
+from lowrank.train.processes import gathered, share
 
 ROOM = 8  # tokens that an answer may have beyond twice those of the longest reference
 
@@ -37,21 +38,21 @@ def answers(
     ends: the tokens that end an answer (`train.ends`).
 
     Of a row with several answers the last one is asked for. Prompts of one length are asked together, so that none is
-    padded and the answers are those of prompts asked alone.
+    padded and the answers are those of prompts asked alone. Several processes share the prompts out.
     """
     asked: dict[tuple[int, ...], list[list[int]]] = {}
     for example in examples:
         prompt, reference = _parted(example)
         asked.setdefault(prompt, []).append(reference)
-    written: dict[tuple[int, ...], str] = {}
-    for _, group in groupby(sorted(asked, key=len), key=len):
-        for prompts in chunks(list(group), batch_size):
-            stage("writing answers", len(written), len(asked))
-            longest = max(len(reference) for prompt in prompts for reference in asked[prompt])
-            texts = _texts(model, tokenizer, pad, ends, prompts, 2 * longest + ROOM)
-            written.update(zip(prompts, texts, strict=True))
+    written: list[tuple[tuple[int, ...], str]] = []
+    of_a_length = [list(group) for _, group in groupby(sorted(asked, key=len), key=len)]
+    for prompts in share([part for group in of_a_length for part in chunks(group, batch_size)]):
+        stage("writing answers", len(written), len(asked))
+        longest = max(len(reference) for prompt in prompts for reference in asked[prompt])
+        written += zip(prompts, _texts(model, tokenizer, pad, ends, prompts, 2 * longest + ROOM), strict=True)
+    found = {tuple(prompt): text for part in gathered(written) for prompt, text in part}
     return [
-        Answer(written[prompt], tuple(dict.fromkeys(_text(tokenizer, ids) for ids in references)))
+        Answer(found[prompt], tuple(dict.fromkeys(_text(tokenizer, ids) for ids in references)))
         for prompt, references in asked.items()
     ]
 

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lowrank.data.examples import Example, lengths_of
 from lowrank.stages import stage
 from lowrank.train.loss import LossOf
 from lowrank.train.metrics import Counted, Figures
+from lowrank.train.processes import gathered_tensors, share, summed, summed_float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,10 @@ class Measure:
 
 @torch.no_grad()
 def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch_size: int) -> Scores:
-    """The scores of `model` on the rows, weighted by what is trained in each; training mode is put back afterwards."""
+    """The scores of `model` on the rows, weighted by what is trained in each; training mode is put back afterwards.
+
+    Several processes share the rows out, and each gets the scores of all.
+    """
     was_training = model.training
     model.eval()
     by_length = lengths_of(examples).argsort(kind="stable").tolist()
@@ -73,7 +78,7 @@ def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch
     tallies: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}
     try:
-        for number, indices in enumerate(chunks(by_length, batch_size)):
+        for number, indices in share(list(enumerate(chunks(by_length, batch_size)))):
             stage("evaluating", number * batch_size, len(examples))
             loss = measure.loss(model, measure.collate([examples[i] for i in indices]))
             total += float(loss.total)
@@ -84,7 +89,15 @@ def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch
         written = measure.written(model, examples, batch_size) if measure.written else {}
     finally:
         model.train(was_training)
-    counted = tallies | {name: torch.cat(parts) for name, parts in rows.items()}
+    per_row = {name: torch.cat(parts) for name, parts in rows.items()}
+    total, count = summed_float(total), summed(count)
+    counted = _together(gathered_tensors(tallies), sum) | _together(gathered_tensors(per_row), torch.cat)
     scores = Scores(total / count, count)
     tokens = {} if measure.per_row else {"perplexity": min(scores.perplexity, sys.float_info.max)}  # JSON has no inf
     return replace(scores, figures=tokens | measure.figures(counted, count) | written)
+
+
+def _together(found: Sequence[Mapping[str, Tensor]], how: Callable[[list[Tensor]], Any]) -> dict[str, Tensor]:
+    """One of each name from those of several processes, some of which may have had no rows."""
+    names = dict.fromkeys(name for part in found for name in part)
+    return {name: how([part[name] for part in found if name in part]) for name in names}

@@ -20,7 +20,7 @@ from lowrank.train.evaluation import Measure, score
 from lowrank.train.loop_state import Interval, LoopState
 from lowrank.train.memory import peak_memory
 from lowrank.train.optimiser import Optimiser
-from lowrank.train.processes import summed
+from lowrank.train.processes import add_up, share, summed, summed_float
 from lowrank.train.reporting import Progress, Reporter
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import LoopSettings, StepSettings
@@ -91,8 +91,10 @@ class Loop:
         began = time.monotonic()
         settings, state = self.settings, self.state
         rows = [self.examples[i] for i in numbers]
-        count = summed(self.measure.count(rows), next(self.model.parameters()).device)
-        total = self._backward(rows, count)
+        own = share(rows)
+        count = summed(self.measure.count(own))
+        total = summed_float(self._backward(own, count))
+        add_up(state.optimiser.parameters)
         if state.step == 0 and (dead := without_gradient(self.model)):
             raise LowrankError(complaint(dead))
         factor = rate_factor(settings.schedule, state.step, self.steps, round(settings.warmup * self.steps))
@@ -122,7 +124,7 @@ class Loop:
             loss = self.measure.loss(self.model, self.measure.collate(part))
             torch.autograd.backward(loss.total / count)
             totals.append(loss.total.detach())
-        return float(torch.stack(totals).sum())
+        return float(torch.stack(totals).sum()) if totals else 0.0  # more processes than rows
 
     def _diverged(self, numbers: Sequence[int], rows: Sequence[Example], loss: float, norm: float) -> NoReturn:
         what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"

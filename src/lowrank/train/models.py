@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank import launch
 from lowrank.errors import CheckpointError, ConfigError, LowrankWarning
 from lowrank.files.json_file import read_object
 from lowrank.hub import EVERYTHING, local_folder
@@ -43,7 +44,9 @@ def find_model(name: str, files: Sequence[str] = EVERYTHING) -> Path:
 def device_of(settings: MachineSettings) -> torch.device:
     """The device asked for, or the first GPU, or the CPU. Raises ConfigError for a device that is not there."""
     if settings.device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if launch.count() > 1 else torch.device("cuda")
     here = _devices()
     if settings.device not in here:
         raise ConfigError(f"--device {settings.device}: torch has no such device here, only {', '.join(here)}")

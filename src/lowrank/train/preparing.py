@@ -11,6 +11,7 @@ from lowrank.data.sources import TEST, VALID, has_part
 from lowrank.data.tokens import Encoded, encode
 from lowrank.errors import DataError
 from lowrank.hub import pinned
+from lowrank.train import processes
 from lowrank.train.adapting import adapt, lora_config, watcher
 from lowrank.train.asked import check_kind
 from lowrank.train.evaluation import Measure
@@ -21,6 +22,7 @@ from lowrank.train.packing import packed
 from lowrank.train.recipes import labels_of, recipe_of
 from lowrank.train.reporting import Reporter
 from lowrank.train.settings import RunSettings, TrainSettings
+from lowrank.train.state.randomness import reseed
 from lowrank.train.summary import summarise
 from lowrank.train.task import Loaded, load
 from lowrank.train.watch import Watch
@@ -67,15 +69,19 @@ def prepare(settings: TrainSettings) -> Prepared:
     base = find_model(settings.model)
     if not settings.full:
         lora_config(settings, ())  # what is wrong with it should be said before minutes of reading
-    rows, held_out = read_rows(settings)
+    with processes.first_ahead():  # it fills the cache for all
+        rows, held_out = read_rows(settings)
     check_kind(settings, rows)
     labels = labels_of(base, rows)
     starts = LoftqStarts() if settings.init == LOFTQ else None
     loaded = load(base, rows.kind, labels, settings, settings.modules_to_save, watcher(settings, starts))
     recipe = recipe_of(settings, rows, labels, loaded)
-    data = encode(rows, loaded.tokenizer, recipe)
-    evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
+    with processes.first_ahead():
+        data = encode(rows, loaded.tokenizer, recipe)
+        evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
     adapted = adapt(loaded, settings, starts)
+    processes.same_everywhere([p for p in loaded.model.parameters() if p.requires_grad])
+    reseed(settings.seed, processes.number())
     measure = loaded.measure(recipe, settings.metrics)
     if settings.pack:
         data, settings = packed(data, rows.kind, loaded, measure, recipe, settings)

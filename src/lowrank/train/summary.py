@@ -11,6 +11,7 @@ from lowrank.data.tokens import Encoded
 from lowrank.errors import LowrankWarning
 from lowrank.injection.quantise import what_is_held
 from lowrank.kernels.processor import warning_of_slow_products
+from lowrank.train import processes
 from lowrank.train.chunked import chunk_size
 from lowrank.train.evaluation import Measure
 from lowrank.train.loss import LossOf
@@ -48,6 +49,8 @@ def summarise(
         ("rate", f"{settings.lr:g}, {settings.schedule} after {round(settings.warmup * steps)} steps of warm-up"),
         ("out", settings.out),
     ]
+    if processes.grouped():
+        lines.insert(-2, ("processes", f"{processes.count()}, which share the rows of a step"))
     if evaluated:
         held = f"{settings.eval_split:.0%} of the data, held out" if settings.eval_split else "the folder's own part"
         where = settings.eval_data or held

@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ import torch
 from torch import nn
 
 from lowrank.checkpoint import save_adapter
-from lowrank.checkpoint.outputs import check_room, claimed
+from lowrank.checkpoint.outputs import Check, check_room, claimed
 from lowrank.data.recipe import FILE
 from lowrank.errors import ConfigError, Diverged, LowrankError
+from lowrank.train import processes
 from lowrank.train.loop import Loop
 from lowrank.train.loop_state import LoopState
 from lowrank.train.places import Places
@@ -32,20 +35,18 @@ from lowrank.train.state.store import latest
 from lowrank.train.state.value import RunValue
 from lowrank.train.task import Loaded
 
-LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how launchers say how many processes there are
-
 
 def run(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResult:
     """Train an adapter (or, with `full`, every weight) and save it into the new folder `settings.out`.
 
-    Same settings on the same machine give the same bytes. torch's random state is put back afterwards.
+    Same settings on the same machine give the same bytes. torch's random state is put back afterwards. Where torchrun
+    started several processes, they share every step's rows, and the first one writes and reports.
 
     Raises LowrankError, before anything is written, for whatever is wrong with the settings, the data or the model; and
     while training where the loss stops being finite or the memory does not suffice.
     """
-    check_alone()
     began = time.monotonic()
-    with claimed(settings.out, inputs_of(settings), new_run) as folder:
+    with processes.joined(settings.device), _claimed(settings, new_run) as folder:
         return _run(settings, folder, reporter or Reporter(), began)
 
 
@@ -57,10 +58,9 @@ def resume(folder: str | Path, reporter: Reporter | None = None, **changes: Any)
 
     Raises LowrankError as `run` does, and for settings, a base, data or a tokenizer that are not the run's.
     """
-    check_alone()
     began = time.monotonic()
     settings = settings_of(Path(folder), changes)
-    with claimed(settings.out, inputs_of(settings), finish) as place:
+    with processes.joined(settings.device), _claimed(settings, finish) as place:
         if (result := finished(place, settings)) is not None:
             settle(place, settings)
             return replace(result, folder=Path(folder))
@@ -86,33 +86,36 @@ def _run(
         now = about(settings, found.steps, made, loaded.device)
         if value is not None:
             check_same(settings.out, value.facts.about, now, value.facts.step)
-        _check_room(loaded.model, folder, settings.full)
-        if value is None:
-            begin(folder, settings.resolved())
-        else:
-            write_settings(folder, settings.resolved())
+        if processes.is_first():
+            _check_room(loaded.model, folder, settings.full)
+            (begin if value is None else write_settings)(folder, settings.resolved())
         log = Log(folder / LOG)
         stop = Stop(began + seconds_of(settings.stop_after) if settings.stop_after else None, reporter.stopping)
         places = Places(found.rows, found.data, loaded.tokenizer, found.recipe)
         keeper = Keeper(folder, settings.out, settings, now, log, stop, ForwardState(loaded.model), places)
-        loop = found.loop(Several(log, reporter), keeper, None if value is None else value.facts.step)
+        listener = Several(log, reporter) if processes.is_first() else Reporter()
+        loop = found.loop(listener, keeper, None if value is None else value.facts.step)
         if value is not None:
             keeper.go_on(loop, value)
         state = _train(loop, keeper, loaded.device)
-    said = record(found.recipe, state, loaded, len(found.data.examples)) | dict(found.sources)
-    complete(folder, said, lambda place: _save(loaded, settings, place))
-    settle(folder, settings)
+    if processes.is_first():
+        said = record(found.recipe, state, loaded, len(found.data.examples)) | dict(found.sources)
+        complete(folder, said, lambda place: _save(loaded, settings, place))
+        settle(folder, settings)
+    processes.wait()
     return result_of(Path(settings.out), state)
 
 
-def check_alone() -> None:
-    """Raise ConfigError in a process that a launcher started as one of several: each would train the same adapter."""
-    for name in LAUNCHED:
-        if (count := os.environ.get(name, "")).isdigit() and int(count) > 1:
-            raise ConfigError(
-                f"{name} is {count}: a training is one process as yet, and a launcher (torchrun, mpirun) started "
-                f"{count}; start it without one"
-            )
+@contextmanager
+def _claimed(settings: TrainSettings, check: Check) -> Iterator[Path]:
+    """The folder of the run, which the first process claims for all."""
+    if not processes.is_first():
+        processes.wait()
+        yield Path(os.path.realpath(settings.out))
+        return
+    with claimed(settings.out, inputs_of(settings), check) as folder:
+        processes.wait()
+        yield folder
 
 
 def _check_room(model: nn.Module, folder: Path, full: bool) -> None:

@@ -8,12 +8,22 @@ from torch import Tensor, nn
 
 from lowrank.errors import CheckpointError, short, some
 from lowrank.layers.base import PREFIX
+from lowrank.train import processes
 from lowrank.train.evaluation import Scores
 from lowrank.train.loop import Loop
 from lowrank.train.loop_state import Interval, LoopState
 from lowrank.train.state.forward import ForwardState
-from lowrank.train.state.randomness import draw_on, drawn
-from lowrank.train.state.value import About, EvaluationFacts, Facts, IntervalFacts, LogFacts, Number, RunValue
+from lowrank.train.state.randomness import draw_on, drawn, reseed
+from lowrank.train.state.value import (
+    About,
+    EvaluationFacts,
+    Facts,
+    IntervalFacts,
+    LogFacts,
+    Number,
+    RandomFacts,
+    RunValue,
+)
 
 Tensors = dict[str, Tensor]
 
@@ -22,6 +32,7 @@ def capture(loop: Loop, forward: ForwardState, about: About, log: LogFacts) -> R
     """All that the steps so far have changed. The tensors are the loop's own: write them before the next step."""
     state, names = loop.state, trained_names(loop.model)
     random, facts = drawn(next(loop.model.parameters()).device)
+    first, *others = processes.gathered_tensors(random)
     averages, numbers = _optimiser(state, names)
     tensors = {
         **_under("weights", dict(zip(names, state.optimiser.parameters, strict=True))),
@@ -30,7 +41,8 @@ def capture(loop: Loop, forward: ForwardState, about: About, log: LogFacts) -> R
         **_under("best", dict(zip(names, state.best_weights or [], strict=state.best_weights is not None))),
         **_under("optimiser", averages),
         **_under("buffers", forward.buffers()),
-        **_under("random", random),
+        **_under("random", first),
+        **{name: t for n, found in enumerate(others, 1) for name, t in _under(f"random-{n}", found).items()},
     }
     interval = state.interval
     return RunValue(
@@ -48,7 +60,7 @@ def capture(loop: Loop, forward: ForwardState, about: About, log: LogFacts) -> R
                 EvaluationFacts(step=step, loss=scores.loss, count=scores.count, figures=dict(scores.figures))
                 for step, scores in state.evaluations
             ],
-            random=[facts],
+            random=[RandomFacts.model_validate_json(one) for one in processes.gathered(facts.model_dump_json())],
             numbers=forward.numbers(),
             optimiser=numbers,
             log=log,
@@ -60,6 +72,8 @@ def capture(loop: Loop, forward: ForwardState, about: About, log: LogFacts) -> R
 @torch.no_grad()
 def restore(loop: Loop, forward: ForwardState, value: RunValue) -> None:
     """In place: the loop is where the value's was.
+
+    Of several processes each draws on from its own random states.
 
     Raises CheckpointError where the tensors are not those of this loop's model.
     """
@@ -84,7 +98,12 @@ def restore(loop: Loop, forward: ForwardState, value: RunValue) -> None:
         )
     if not facts.random or "random.torch" not in value.tensors:
         raise CheckpointError("the checkpoint has no random states")
-    draw_on(next(loop.model.parameters()).device, _those("random", value.tensors), facts.random[0])
+    number = processes.number()
+    if number >= len(facts.random):  # more processes than there were
+        reseed(loop.settings.seed + facts.step, number)
+        return
+    where = _those(f"random-{number}" if number else "random", value.tensors)
+    draw_on(next(loop.model.parameters()).device, where, facts.random[number])
 
 
 def trained_names(model: nn.Module) -> list[str]:

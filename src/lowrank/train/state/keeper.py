@@ -5,13 +5,14 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import Signals
 
 from lowrank.checkpoint.atomic import sync
 from lowrank.errors import Diverged, LowrankError, LowrankWarning, OutputError, Stopped
+from lowrank.train import processes
 from lowrank.train.loop import Loop
 from lowrank.train.reporting import Log
 from lowrank.train.state.capture import capture, restore
@@ -52,7 +53,8 @@ class Keeper(Watch):
         except LowrankError as error:
             raise type(error)(f"{checkpoint(self.folder, value.facts.step)}: {error}") from None
         self.last = value.facts.step
-        self.log.go_on(value.facts.log.length, value.facts.log.seconds)
+        if processes.is_first():
+            self.log.go_on(value.facts.log.length, value.facts.log.seconds)
 
     def between(self, loop: Loop) -> None:
         """Write a checkpoint where one is due. Raises Stopped, with one written, where the training is to stop.
@@ -60,17 +62,18 @@ class Keeper(Watch):
         However short its time, a start takes a step: else a run that is started again and again would stay where it is.
         """
         state = loop.state
+        stops = self._stops()
         begun = state.step != (self.last or 0) or self.stop.number is not None
-        if self.stop.wanted and begun and (state.step < loop.steps or self.stop.left):
+        if stops and begun and (state.step < loop.steps or self.stop.left):
             if state.step > 0 and state.step != self.last:
                 self._write(loop)
             raise Stopped(self._why(state.step), self.stop.number)
-        if state.step != self.last and self._is_due(loop):
+        if state.step != self.last and processes.first_says(self._is_due(loop)):
             self._write(loop)
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """A signal ends an evaluation at once."""
-        return self.stop.evaluating()
+        """A signal ends an evaluation at once; not one that several processes share, which would wait for this one."""
+        return nullcontext() if processes.grouped() else self.stop.evaluating()
 
     def places(self, examples: Sequence[int]) -> list[str]:
         """file:line of each row."""
@@ -101,6 +104,13 @@ class Keeper(Watch):
         )
         return True
 
+    def _stops(self) -> bool:
+        """Whether to stop now: of several processes, some may hear a signal before others do."""
+        own = -1 if not self.stop.wanted else self.stop.number or 0
+        agreed = processes.largest(own)
+        self.stop.number = agreed if agreed > 0 else self.stop.number
+        return agreed >= 0
+
     def _is_due(self, loop: Loop) -> bool:
         step, settings = loop.state.step, self.settings
         if step == loop.steps:
@@ -114,12 +124,21 @@ class Keeper(Watch):
         return time.monotonic() - self.written >= SECONDS
 
     def _write(self, loop: Loop) -> None:
-        """A disk that refuses is said; the training goes on, and the next time is another try."""
+        """A disk that refuses is said; the training goes on, and the next time is another try.
+
+        Every process has its part in it, and the first one writes.
+        """
         step = loop.state.step
         place = checkpoint(self.folder, step)
         self.written = time.monotonic()
+        value = capture(loop, self.forward, self.about, self._log_facts())
+        if processes.first_says(processes.is_first() and self._written(value, place)):
+            self.last = step
+
+    def _written(self, value: RunValue, place: Path) -> bool:
+        """Whether the disk took it; checkpoints that are not to be kept any more are deleted then."""
         try:
-            capture(loop, self.forward, self.about, self._log_facts()).write(place)
+            value.write(place)
         except (OSError, OutputError) as error:
             last = "there is none yet" if self.last is None else f"that of step {self.last} stays"
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
@@ -129,11 +148,12 @@ class Keeper(Watch):
                 LowrankWarning,
                 stacklevel=2,
             )
-            return
-        self.last = step
+            return False
+        step, evaluations = value.facts.step, value.facts.evaluations
         recent = [found for found in steps_kept(self.folder) if found <= step]
-        best = [loop.state.best[0]] if loop.state.best else []
+        best = [min(evaluations, key=lambda one: one.loss).step] if evaluations else []
         prune(self.folder, {*recent[-(self.settings.keep_checkpoints or KEPT) :], *best})
+        return True
 
     def _log_facts(self) -> LogFacts:
         """The log as it is on the disk: a checkpoint never knows of lines that a power loss took."""

@@ -23,13 +23,23 @@ def seeded(seed: int) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
+            _seed(seed)
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+def reseed(seed: int, process: int) -> None:
+    """Other random numbers for every process but the first, so that dropout differs among them; the first goes on."""
+    if process:
+        _seed((seed + process * 1_000_003) % 2**63)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def drawn(device: torch.device) -> tuple[dict[str, Tensor], RandomFacts]:

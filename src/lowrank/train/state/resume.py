@@ -10,6 +10,7 @@ import torch
 from lowrank import __version__
 from lowrank.data.recipe import SETTINGS
 from lowrank.errors import CheckpointError, ConfigError, LowrankWarning, some
+from lowrank.train import processes
 from lowrank.train.config_file import resolve
 from lowrank.train.settings import TrainSettings
 from lowrank.train.state.settings import CheckpointSettings
@@ -47,6 +48,7 @@ def about(settings: TrainSettings, steps: int, made_of: dict[str, str], device: 
         "processor": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "device": device.type,
+        "processes": str(processes.count()),
     }
     return About(steps=steps, settings=dict(settings.resolved()), made_of=made_of, machine=machine)
 

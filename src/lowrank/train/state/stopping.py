@@ -8,7 +8,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from lowrank import launch
+
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+ECHO = 5.0  # seconds in which a launcher passes on what the terminal has told its processes already
 
 
 class Left(KeyboardInterrupt):
@@ -29,6 +34,7 @@ class Stop:
         self.left = False
         self._before: dict[int, Any] = {}
         self._evaluating = False
+        self._since = 0.0
 
     @property
     def wanted(self) -> bool:
@@ -64,10 +70,12 @@ class Stop:
 
     def _came(self, number: int, _frame: FrameType | None) -> None:
         if self.number is not None:
+            if launch.count() > 1 and time.monotonic() - self._since < ECHO:
+                return
             self._leave()
             signal.raise_signal(number)
             return
-        self.number = number
+        self.number, self._since = number, time.monotonic()
         self.told(number)
         if self._evaluating:
             self._evaluating = False

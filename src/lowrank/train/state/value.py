@@ -1,7 +1,8 @@
 """A run as one plain value, and its two files: tensors as safetensors, all else as JSON. Nothing in it is code.
 
 state.safetensors   weights.NAME (what is trained), kept.NAME (what else an adapter holds), masters.NAME, best.NAME,
-                    optimiser.KEY.NAME (Adam's averages...), buffers.NAME, random.torch, random.DEVICE
+                    optimiser.KEY.NAME (Adam's averages...), buffers.NAME, random.torch, random.DEVICE,
+                    random-N.torch... of the N-th process, where there are several
 state.json          `Facts`
 """
 
