@@ -50,6 +50,8 @@ CHECKPOINTING, CAST, DROPOUT = "test_injection_checkpointing.py", "test_autocast
 FEW, READ = "test_few_rows.py", "test_weights_read.py"
 REPLACED, THREADS = "test_replaced_modules.py", "test_nesting_and_threads.py"
 CHUNKED, PREFERENCE, PROCESSES = "test_chunked_loss.py", "test_preference.py", "test_processes.py"
+RESUME, CHECKPOINTS = "test_resume.py", "test_checkpoints.py"
+CAPTURE = "train/state/capture.py"
 
 MUTATIONS: dict[str, Mutation] = {
     "merge: no scale": Mutation("core/merging.py", "factors.scale * weighting", "weighting", MERGE),
@@ -336,6 +338,43 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "processes: each counts its own": Mutation(
         "train/processes.py", "distributed.all_reduce(total)", "pass", PROCESSES
+    ),
+    "resume: no random states": Mutation(
+        CAPTURE,
+        '    draw_on(next(loop.model.parameters()).device, _those("random", value.tensors), facts.random[0])',
+        "    pass",
+        RESUME,
+    ),
+    "resume: Python's random numbers go on": Mutation(
+        "train/state/randomness.py", "    random.setstate((WORDS, tuple(words), normal))", "    pass", RESUME
+    ),
+    "resume: Adam begins anew": Mutation(
+        CAPTURE,
+        '    _restore_optimiser(state, names, _those("optimiser", value.tensors), facts.optimiser)',
+        "    pass",
+        RESUME,
+    ),
+    "resume: no masters": Mutation(
+        CAPTURE, '    _copy(_masters(state, names), _those("masters", value.tensors), "trained in float32")', "", RESUME
+    ),
+    "resume: the best is forgotten": Mutation(
+        CAPTURE, "[torch.empty_like(parameter) for parameter in own.values()] if best else None", "None", RESUME
+    ),
+    "resume: the interval begins anew": Mutation(
+        CAPTURE, "    state.interval = Interval(**facts.interval.model_dump())", "    pass", RESUME
+    ),
+    "resume: the rate is whole again": Mutation(
+        CAPTURE, "facts.tokens, facts.halvings", "facts.tokens, 0", CHECKPOINTS
+    ),
+    "resume: the epoch begins anew": Mutation("data/batches.py", "lengths)[done:]", "lengths)", RESUME),
+    "resume: lines of the log twice": Mutation(
+        "train/reporting.py", "                os.truncate(self.path, length)", "                pass", RESUME
+    ),
+    "resume: buffers as they were loaded": Mutation(
+        "train/state/forward.py",
+        "_buffers[last] = buffer.to(own[name].device)",
+        "_buffers[last] = own[name]",
+        CHECKPOINTS,
     ),
 }
 LAWS = (ANSWERS, GRADIENTS, IDENTITY, MERGE)
