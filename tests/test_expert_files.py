@@ -163,6 +163,33 @@ def test_files_that_fit_no_experts_are_refused_and_change_nothing(tmp_path: Path
     assert not any("lora" in name for name, _ in few.named_modules())
 
 
+def test_single_experts_that_are_no_experts_are_refused(tmp_path: Path) -> None:
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    single_experts(adapted(mixture("mixtral")), tmp_path / "single", OLD["mixtral"])
+    weights, config = tmp_path / "single" / "adapter_model.safetensors", tmp_path / "single" / "adapter_config.json"
+    good, said = load_file(weights), json.loads(config.read_text())
+    key = next(key for key in good if key.endswith("experts.1.w2.lora_B.weight"))
+    model = mixture("mixtral")
+    wrong = {
+        r"w2 has A \[3, 48\] and B \[31, 3\], and an expert of .*down_proj at rank 3 wants \[3, 48\] and \[32, 3\]": (
+            good | {key: good[key][1:].clone()}, said
+        ),
+        r"w2 is torch.int64, none of float16": (good | {key: good[key].long()}, said),
+        r"w2 has lora_A, and an expert has A and B": ({k: t for k, t in good.items() if k != key}, said),
+        r"at rank 1000000000 wants": (good, said | {"r": 10**9}),
+        r"were trained from pissa on a changed base": (good, said | {"init_lora_weights": "pissa"}),
+    }  # fmt: skip
+    for message, (tensors, fields) in wrong.items():
+        save_file(tensors, weights)
+        config.write_text(json.dumps(fields))
+        with pytest.raises(lowrank.LowrankError, match=message):
+            lowrank.load_adapter(model, tmp_path / "single")
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
 def test_trained_biases_of_experts_are_where_peft_has_them(tmp_path: Path) -> None:
     model = adapted(mixture("gpt_oss", "eager"), bias="all")
     with torch.no_grad():

@@ -15,6 +15,7 @@ from lowrank.checkpoint.fusions import Part, fusions_of
 from lowrank.checkpoint.keys import A, B
 from lowrank.checkpoint.layout import to_file
 from lowrank.checkpoint.read import AdapterFiles
+from lowrank.checkpoint.sound import FLOATS
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import CheckpointError
 from lowrank.layers.stack import LoraStack, kind_of_stack, stacks_of
@@ -64,8 +65,10 @@ def _check(files: AdapterFiles, path: str, part: Part, count: int) -> None:
             f"{files.folder}: {path} is expert {part.expert}, and the model has {count} at {part.stack}: it was made "
             "for another base"
         )
-    if set(tensors) != {A, B} or any(tensor.dim() != 2 for tensor in tensors.values()):
+    if set(tensors) != {A, B}:
         raise CheckpointError(f"{files.folder}: {path} has {' and '.join(sorted(tensors))}, and an expert has A and B")
+    if strange := [tensor.dtype for tensor in tensors.values() if tensor.dtype not in FLOATS]:
+        raise CheckpointError(f"{files.folder}: {path} is {strange[0]}, none of float16, bfloat16, float32 and float64")
 
 
 def _stacked(
@@ -76,19 +79,26 @@ def _stacked(
     if d % parts:
         raise CheckpointError(f"{files.folder}: {path} has {d} rows, which are no {parts} equal blocks")
     rows, config = d // parts, files.config
+    for source in pairs.values():
+        _check_shapes(files, source, path, (rows, k))
     ranks = [max((config.rank(p) for (i, _), p in pairs.items() if i == part), default=0) for part in range(parts)]
     scale = next((s for p in pairs.values() if (s := config.scale(p))), 1.0)
     dtype = torch.promote_types(torch.float32, files.low_rank[next(iter(pairs.values()))][A].dtype)
     a, b = torch.zeros(count, sum(ranks), k, dtype=dtype), torch.zeros(count, d, sum(ranks), dtype=dtype)
     for (part, expert), source in pairs.items():
-        one_a, one_b = files.low_rank[source][A], files.low_rank[source][B]
         start, rank = sum(ranks[:part]), config.rank(source)
-        if one_a.shape != (rank, k) or one_b.shape != (rows, rank):
-            raise CheckpointError(
-                f"{files.folder}: {source} has A {list(one_a.shape)} and B {list(one_b.shape)}, and an expert of "
-                f"{path} at rank {rank} wants {[rank, k]} and {[rows, rank]}"
-            )
-        a[expert, start : start + rank] = one_a.to(dtype)
-        own = one_b.to(dtype) * (config.scale(source) / scale)
+        a[expert, start : start + rank] = files.low_rank[source][A].to(dtype)
+        own = files.low_rank[source][B].to(dtype) * (config.scale(source) / scale)
         b[expert, rows * part : rows * (part + 1), start : start + rank] = own
     return a, b, scale
+
+
+def _check_shapes(files: AdapterFiles, source: str, path: str, matrix: tuple[int, int]) -> None:
+    """Raise CheckpointError for factors of one expert that are no change of a matrix (rows, k) at the declared rank."""
+    rank, (a, b) = files.config.rank(source), (files.low_rank[source][role] for role in (A, B))
+    wanted = [rank, matrix[1]], [matrix[0], rank]
+    if (list(a.shape), list(b.shape)) != wanted:
+        raise CheckpointError(
+            f"{files.folder}: {source} has A {list(a.shape)} and B {list(b.shape)}, and an expert of {path} at rank "
+            f"{rank} wants {wanted[0]} and {wanted[1]}"
+        )

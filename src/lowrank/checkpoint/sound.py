@@ -56,7 +56,8 @@ def rank_faults(files: "AdapterFiles") -> list[str]:
         rank = files.config.rank(path)
         if a is None or b is None or not a.numel() or not b.numel():
             continue
-        if files.config.lora.target_parameters and not files.config.known and a.shape[0] == b.shape[-1]:
+        stacked = files.config.lora.target_parameters and not files.config.known and a.ndim == b.ndim == 2
+        if stacked and a.shape[0] == b.shape[1]:
             continue  # perhaps a pair for every expert, of a rank that its place will tell
         if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != rank or not _fits_rank(a, b, files.kind(path)):
             faults.append(
