@@ -101,7 +101,7 @@ def test_parts_adapt_exactly_their_rows(
 
     a, b = pair()
     factors = LoraFactors(a, b, alpha / rank, start=pair() if started else None, parts=parts, out_features=d)
-    attach(model, "default", LoraConfig(target_modules=["layer"]), {"layer": factors}, {}, trainable=True)
+    attach(model, "default", LoraConfig(target_modules=["layer"]), {"layer": factors}, {}, {}, trainable=True)
     touched = sorted(row for part in parts for row in reference.rows_of(part))
     others = [row for row in range(d) if row not in touched]
     assert torch.equal(model(x)[..., others], base[..., others])
