@@ -33,6 +33,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "lora_target_modules": ("targets",),
     "target_modules": ("targets",),
     "exclude_modules": ("exclude",),
+    "trainable_token_indices": ("trainable_tokens",),
     "lora_target_parameters": ("target_parameters",),
     "layers_to_transform": ("layers",),
     "num_layers": ("layers",),
