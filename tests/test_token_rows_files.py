@@ -201,10 +201,53 @@ def test_files_that_are_wrong(tmp_path, change, config, match):
     assert "\n" not in str(caught.value) and torch.equal(answer(model), before)
 
 
-def test_a_base_without_the_row_is_refused_on_disk(tmp_path):
-    trained(llama, [3, 9], tmp_path / "adapter")
-    wrong(tmp_path / "adapter", trainable_token_indices=[3, 32])
-    base = save_base(llama(), tmp_path / "base")
-    with pytest.raises(CheckpointError, match=r"resize_token_embeddings\(33\)"):
+@pytest.mark.parametrize("shard", ["50GB", "3KB"])
+def test_new_words_make_the_table_of_a_checkpoint_longer(tmp_path, shard):
+    def longer():
+        model = tied()
+        model.resize_token_embeddings(35)
+        return model
+
+    model = trained(longer, [34, 5, 33, 32], tmp_path / "adapter")
+    base = save_base(tied(), tmp_path / "base", shard=shard)
+    lowrank.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", verify="full")
+    merged = type(model).from_pretrained(tmp_path / "out")
+    wanted = lowrank.merge_and_unload(model)
+    assert_same_bits(dict(merged.state_dict()), dict(wanted.state_dict()))
+    assert merged.config.vocab_size == 35 and merged.lm_head.weight is merged.model.embed_tokens.weight
+    half = lowrank.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "half", dtype="bfloat16")
+    assert half.replaced == 1 and tensors_of(tmp_path / "half")["model.embed_tokens.weight"].shape == (35, 16)
+
+
+@pytest.mark.parametrize(
+    "make, rows, match",
+    [
+        (tied, [34, 32], "not every new one up to 34 is an adapter's"),
+        (llama, [33, 32], "lm_head.weight would have another length"),
+        (llama, {"embed_tokens": [33, 32], "lm_head": [32]}, "would have another length"),
+    ],
+)
+def test_new_words_that_are_not_whole_are_refused(tmp_path, make, rows, match):
+    def longer():
+        model = make()
+        model.resize_token_embeddings(35)
+        return model
+
+    trained(longer, rows, tmp_path / "adapter")
+    base = save_base(make(), tmp_path / "base")
+    with pytest.raises(MergeError, match=match):
         lowrank.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_new_words_of_table_and_head_make_both_longer(tmp_path):
+    def longer():
+        model = llama()
+        model.resize_token_embeddings(34)
+        return model
+
+    model = trained(longer, {"embed_tokens": [33, 32], "lm_head": [32, 33]}, tmp_path / "adapter")
+    base = save_base(llama(), tmp_path / "base")
+    lowrank.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out", verify="full")
+    merged = type(model).from_pretrained(tmp_path / "out")
+    assert_same_bits(dict(merged.state_dict()), dict(lowrank.merge_and_unload(model).state_dict()))

@@ -64,11 +64,6 @@ def match_rows(base: BaseFiles, adapter: Adapter, places: Mapping[str, str], fou
         shape, indices = base.tensors[counterpart][1].shape, adapter.files.row_indices(path)
         if len(shape) != 2 or values.shape[1] != shape[1]:
             faults.append(f"{path} has rows of {values.shape[1]}, the base's tensor has shape {list(shape)}")
-        elif max(indices) >= shape[0]:
-            faults.append(
-                f"{path} has rows up to {max(indices)}, the base's table only {shape[0]}: load the model, "
-                f"resize_token_embeddings({max(indices) + 1}), and use merge_and_unload"
-            )
         else:
             found.rows[name] = TokenRows(values.to(torch.promote_types(torch.float32, values.dtype)), indices)
     return faults

@@ -214,7 +214,7 @@ def _write_side_files(job: _Job, folder: Path) -> list[str]:
         write_synced(folder / name, content)
     if job.base.config is not None:
         plain = any(recipe.was_stored for recipe in job.plan.recipes)
-        config = corrected_config(job.base.config, job.options.dtype_name, job.plan.untie, plain)
+        config = corrected_config(job.base.config, job.options.dtype_name, job.plan.untie, plain, job.plan.words)
         if config is not None:
             write_synced(folder / "config.json", config)
     if job.base.index_name is not None:

@@ -12,6 +12,7 @@ from lowrank.errors import MergeError, some
 from lowrank.files.safetensors import DTYPE_NAMES, DTYPES, FLOATS, build_layout
 from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.found import Match
+from lowrank.merge.disk.growth import longer
 from lowrank.merge.disk.match import match
 from lowrank.merge.disk.onto_original import check_original
 from lowrank.merge.disk.recipe import Recipe, ResultFile
@@ -29,6 +30,8 @@ class MergePlan:
 
     renamed: leading parts of names that were exchanged, per adapter; notes: what a careful reader would want to know;
 
+    words: how many the vocabulary had and has, where an adapter brings new ones;
+
     shares: of weights that go back into a stored form, how much of ‖ΔW‖² that holds.
     """
 
@@ -38,6 +41,7 @@ class MergePlan:
     notes: tuple[str, ...]
     shares: Mapping[str, float] = field(default_factory=dict)
     replaced: frozenset[str] = frozenset()
+    words: tuple[int, int] | None = None
 
     @property
     def recipes(self) -> list[Recipe]:
@@ -79,6 +83,7 @@ def plan_merge(
     if onto == "quantised":
         return _requantised(base, adapters, matches, changed, replaced, ties, anyway)
     _check_all_read(base)
+    grown = longer(base, rows, changed, heads)
     plain = dtype or _commonest_float(base)
     recipes = {
         name: _recipe(
@@ -88,6 +93,7 @@ def plan_merge(
             replaced,
             plain if isinstance(place[1], StoredEntry) else dtype,
             rows,
+            grown.get(name),
         )
         for name, place in base.tensors.items()
     }
@@ -99,7 +105,9 @@ def plan_merge(
     files = _files(base, recipes, ties.heads)
     notes = [note for found in matches for note in found.notes] + list(ties.notes)
     replacing = frozenset(recipe.name for file in files for recipe in file.recipes if recipe.replacement is not None)
-    return MergePlan(files, ties.untie, tuple(_renamings(adapters, matches)), tuple(notes), replaced=replacing)
+    words = next(((base.tensors[name][1].shape[0], length) for name, length in grown.items()), None)
+    renamed = tuple(_renamings(adapters, matches))
+    return MergePlan(files, ties.untie, renamed, tuple(notes), replaced=replacing, words=words)
 
 
 def _check_all_read(base: BaseFiles) -> None:
@@ -181,6 +189,7 @@ def _recipe(
     replaced: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     rows: Mapping[str, tuple[TokenRows, ...]],
+    length: int | None = None,
 ) -> Recipe:
     entry, contributions, owned = source.entry, changed.get(name, ()), rows.get(name, ())
     if ((contributions or owned) and entry.dtype not in FLOATS) or (name in replaced and entry.dtype not in DTYPES):
@@ -189,7 +198,8 @@ def _recipe(
             "in float16, bfloat16, float32 or float64"
         )
     converted = DTYPE_NAMES[dtype] if dtype is not None and entry.dtype in FLOATS else entry.dtype
-    return Recipe(name, converted, entry.shape, source, replaced.get(name), contributions, rows=owned)
+    shape = entry.shape if length is None else (length, *entry.shape[1:])
+    return Recipe(name, converted, shape, source, replaced.get(name), contributions, rows=owned)
 
 
 def _new(name: str, tensor: Tensor, dtype: torch.dtype) -> Recipe:

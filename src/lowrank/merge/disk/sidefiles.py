@@ -9,6 +9,7 @@ from typing import Any
 
 from lowrank.checkpoint.adapter_folder import RUN_FILE
 from lowrank.files.regular import read_bytes
+from lowrank.merge.disk.growth import with_words
 from lowrank.modelfiles.base import INDEX_ENDING, OTHER_WEIGHTS, BaseFiles, inside, read_json
 from lowrank.modelfiles.tied import untied
 
@@ -88,12 +89,16 @@ def own_template(base: BaseFiles) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def corrected_config(config: dict[str, Any], dtype: str | None, untie: bool, plain: bool = False) -> bytes | None:
+def corrected_config(
+    config: dict[str, Any], dtype: str | None, untie: bool, plain: bool = False, words: tuple[int, int] | None = None
+) -> bytes | None:
     """config.json with another dtype, or saying that embedding and head are no longer tied; None if nothing changes.
 
-    plain: the quantised weights became numbers, so that nothing is said of a quantiser any more.
+    plain: the quantised weights became numbers, so that nothing is said of a quantiser any more. words: how many the
+    vocabulary had and has.
     """
     changed = untied(config) if untie else config
+    changed = changed if words is None else with_words(changed, *words)
     changed = {key: value for key, value in changed.items() if key != "quantization_config"} if plain else changed
     changed = changed if dtype is None else _with_dtype(changed, dtype)
     if changed == config:

@@ -18,7 +18,14 @@ def read_rows(recipe: Recipe, descriptor: int, rows: slice, workspace: Workspace
         block = recipe.replacement.reshape(recipe.matrix)[rows]
         return _with_rows(block.to(recipe.stored_dtype) if recipe.contributions else block, recipe, rows)
     assert recipe.source is not None
-    return _with_rows(read_entry_rows(recipe.source, descriptor, columns, rows, workspace, role), recipe, rows)
+    length = (*recipe.source.entry.shape, 1)[0]
+    known = slice(min(rows.start, length), min(rows.stop, length))
+    if known == rows:
+        return _with_rows(read_entry_rows(recipe.source, descriptor, columns, rows, workspace, role), recipe, rows)
+    block = torch.zeros(rows.stop - rows.start, columns, dtype=recipe.stored_dtype)  # the end is an adapter's own
+    if known.start < known.stop:
+        block[: known.stop - known.start] = read_entry_rows(recipe.source, descriptor, columns, known, workspace, role)
+    return _with_rows(block, recipe, rows)
 
 
 def _with_rows(block: Tensor, recipe: Recipe, rows: slice) -> Tensor:
