@@ -221,7 +221,7 @@ WRONG = {
     "a module for a parameter": ({"target_modules": ["mlp.experts"]}, r"target_parameters \(gate_up_proj, down_proj\)"),
     "a parameter for a module": ({"target_modules": ["down_proj"]}, "name it in target_parameters"),
     "a rank above every side": ({"target_parameters": ["down_proj"], "r": 99}, "r is above min"),
-    "DoRA": ({"target_parameters": ["down_proj"], "use_dora": True}, "use_dora works for whole Linear"),
+    "DoRA": ({"target_parameters": ["down_proj"], "use_dora": True}, "use_dora works for whole weights"),
     "no rank": ({"target_parameters": ["down_proj"], "expert_rank": 0}, "expert_rank must be a whole number"),
 }
 

@@ -117,7 +117,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a dead alpha pattern": ({"target_modules": ["q_proj"], "alpha_pattern": {"p_proj": 3}}, "nearest: q_proj"),
     "a norm": ({"target_modules": ["input_layernorm"]}, "a LlamaRMSNorm is none of Linear"),
     "a list of layers": ({"target_modules": r"model\.layers"}, "a ModuleList is none of"),
-    "DoRA on a table": ({"target_modules": ["q_proj", "embed_tokens"], "use_dora": True}, "not for model.embed_tokens"),
 }
 
 

@@ -17,7 +17,7 @@ from lowrank.checkpoint.companion import Companion
 from lowrank.checkpoint.config_file import AdapterConfig
 from lowrank.checkpoint.describe import describe
 from lowrank.checkpoint.keys import MAGNITUDE, TOKENS, Key, full_key, low_rank_key
-from lowrank.checkpoint.layout import file_rank, pair_roles, to_file
+from lowrank.checkpoint.layout import file_rank, magnitude_shape, pair_roles, to_file
 from lowrank.checkpoint.one_scale import common_scale, folded
 from lowrank.checkpoint.read import SAFETENSORS, AdapterFiles
 from lowrank.core.finite import all_finite
@@ -205,7 +205,8 @@ def _tensors(content: AdapterContent, dtype: torch.dtype | None, scale: float) -
         for role, tensor in zip(pair_roles(target.kind), pair, strict=True):
             yield low_rank_key(path, role), tensor.to(dtype or tensor.dtype)
         if target.magnitude is not None:
-            yield low_rank_key(path, MAGNITUDE), target.magnitude.to(dtype or target.magnitude.dtype)
+            shape = target.magnitude.shape if target.kind != "conv" else magnitude_shape("conv", target.kernel)
+            yield low_rank_key(path, MAGNITUDE), target.magnitude.to(dtype or target.magnitude.dtype).view(shape)
     for path, tensor in content.rows.items():
         yield low_rank_key(path, TOKENS), tensor
     for key, tensor in content.full.items():

@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lowrank.checkpoint.keys import B_BIAS, MAGNITUDE, Key, full_key, low_rank_key
-from lowrank.checkpoint.layout import pair_roles, wanted_shapes
+from lowrank.checkpoint.layout import magnitude_shape, pair_roles, wanted_shapes
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.checkpoint.renaming import Renaming, lies_in
 from lowrank.checkpoint.row_files import row_fit_faults
@@ -53,7 +53,7 @@ def _pair_faults(files: AdapterFiles, path: str, module: nn.Module) -> list[str]
     elif B_BIAS in files.low_rank[path]:
         return [f"{low_rank_key(path, B_BIAS)} is part of a bias, and {path} has none to add it to"]
     if kind.supports_dora:
-        shapes[MAGNITUDE] = (shapes[pair_roles(kind.kind)[1]][0],)
+        shapes[MAGNITUDE] = magnitude_shape(kind.kind, weight)
     faults = []
     tensors = files.low_rank[path]
     if unfit := tensors.keys() - shapes.keys():

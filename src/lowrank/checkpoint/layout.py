@@ -73,6 +73,13 @@ def from_file(kind: str, a: Tensor, b: Tensor, weight: Shape, where: str = "") -
     return _gather(a, b.flatten(1), groups, where)
 
 
+def magnitude_shape(kind: str, weight: Shape) -> Shape:
+    """The file's shape of DoRA's magnitude: (d,), with the axes of a convolution's answer (1, d, 1...)."""
+    if kind == "conv":
+        return (1, weight[0], *[1] * len(weight[2:]))
+    return (weight[1] if kind in ("conv1d-linear", "embedding") else weight[0],)
+
+
 def _spread(kernel: Tensor, groups: int) -> Tensor:
     """(r, in/g, *kernel) → (g·r, in, *kernel): a copy for every group, on that group's channels."""
     rank, width = kernel.shape[:2]

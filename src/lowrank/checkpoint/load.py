@@ -35,6 +35,7 @@ from lowrank.injection.targets import named_targets
 from lowrank.injection.token_rows import said_indices
 from lowrank.injection.undo import or_as_it_was
 from lowrank.layers.kinds import kind_of
+from lowrank.layers.linear import LoraLinear
 from lowrank.layers.overrides import override_tensors
 from lowrank.layers.stack import ExpertStack
 
@@ -141,7 +142,7 @@ def _factors(files: AdapterFiles, path: str, module: nn.Module) -> LoraFactors:
             f"{files.folder}: the scale of {path} is {factors.scale:g}, more than {factors.a.dtype} holds: its "
             "lora_alpha cannot be meant"
         )
-    if files.config.moved_base is not None and kind.supports_dora:
+    if files.config.moved_base is not None and issubclass(kind, LoraLinear):
         return with_moved_base(factors, files.config.moved_base, dense(weight, weight.dtype))
     return unfold(factors, path, files.companion)
 

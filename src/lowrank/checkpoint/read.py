@@ -90,7 +90,7 @@ class AdapterFiles:
             _master(b),
             self.config.scale(path),
             self.config.lora.lora_dropout,
-            magnitude=None if magnitude is None else _master(magnitude),
+            magnitude=None if magnitude is None else _master(magnitude.flatten()),
         )
 
     def factors_of_expert(self, path: str, expert: int, count: int, rows: slice) -> LoraFactors:

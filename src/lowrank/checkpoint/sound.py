@@ -31,10 +31,6 @@ def _module_faults(files: "AdapterFiles", path: str, tensors: Mapping[str, Tenso
     wanted = {*pair_roles(kind), *({MAGNITUDE} if dora else ()), *({B_BIAS} if biased else ())}
     faults = [f"missing {low_rank_key(path, role)}" for role in sorted(wanted - tensors.keys())]
     faults += [f"unexpected {low_rank_key(path, role)}" for role in sorted(tensors.keys() - wanted)]
-    if dora and kind != "linear":
-        faults.append(
-            f"use_dora is set and {path} is of kind {kind}: only Linear and Conv1D have DoRA, merge with PEFT"
-        )
     for role, tensor in sorted(tensors.items()):
         key = low_rank_key(path, role)
         if tensor.numel() == 0:

@@ -14,7 +14,7 @@ from lowrank.checkpoint.expert_files import owner_of, parameter_names, wrapped_p
 from lowrank.checkpoint.fingerprint import fingerprint
 from lowrank.checkpoint.gather import Values, whole, whole_factors
 from lowrank.checkpoint.keys import MAGNITUDE, TOKENS, full_key, low_rank_key
-from lowrank.checkpoint.layout import file_rank, pair_roles, to_file
+from lowrank.checkpoint.layout import file_rank, magnitude_shape, pair_roles, to_file
 from lowrank.checkpoint.one_scale import Scales, folded, written_scales
 from lowrank.checkpoint.read import SAFETENSORS
 from lowrank.checkpoint.stored_base import stored_base
@@ -100,7 +100,8 @@ def _low_rank_tensors(parts: dict[str, _Part]) -> Iterator[tuple[str, Tensor]]:
         for role, tensor in zip(pair_roles(part.layer.kind), pair, strict=True):
             yield low_rank_key(names[path], role), tensor
         if part.factors.magnitude is not None:
-            yield low_rank_key(names[path], MAGNITUDE), part.factors.magnitude.detach()
+            shape = magnitude_shape(part.layer.kind, tuple(frozen_shape(part.layer)))
+            yield low_rank_key(names[path], MAGNITUDE), part.factors.magnitude.detach().view(shape)
 
 
 def _full_tensors(model: nn.Module, adapter: str, config: LoraConfig, adapted: Counter[str]) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
     entries = tuple(_entry(model, path, modules[path], parts, config) for path, parts in targets.items())
     check_patterns("rank_pattern", config.rank_pattern, targets)
     check_patterns("alpha_pattern", config.alpha_pattern, targets)
-    _check_dora(config, entries)
+    _check_dora(config, entries, modules)
     biases = _biases(modules, config, set(targets), set(saved))
     rows = plan_rows(model, modules, config, targets, saved)
     full = [p.numel() for module in saved.values() for p in module.parameters()]
@@ -83,13 +83,15 @@ def _entry(
     return PlanEntry(path, kind, d, k, rank, alpha, scale, parts, part_names, experts)
 
 
-def _check_dora(config: LoraConfig, entries: tuple[PlanEntry, ...]) -> None:
+def _check_dora(config: LoraConfig, entries: tuple[PlanEntry, ...], modules: dict[str, nn.Module]) -> None:
     if not config.use_dora:
         return
-    if others := [entry.label for entry in entries if not entry.kind.supports_dora or entry.parts]:
+    grouped = {path for path, module in modules.items() if getattr(module, "groups", 1) != 1}
+    unfit = [e.label for e in entries if not e.kind.supports_dora or e.parts or e.path in grouped]
+    if unfit:
         raise TargetError(
-            f"use_dora works for whole Linear and Conv1D layers, not for {', '.join(others)}: "
-            "exclude them, or leave it off"
+            "use_dora works for whole weights of Linear, Conv1D, Embedding and convolutions without groups, not for "
+            f"{', '.join(unfit)}: exclude them, or leave it off"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lowrank.core.dora import row_gain
 from lowrank.core.factors import LoraFactors
 from lowrank.core.merging import Change, adapted_weight, merge_weight, prepare
 from lowrank.core.stored import Weight
@@ -142,6 +143,14 @@ class LoraLayer(RowedLayer):
         """ΔW of one adapter, ready to be merged; weight: W0 as `dense` gives it, read anew where not given."""
         weight = self.dense(self) if weight is None else weight
         return prepare(self.factors(adapter), weight, transposed=self.transposed, weighting=weighting)
+
+    def gain(self, factors: LoraFactors) -> Tensor:
+        """DoRA's g = m / ‖W0 + ΔW‖ of every output, (d,)."""
+        a, b = factors.effective()
+        assert factors.magnitude is not None
+        weight = self.dense(self)
+        matrix = weight.t() if self.transposed else weight
+        return row_gain(matrix, a.detach(), b.detach(), factors.scale, factors.magnitude)
 
     def units(self, weight: Tensor, adapters: tuple[str, ...]) -> Iterator[tuple[Tensor, list[Change]]]:
         """The matrices that `weight`, W0 as `dense` gives it, is merged by, views of it, and the adapters' ΔW of each.

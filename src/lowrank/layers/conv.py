@@ -22,6 +22,7 @@ class LoraConv(LoraLayer):
     """
 
     kind = "conv"
+    supports_dora = True
     groups: int
     bias: nn.Parameter | None
 
@@ -39,10 +40,20 @@ class LoraConv(LoraLayer):
         return self._convolve(*args, **kwargs)
 
     def _convolve(self, input: Tensor) -> Tensor:
-        h = self.base_forward(input)
+        h = base = self.base_forward(input)
         for factors in self.active_factors:
-            h = h + self._change(input, factors).to(h.dtype)
+            change = self._change(input, factors)
+            if factors.magnitude is not None:
+                change = self._dora_change(base, change, factors)
+            h = h + change.to(h.dtype)
         return h
+
+    def _dora_change(self, base: Tensor, change: Tensor, factors: LoraFactors) -> Tensor:
+        """g·(W0 + ΔW) * x − W0 * x with g = m / ‖W0 + ΔW‖ of every output channel."""
+        ones = [1] * (self.base_weight.dim() - 2)
+        gain = self.gain(factors).view(-1, *ones)
+        plain = base if self.bias is None else base - self.bias.view(-1, *ones)
+        return (gain - 1) * plain + gain * change
 
     def _change(self, input: Tensor, factors: LoraFactors) -> Tensor:
         x = F.dropout(input, factors.dropout, self.training)

@@ -19,6 +19,7 @@ class LoraEmbedding(LoraLayer):
 
     kind = "embedding"
     transposed = True
+    supports_dora = True
     padding_idx: int | None
     embed_scale_name: ClassVar[str] = "embed_scale"
 
@@ -50,9 +51,13 @@ class LoraEmbedding(LoraLayer):
 
     def _changed(self, h: Tensor, input: Tensor) -> Tensor:
         scale = getattr(self, self.embed_scale_name, 1.0)
+        base = h
         for factors in self.active_factors:
-            change = self._rows(input, *factors.moved(), h.dtype)
-            h = h + (change * factors.scale * scale).to(h.dtype)
+            change = self._rows(input, *factors.moved(), h.dtype) * factors.scale * scale
+            if factors.magnitude is not None:
+                gain = self.gain(factors)
+                change = (gain - 1) * base + gain * change
+            h = h + change.to(h.dtype)
         return h
 
     def _rows(self, input: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

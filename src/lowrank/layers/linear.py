@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank.core.dora import row_gain
 from lowrank.core.factors import LoraFactors
 from lowrank.core.stored import Weight
 from lowrank.kernels.autocast import under_autocast
@@ -107,20 +106,13 @@ class LoraLinear(LoraLayer):
 
         That is g·h + (1 − g)·bias, which at g = 1 is h bit for bit.
         """
-        gain = self._gain(factors)
+        gain = self.gain(factors)
         answer = gain * h if self.bias is None else torch.addcmul((1 - gain) * self.bias, gain, h)
         return answer.to(h.dtype)
 
-    def _gain(self, factors: LoraFactors) -> Tensor:
-        a, b = factors.effective()
-        assert factors.magnitude is not None
-        weight = self.dense(self)
-        matrix = weight.t() if self.transposed else weight
-        return row_gain(matrix, a.detach(), b.detach(), factors.scale, factors.magnitude)
-
     def _dora_change(self, base: Tensor, change: Tensor, factors: LoraFactors) -> Tensor:
         """g·(W0 + ΔW)·x − W0·x with g = m / ‖W0 + ΔW‖_row."""
-        gain = self._gain(factors)
+        gain = self.gain(factors)
         plain = base if self.bias is None else base - self.bias
         return ((gain - 1) * plain + gain * change).to(base.dtype)
 

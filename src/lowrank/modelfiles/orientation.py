@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from lowrank.checkpoint.keys import MAGNITUDE
-from lowrank.checkpoint.layout import wanted_shapes
+from lowrank.checkpoint.layout import magnitude_shape, wanted_shapes
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.injection.architectures import QUERY_VALUE
 from lowrank.modelfiles.base import BaseFiles
@@ -25,9 +25,10 @@ def kinds_that_fit(files: AdapterFiles, path: str, weight: Shape) -> list[str]:
     groups = a[1] // weight[1] if kind == "conv" and len(a) > 1 and weight[1] else 1
     rank = files.config.rank(path)
     magnitude = files.low_rank[path].get(MAGNITUDE)
-    if magnitude is not None and tuple(magnitude.shape) != b[:1]:
-        return []
-    return [kind for kind in possible if groups and wanted_shapes(kind, weight, rank, groups) == (a, b)]
+    fitting = [kind for kind in possible if groups and wanted_shapes(kind, weight, rank, groups) == (a, b)]
+    if magnitude is None:
+        return fitting
+    return [kind for kind in fitting if magnitude_shape(kind, weight) == tuple(magnitude.shape)]
 
 
 def shape_fault(files: AdapterFiles, path: str, weight: Shape) -> str:
