@@ -58,7 +58,7 @@ MUTATIONS: dict[str, Mutation] = {
     "merge: one adapter of several": Mutation(
         "core/merging.py", "for change in changes:", "for change in changes[:1]:", MERGE
     ),
-    "merge: not transposed": Mutation("core/merging.py", "(a.t(), b.t()) if transposed", "(b, a) if transposed", MERGE),
+    "merge: not transposed": Mutation("core/merging.py", "(a.mT, b.mT) if transposed", "(b, a) if transposed", MERGE),
     "merge: sums in the weight's dtype": Mutation(
         "core/merging.py",
         "total = torch.empty(base.shape, dtype=wide, device=base.device)",
@@ -77,7 +77,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "merged: base not put back": Mutation(
         "layers/base.py",
-        '            self._parameters["weight"] = weight\n            self.activate(active)',
+        "            self._put(weight)\n            self.activate(active)",
         "            self.activate(active)",
         IDENTITY,
     ),
@@ -95,23 +95,23 @@ MUTATIONS: dict[str, Mutation] = {
         "injection/turnstile.py", "self._owner is not None or self._others()", "False", THREADS
     ),
     "merged: a copy keeps the folded weight": Mutation(
-        "layers/base.py", '{**state["_parameters"], "weight": weight}', 'state["_parameters"]', THREADS
+        "layers/base.py", '{**state["_parameters"], self.weight_name: weight}', 'state["_parameters"]', THREADS
     ),
     "read: W0 for everybody": Mutation(
-        "layers/reading.py", "WeightAsRead.of(layer) if _is_read_by_a_forward(layer) else weight", "weight", READ
+        "layers/reading.py", "WeightAsRead.of(layer) if is_read_by_a_forward(layer) else weight", "weight", READ
     ),
     "read: a layer's own forward sees the change too": Mutation("layers/reading.py", "runs is layer", "False", READ),
     "read: no scale": Mutation(
         "core/merging.py",
-        "torch.addmm(total, left, right, alpha=factors.scale)",
-        "torch.addmm(total, left, right)",
+        "add(total, left, right, alpha=factors.scale)",
+        "add(total, left, right)",
         READ,
     ),
     "read: an extension's gradient is lost": Mutation(
         "layers/reading.py", "torch.autograd.backward(weight, gradient)", "pass", READ
     ),
     "factors: no start factors": Mutation(
-        "core/factors.py", "torch.cat([a, a - self.start_a])", "torch.cat([a, a])", ANSWERS
+        "core/factors.py", "torch.cat([a, a - self.start_a], dim=-2)", "torch.cat([a, a], dim=-2)", ANSWERS
     ),
     "factors: start factors added": Mutation(
         "core/factors.py", "-self.full_b(self.start_b)", "self.full_b(self.start_b)", ANSWERS
@@ -133,7 +133,7 @@ MUTATIONS: dict[str, Mutation] = {
         "core/factors.py", "full.index_copy(0, row_indices(self.parts, b.device), blocks)", "full", ANSWERS
     ),
     "linear: no start factors": Mutation(
-        "core/factors.py", "torch.cat([b - start_b, start_b], dim=1)", "torch.cat([b, start_b], dim=1)", ANSWERS
+        "core/factors.py", "torch.cat([b - start_b, start_b], dim=-1)", "torch.cat([b, start_b], dim=-1)", ANSWERS
     ),
     "linear: dropout in evaluation": Mutation(
         "layers/linear.py", "factors.dropout, self.training)", "factors.dropout, True)", GRADIENTS
@@ -279,12 +279,12 @@ MUTATIONS: dict[str, Mutation] = {
         "test_mlx_names.py",
     ),
     "disk: the recipe left behind": Mutation(
-        "merge/disk/merge.py", "if recipe is not None:", "if recipe is None:", "test_merge_disk_recipe.py"
+        "merge/disk/sidefiles.py", "elif recipes[0] is not None:", "elif False:", "test_merge_disk_recipe.py"
     ),
     "disk: the written scale left in": Mutation(
         "merge/disk/adapters.py",
-        "unfold(files.factors(self.path, shape), self.path, files.companion)",
-        "files.factors(self.path, shape)",
+        "factors = unfold(factors, self.path, files.companion)",
+        "factors = factors",
         "test_merge_disk_bits.py",
     ),
     "finite: never asked": Mutation(
@@ -292,7 +292,29 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "init: standard deviation one": Mutation("core/init/gaussian.py", "1 / site.rank", "1.0", INIT),
     "init: start factors not kept": Mutation(
-        "injection/creation.py", "if starts[0].subtract else None", "if False else None", IDENTITY
+        "injection/creation.py",
+        "        start=(a.clone(), b.clone()) if starts[0].subtract",
+        "        start=(a.clone(), b.clone()) if False",
+        IDENTITY,
+    ),
+    "rows: the table's own are looked up": Mutation(
+        "core/token_rows.py",
+        "torch.where((self.in_order[place] == ids).unsqueeze(-1), rows, h)",
+        "h",
+        "test_token_rows.py",
+    ),
+    "rows: a head that is tied does not follow": Mutation(
+        "injection/token_rows.py", "following = () if other else tuple(tied)", "following = ()", "test_token_rows.py"
+    ),
+    "rows: out of order": Mutation("core/token_rows.py", "self.slot[place]", "place", "test_token_rows.py"),
+    "rows: the moved score is forgotten": Mutation(
+        "core/token_rows.py",
+        "moved = self.values - table[self.at].to(self.values.dtype)",
+        "moved = self.values",
+        "test_token_rows.py",
+    ),
+    "attention: the base alone answers": Mutation(
+        "layers/attention.py", "if self.active_factors else", "if False else", "test_attention.py"
     ),
     "unload: flags not restored": Mutation(
         "injection/adapters.py", "parameter.requires_grad_(path in state.trained_before)", "pass", IDENTITY
