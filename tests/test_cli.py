@@ -124,8 +124,9 @@ def test_a_wrong_call_is_one_sentence_and_status_2(here, capsys, line, message):
 
 NAMES_OF_OTHERS = {
     "train": "learning-rate output-dir iters lora-r lora-alpha num-train-epochs per-device-train-batch-size "
-    "max-seq-length target-modules patience model-name-or-path dataset adapter-path val-batches steps-per-eval "
-    "grad-checkpoint lora_rank max_grad_norm num-layers torch-dtype cutoff-len steps-per-report lr-scheduler-type",
+    "max-seq-length target-modules early-stopping-patience model-name-or-path dataset adapter-path "
+    "val-batches steps-per-eval grad-checkpoint lora_rank max_grad_norm num-layers torch-dtype cutoff-len "
+    "steps-per-report lr-scheduler-type",
     "eval": "adapter-path dataset model-id val-batches max-seq-length per-device-eval-batch-size",
     "generate": "max-tokens base-model peft-model",
     "merge": "save-path adapters base-model",

@@ -59,12 +59,12 @@ WRONG = [
     ({"lr": float("inf")}, {}, ["--lr", "finite"]),
     ({"steps": 3, "epochs": 1}, {}, ["steps and epochs cannot both"]),
     ({"eval_data": "x", "eval_split": 0.1}, {}, ["eval_data and eval_split cannot both"]),
-    ({"keep": "best"}, {}, ["need eval_data or eval_split"]),
-    ({"eval_every": 3}, {}, ["need eval_data or eval_split"]),
+    ({"keep": "best"}, {}, ["need eval_data, eval_split"]),
+    ({"eval_every": 3}, {}, ["need eval_data, eval_split"]),
     ({"full": True, "rank": 4}, {}, ["full trains every weight", "rank"]),
     ({"dtype": "float16"}, {}, ["float16 overflows"]),
     ({"template": "Q:"}, {}, ["{prompt} once", "'Q:'"]),
-    ({"schedule": "wave"}, {}, ["--schedule", "'linear', 'cosine' or 'constant'", "'wave'"]),
+    ({"schedule": "wave"}, {}, ["--schedule", "'linear', 'cosine', 'constant' or 'wsd'", "'wave'"]),
     ({"lr": 0, "batch_size": 0}, {}, ["--lr", "--batch-size"]),
 ]
 

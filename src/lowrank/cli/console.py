@@ -90,6 +90,9 @@ class RunDisplay(Reporter):
     def finished(self, result: TrainResult, settings: TrainSettings) -> None:
         """What came out, and what can be done with it."""
         lines = []
+        if result.steps < self.steps:
+            since = f"no lower evaluation loss in {settings.patience}"
+            lines.append(f"stopped at step {result.steps} of {self.steps}: {since}")
         if result.before and result.after and result.best:
             best = f"; best {result.best[1].loss:.4f} at step {result.best[0]}"
             lines.append(f"evaluation loss {result.before.loss:.4f} before, {result.after.loss:.4f} after{best}")

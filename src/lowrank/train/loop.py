@@ -19,7 +19,8 @@ from lowrank.train.culprits import culprits, named
 from lowrank.train.evaluation import Measure, score
 from lowrank.train.loop_state import Interval, LoopState
 from lowrank.train.memory import peak_memory
-from lowrank.train.optimiser import Optimiser
+from lowrank.train.optimiser import Optimiser, factors_b
+from lowrank.train.patience import out_of_patience
 from lowrank.train.processes import add_up, share, summed, summed_float
 from lowrank.train.reporting import Progress, Reporter
 from lowrank.train.schedule import rate_factor
@@ -50,20 +51,24 @@ class Loop:
     steps: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.state = LoopState(Optimiser([p for p in self.model.parameters() if p.requires_grad], self.settings))
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.state = LoopState(Optimiser(trained, self.settings, factors_b(self.model)))
         self.steps = steps_of(self.settings, len(self.examples))
 
     def run(self) -> LoopState:
         """Take all steps, and leave the model in evaluation mode.
 
-        With `keep="best"` the weights of the best evaluation are put back at the end. Raises Diverged, naming the
-        step, where the loss, the gradient or an evaluation is not finite, and LowrankError, before the first step is
-        taken, where no gradient reaches an adapter.
+        Stops where `patience` evaluations in a row were no better. With it, or with `keep="best"`, the weights of the
+        best evaluation are put back at the end. Raises Diverged, naming the step, where the loss, the gradient or an
+        evaluation is not finite, and LowrankError, before the first step is taken, where no gradient reaches an
+        adapter.
         """
         state = self.state
         self._settle()  # before the first step; where a run goes on, what it had not come to
         self.model.train()
         for numbers in self._batches():
+            if out_of_patience(state.evaluations, self.settings.patience):
+                break
             stage("training", state.step, self.steps)
             rate = self._step(numbers)
             self.reporter.stepped(state.step)
@@ -111,7 +116,7 @@ class Loop:
         interval.trained += count
         interval.tokens += read
         interval.seconds += time.monotonic() - began
-        return settings.lr * factor
+        return state.optimiser.rate * factor
 
     def _backward(self, rows: Sequence[Example], count: int) -> float:
         """Gradients of the mean loss over the `count` things trained in these rows; returns the summed loss.
@@ -156,7 +161,7 @@ class Loop:
         scores = score(self.model, self.held_out, self.measure, settings.micro_batch or settings.batch_size)
         _check_evaluation(state.step, scores.loss, self.watch.saved())
         state.evaluations.append((state.step, scores))
-        if settings.keep == "best" and state.best == (state.step, scores):
+        if (settings.keep == "best" or settings.patience) and state.best == (state.step, scores):
             state.best_weights = [p.detach().clone() for p in state.optimiser.parameters]
         self.reporter.evaluated(state.step, scores)
 

@@ -1,12 +1,18 @@
 """AdamW on float32 numbers, whatever dtype the trained tensors have."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 
-from lowrank.train.settings import StepSettings
+from lowrank.core.factors import LoraFactors
+from lowrank.train.settings import LoopSettings
+
+
+def factors_b(model: nn.Module) -> list[nn.Parameter]:
+    """The B of every adapter that is trained."""
+    return [m.b for m in model.modules() if isinstance(m, LoraFactors) and m.b.requires_grad]
 
 
 class Optimiser:
@@ -14,16 +20,27 @@ class Optimiser:
 
     A tensor of a narrower dtype (a head saved in full beside a bfloat16 base) has a float32 master that the steps go to
     and that it is rounded from: a step is mostly smaller than half a bfloat16 unit, and would be lost.
+
+    faster: those that are trained at `lr_ratio` times the rate, the B of every layer (LoRA+, arXiv 2402.12354: with
+    one rate for both, B learns too slowly in wide models).
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], settings: StepSettings) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], settings: LoopSettings, faster: Collection[nn.Parameter] = ()
+    ) -> None:
         self.parameters = list(parameters)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        self.rate = settings.lr
+        self.rate = settings.rate
         self.clip = settings.clip
+        fast = {id(parameter) for parameter in faster} if settings.lr_ratio != 1 else set()
+        pairs = list(zip(self.parameters, self.masters, strict=True))
+        groups = [
+            {"params": [m for p, m in pairs if id(p) not in fast], "share": 1.0},
+            {"params": [m for p, m in pairs if id(p) in fast], "share": settings.lr_ratio},
+        ]
         self.adamw = torch.optim.AdamW(
-            self.masters,
-            lr=settings.lr,
+            [group for group in groups if group["params"]],
+            lr=self.rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
         )
@@ -43,7 +60,7 @@ class Optimiser:
     @torch.no_grad()
     def _update(self, factor: float) -> None:
         for group in self.adamw.param_groups:
-            group["lr"] = self.rate * factor
+            group["lr"] = self.rate * group["share"] * factor
         narrow = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
         for parameter, master in narrow:
             master.grad = None if parameter.grad is None else parameter.grad.float()

@@ -14,6 +14,7 @@ from lowrank.hub import pinned
 from lowrank.train import processes
 from lowrank.train.adapting import adapt, lora_config, watcher
 from lowrank.train.asked import check_kind
+from lowrank.train.auto_rate import SOURCE, auto_rate
 from lowrank.train.evaluation import Measure
 from lowrank.train.loftq import LOFTQ, LoftqStarts
 from lowrank.train.loop import Loop, steps_of
@@ -83,6 +84,9 @@ def prepare(settings: TrainSettings) -> Prepared:
     processes.same_everywhere([p for p in loaded.model.parameters() if p.requires_grad])
     reseed(settings.seed, processes.number())
     measure = loaded.measure(recipe, settings.metrics)
+    if settings.lr == "auto":
+        settings = settings.model_copy(update={"lr": auto_rate(loaded.model, settings.full)})
+        adapted += f"; rate by {SOURCE}"
     if settings.pack:
         data, settings = packed(data, rows.kind, loaded, measure, recipe, settings)
     sources = _sources(settings, base, rows, held_out)

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+DECAY = 0.2  # the share of the steps after warm-up in which wsd falls
+
 
 def constant(_progress: float) -> float:
     """Stay at 1."""
@@ -19,7 +21,12 @@ def cosine(progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "linear": linear, "cosine": cosine}
+def wsd(progress: float) -> float:
+    """Stay at 1 (stable), then fall to 0 in a straight line over the last fifth (decay): warm-up, stable, decay."""
+    return min(1.0, (1.0 - progress) / DECAY)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd}
 
 
 def rate_factor(schedule: str, step: int, steps: int, warmup: int) -> float:

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, field_validator, mod
 from lowrank.data.names import unescape, whole
 from lowrank.data.settings import DataSettings, Names, Pairs, Settings, Tokens
 from lowrank.data.sources import VALID, has_part
+from lowrank.errors import ConfigError
 from lowrank.train.state.settings import CheckpointSettings
 
 MOST_STEPS, MOST_EPOCHS = 10**9, 10**6  # more is a slip, and would be waited for in vain
@@ -71,8 +72,12 @@ class StepSettings(Settings):
     micro_batch: int | None = Field(
         None, ge=1, description="Rows in one forward pass: less memory, same result; all of them where not given"
     )
-    lr: float = Field(2e-4, gt=0, allow_inf_nan=False, description="Learning rate at its highest")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="How the rate falls after warm-up")
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
+        2e-4, description="Learning rate at its highest; auto: by the width of a Llama or Qwen"
+    )
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = Field(
+        "linear", description="How the rate falls after warm-up; wsd: over the last fifth of the steps"
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the rate rises")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's weight decay")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
@@ -93,6 +98,13 @@ class StepSettings(Settings):
             )
         return self
 
+    @property
+    def rate(self) -> float:
+        """The learning rate at its highest. Raises ConfigError while "auto" is not yet a number."""
+        if isinstance(self.lr, str):
+            raise ConfigError("--lr auto is for `lowrank train`: give a number")
+        return self.lr
+
 
 class LoopSettings(StepSettings):
     """What is looked at on the way, what is kept, and what memory it may take."""
@@ -112,6 +124,12 @@ class LoopSettings(StepSettings):
         (), description="What evaluations give beside the usual, names with commas: bleu, chrf, f1, rouge"
     )
     keep: Literal["last", "best"] = Field("last", description="Save the last weights, or those of the best evaluation")
+    patience: int | None = Field(
+        None, ge=1, description="Stop after so many evaluations without a lower loss, and save the best weights"
+    )
+    lr_ratio: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="LoRA+: the rate of B over that of A, which is lr; as in 16"
+    )
     log_every: int = Field(10, ge=1, description="Steps between lines of the log")
 
 
@@ -160,14 +178,16 @@ class TrainSettings(AdapterSettings, LoopSettings, RunSettings, HeldSettings, Ch
         if self.eval_data is not None and self.eval_split:
             faults.append("eval_data and eval_split cannot both be given")
         evaluated = self.eval_data is not None or bool(self.eval_split) or has_part(self.data, VALID)
-        asked = {"eval_rows", "eval_every", "metrics"} & self.model_fields_set
+        asked = {"eval_rows", "eval_every", "metrics", "patience"} & self.model_fields_set
         if not evaluated and (self.keep == "best" or any(getattr(self, name) not in (None, ()) for name in asked)):
             faults.append(
-                "keep, eval_rows, eval_every and metrics need eval_data or eval_split, or a folder with valid.*"
+                "keep, eval_rows, eval_every, metrics and patience need eval_data, eval_split or a folder with valid.*"
             )
         idle = self.model_fields_set & set(AdapterSettings.model_fields)
         if self.full and idle:
             faults.append(f"full trains every weight, so {', '.join(sorted(idle))} cannot be meant")
+        if self.full and self.lr_ratio != 1:
+            faults.append("lr_ratio is between an adapter's B and A, and full has none: leave it out")
         if self.full and self.quantise:
             faults.append("full trains every weight, and quantised ones are frozen: leave quantise out")
         if self.init == "loftq" and not self.quantise:

@@ -46,7 +46,7 @@ def summarise(
         *_packing(settings, rows, data, recipe),
         ("loss", _loss(measure.loss, loaded, data)),
         ("steps", f"{steps:,} of {settings.batch_size} rows{_passes(settings, len(data.examples), steps)}"),
-        ("rate", f"{settings.lr:g}, {settings.schedule} after {round(settings.warmup * steps)} steps of warm-up"),
+        ("rate", _rate(settings, steps)),
         ("out", settings.out),
     ]
     if processes.grouped():
@@ -60,6 +60,11 @@ def summarise(
     if loaded.fresh and not settings.full:
         lines.insert(2, ("new", f"{', '.join(loaded.fresh)} starts from the seed, trained and saved in full"))
     return lines
+
+
+def _rate(settings: TrainSettings, steps: int) -> str:
+    b = f", {settings.rate * settings.lr_ratio:g} for B (LoRA+)" if settings.lr_ratio != 1 else ""
+    return f"{settings.rate:g}{b}, {settings.schedule} after {round(settings.warmup * steps)} steps of warm-up"
 
 
 def data_lines(rows: Dataset, data: Encoded, recipe: Recipe) -> list[tuple[str, str]]:

@@ -58,7 +58,7 @@ class Task:
         points, last = [], None
         for rate in self.settings.rates:
             try:
-                points.append(self._run(name, seed, self.settings.lr * rate, reporter))
+                points.append(self._run(name, seed, self.settings.rate * rate, reporter))
             except Diverged as error:
                 last = error
         if not points:

@@ -41,7 +41,8 @@ def settings_file(given: Mapping[str, object]) -> str:
 
 def _lines(name: str, given: Mapping[str, object]) -> Iterator[str]:
     field = TrainSettings.model_fields[name]
-    yield from textwrap.wrap(_meaning(field), WIDTH, initial_indent="# ", subsequent_indent="# ")
+    words = textwrap.TextWrapper(WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+    yield from words.wrap(_meaning(field))
     if name in given:
         yield _written(name, given[name])
     else:
