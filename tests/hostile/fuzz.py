@@ -120,7 +120,7 @@ def mutate_json(path: Path, dice: random.Random) -> None:
         value = json.loads(content[start : start + length])
     except (struct.error, ValueError, OverflowError, RecursionError):
         return mutate_bytes(path, dice)
-    text = json.dumps(_mutated(value, dice)).encode()
+    text = json.dumps(mutated(value, dice)).encode()
     if dice.random() < 0.05:
         text = text[:1] + text[1:-1] + b"," + text[1:]  # every name twice
     if binary:
@@ -131,7 +131,8 @@ def mutate_json(path: Path, dice: random.Random) -> None:
     return None
 
 
-def _mutated(value: Any, dice: random.Random) -> Any:
+def mutated(value: Any, dice: random.Random) -> Any:
+    """The JSON value with another value, or name, at some place in it."""
     if isinstance(value, dict) and value and dice.random() < 0.9:
         key = dice.choice(list(value))
         kind = dice.randrange(8)
@@ -141,10 +142,10 @@ def _mutated(value: Any, dice: random.Random) -> Any:
             return value | {dice.choice(["model.x.weight", "__metadata__", "", key + "x", "r"]): value[key]}
         if kind == 2:
             return {(dice.choice([k + ".y", k[1:], k.upper()]) if k == key else k): v for k, v in value.items()}
-        return value | {key: _mutated(value[key], dice)}
+        return value | {key: mutated(value[key], dice)}
     if isinstance(value, list) and value and dice.random() < 0.8:
         at = dice.randrange(len(value))
-        return [*value[:at], _mutated(value[at], dice), *value[at + 1 :]]
+        return [*value[:at], mutated(value[at], dice), *value[at + 1 :]]
     if isinstance(value, int) and not isinstance(value, bool) and dice.random() < 0.7:
         return value + dice.choice([-8, -4, -1, 1, 2, 4, 8, 1000])
     return dice.choice([*VALUES, *TEXTS, [dice.choice(TEXTS)]])

@@ -114,11 +114,12 @@ def make_case(seeds: Path, folder: Path, number: int, seed: int) -> str:
     for _ in range(dice.choice([1, 1, 1, 2, 3])):
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
         if files:
-            _spoil(dice.choice(files), dice)
+            spoil(dice.choice(files), dice)
     return kind
 
 
-def _spoil(path: Path, dice: random.Random) -> None:
+def spoil(path: Path, dice: random.Random) -> None:
+    """A fault that fits the kind of file."""
     if path.suffix == ".json":
         dice.choice([_field, _field, _field, fuzz.mutate_json, fuzz.mutate_bytes, fuzz.mutate_files])(path, dice)
     elif path.suffix == ".safetensors":
@@ -216,17 +217,20 @@ def _left(folder: Path) -> str | None:
 
 @contextmanager
 def bounded(seconds: int = SECONDS, memory: int | None = MEMORY) -> Iterator[None]:
-    """Ten seconds, and a gigabyte more than the process has."""
+    """Ten seconds of work, a minute by the clock where it waits, and a gigabyte more than the process has."""
     usual = resource.getrlimit(resource.RLIMIT_AS)
     signal.signal(signal.SIGALRM, _hangs)
+    signal.signal(signal.SIGPROF, _hangs)
     if memory is not None and Path("/proc/self/statm").exists():
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, usual[1]))
-    signal.alarm(seconds)
+    signal.alarm(6 * seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, usual)
 
 

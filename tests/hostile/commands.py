@@ -1,0 +1,270 @@
+"""A fuzz target for whole commands: combine, rank, eval, generate, train, data show and plot on damaged inputs.
+
+Every call of the command line ends with status 0 and a sound result, or with status 2, one sentence and nothing half
+written; inputs stay as they were; ten seconds and a gigabyte are enough.
+
+    python tests/hostile/commands.py --minutes 10 [--seed 0] [--keep tests/hostile] [--cases N]
+
+A case is a folder with two trained adapters, rows in several formats and settings. Damaged are the adapters and their
+runs' files, rows and settings, by structure and by bytes, and the values of flags; not the base, which transformers
+builds. What breaks the promise is kept as a folder `command-HASH` with its call in line.json, which the test suite
+calls again.
+"""
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import fuzz  # noqa: E402
+import readers  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
+
+from lowrank import cli  # noqa: E402
+from lowrank.checkpoint.read import read_adapter  # noqa: E402
+from train_models import completion_rows, label_rows, save_llama, write_jsonl  # noqa: E402
+
+Line = list[str]
+BASE = "BASE"  # in a kept call, in the place of the folder of the base
+QUICK = ["--max-length", "32", "--no-cache"]
+SMALL = ["--steps", "1", "--batch-size", "2", "--log-every", "1", "--device", "cpu"]
+ROWS = ["rows.jsonl", "rows.json", "rows.csv", "rows.txt", "rows.jsonl.gz", "labels.tsv", "chats.jsonl"]
+METHODS = ["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+ODD = ["", "0", "-1", "2", "0.5", "1e308", "nan", "inf", "9" * 400, "x", ".", "../x", "train.yaml", "a\nb", "\x1b[31m"]
+ODD += ["(", "((a|b)+)+!", "{}", "{prompt}", "é", "\udce9", "a=1,b=2", "q_proj[q,v]", "all-linear", "pissa", "text"]
+FLAGS = {
+    "combine": "--rank --density --seed --adapter",
+    "rank": "--energy --budget --rank --targets --layers --sample --most --kind --columns",
+    "eval": "--rows --batch-size --beta --metrics --kind --columns --template --too-long --chat-template",
+    "generate": "--template --temperature --top-p --system --chat-template --max-new-tokens --seed",
+    "train": "--rank --alpha --targets --exclude --layers --dropout --init --bias --modules-to-save --rank-pattern "
+    "--alpha-pattern --lr --beta --eval-data --eval-split --eval-rows --metrics --keep --kind --columns --template "
+    "--prompt-column --text-column --label-column --train-on --chat-template --too-long --schedule --warmup --clip",
+    "data": "--rows --kind --columns --template --prompt-column --train-on --chat-template --too-long",
+    "plot": "--x --smoothing",
+}
+
+
+def make_line(dice: random.Random) -> Line:
+    """A sound call, of a command by chance."""
+    rows, weight = dice.choice(ROWS), dice.choice(["", ":0.5", ":-1", ":0"])
+    method = dice.choice(METHODS)
+    return dice.choice(
+        [
+            ["combine", "--adapter", "adapter", "--adapter", f"other{weight}", "--method", method, "--out", "out"]
+            + (["--density", "0.5"] if METHODS.index(method) > 2 else []),
+            ["rank", "--adapter", dice.choice(["adapter", "other"]), "--out", "out"],
+            ["rank", "--model", BASE, "--data", rows, *QUICK, "--sample", "2", "--out", "out"],
+            ["eval", "--model", BASE, "--adapter", "adapter", "--data", rows, "--rows", "3", "--json", *QUICK],
+            ["generate", "--model", BASE, "--adapter", "adapter", "--prompt", "the cat", "--max-new-tokens", "3"],
+            ["train", "--config", "train.yaml", "--model", BASE, "--data", rows, *SMALL, *QUICK, "--out", "out"],
+            ["data", "show", "--model", BASE, "--data", rows, *QUICK],
+            ["plot", "adapter", dice.choice(["other", "adapter/log.jsonl"]), "--out", "out.svg"],
+        ]
+    )
+
+
+def make_seeds(folder: Path) -> None:
+    """The base, and beside it the folder of a sound case."""
+    case = folder / "case"
+    case.mkdir(parents=True)
+    save_llama(folder / "base")
+    rows, labels = completion_rows(8), label_rows(8)
+    chat = [{"role": "user", "content": "what is the cat ?"}, {"role": "assistant", "content": "the red cat"}]
+    write_jsonl(case / "rows.jsonl", rows)
+    write_jsonl(case / "chats.jsonl", [{"messages": chat, "tools": []}] * 3)
+    (case / "rows.json").write_text(json.dumps(rows))
+    (case / "rows.csv").write_text(
+        "prompt,completion\n" + "".join(f'{r["prompt"]},"{r["completion"]}"\n' for r in rows)
+    )
+    (case / "rows.txt").write_text("".join(f"{row['completion']}\n" for row in rows))
+    (case / "labels.tsv").write_text("text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in labels))
+    with gzip.open(case / "rows.jsonl.gz", "wb") as file:
+        file.write((case / "rows.jsonl").read_bytes())
+    for name, more in (("adapter", []), ("other", ["--rank-pattern", "q_proj=3", "--dora"])):
+        line = ["train", "--model", BASE, "--data", "rows.jsonl", *SMALL, *QUICK, "--rank", "2", "--lr", "0.1", *more]
+        status, _, told = call(case, folder / "base", [*line, "--eval-split", "0.3", "--out", name])
+        assert status == 0, told
+    shutil.copy(case / "adapter" / "train.yaml", case / "train.yaml")
+
+
+def make_case(seeds: Path, folder: Path, number: int, seed: int) -> Line:
+    """Case `number` of a run in `folder`: a sound call with one to three faults in what it reads, or in itself."""
+    dice = random.Random(f"{seed}/{number}")
+    shutil.copytree(seeds / "case", folder)
+    line = make_line(dice)
+    for _ in range(dice.choice([1, 1, 1, 2, 3])):
+        if dice.random() < 0.25:
+            line = [*line, dice.choice(FLAGS[line[0]].split()), dice.choice(ODD)]
+            continue
+        if files := [file for word in line for file in _files(folder / word.partition(":")[0])]:
+            _spoil(dice.choice(files), dice)
+    return line
+
+
+def _files(path: Path) -> list[Path]:
+    found = [path] if os.path.isfile(path) else sorted(path.rglob("*")) if os.path.isdir(path) else []
+    return [file for file in found if file.is_file() and not file.is_symlink()]
+
+
+def _spoil(path: Path, dice: random.Random) -> None:
+    if path.suffix == ".gz" and dice.random() < 0.7:
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            inner = path.with_suffix("")
+            kept = inner.read_bytes()
+            inner.write_bytes(gzip.decompress(path.read_bytes()))
+            _spoil(inner, dice)
+            path.write_bytes(gzip.compress(inner.read_bytes()))
+            inner.write_bytes(kept)
+    elif path.suffix in (".jsonl", ".yaml") and dice.random() < 0.7:
+        _spoil_value(path, dice)
+    else:
+        readers.spoil(path, dice)
+
+
+def _spoil_value(path: Path, dice: random.Random) -> None:
+    """Another value, or name, in a line of JSON or in the settings."""
+    try:
+        lines = path.read_text().splitlines()
+        at = dice.randrange(len(lines))
+        one: Any = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(lines[at])
+        if isinstance(one, dict) and one and dice.random() < 0.6:
+            one[dice.choice(list(one))] = dice.choice([*readers.WRONG, *ODD, "word " * 3000])
+        else:
+            one = fuzz.mutated(one, dice)
+        text = yaml.safe_dump(one) if path.suffix == ".yaml" else json.dumps(one)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        return readers.spoil(path, dice)
+    with contextlib.suppress(ValueError):  # half a character, which no file holds
+        path.write_text(text if path.suffix == ".yaml" else "\n".join([*lines[:at], text, *lines[at + 1 :]]) + "\n")
+    return None
+
+
+def call(folder: Path, base: Path, line: Line) -> tuple[int, str, str]:
+    """(status, standard output, standard error) of a call in `folder`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main([str(base) if word == BASE else word for word in line])
+    return status, out.getvalue(), err.getvalue()
+
+
+def broken_promise(folder: Path, base: Path, line: Line) -> str | None:
+    """Make the call; what is wrong with how that went, or None. Leaves nothing but the case."""
+    before = fuzz.snapshot(folder)
+    try:
+        with warnings.catch_warnings(), readers.bounded():
+            warnings.simplefilter("ignore")
+            status, told, complained = call(folder, base, line)
+        fault = next(_faults(folder, line, status, told, complained), None)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        fault = traceback.format_exc()
+    made = [folder / "out", folder / "out.svg"]
+    for path in made:
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+    return fault or ("a source was changed, or something is left" if fuzz.snapshot(folder) != before else None)
+
+
+def _faults(folder: Path, line: Line, status: int, told: str, complained: str) -> Iterator[str]:
+    out = folder / ("out.svg" if line[0] == "plot" else "out")
+    if status == 0:
+        CHECKS[line[0]](out, told)
+        return
+    said = [text for text in complained.splitlines() if text.startswith("lowrank: error: ")]
+    if status != 2 or len(said) != 1 or len(said[0]) > 3000 or not said[0].isprintable():
+        yield f"status {status}: {complained}"
+    left = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if left - {"train.yaml", "log.jsonl"}:
+        yield f"left behind: {sorted(left)} after {said[0]}"
+
+
+def _sound_adapter(out: Path, _told: str) -> None:
+    for path, pair in read_adapter(out).low_rank.items():
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in pair.values()), path
+
+
+def _sound_ranks(out: Path, _told: str) -> None:
+    assert yaml.safe_load(out.read_text())["rank"] >= 1
+
+
+def _sound_numbers(_out: Path, told: str) -> None:
+    def none(name: str) -> None:
+        raise AssertionError(f"{name} is no number")
+
+    json.loads(told, parse_constant=none)
+
+
+def _sound_picture(out: Path, _told: str) -> None:
+    assert out.read_text().rstrip().endswith("</svg>")
+
+
+def _printable(_out: Path, told: str) -> None:
+    assert all(character.isprintable() or character in "\n\t" for character in told)
+
+
+CHECKS: dict[str, Callable[[Path, str], None]] = {
+    "combine": _sound_adapter, "train": _sound_adapter, "rank": _sound_ranks, "eval": _sound_numbers,
+    "plot": _sound_picture, "data": _printable, "generate": lambda _out, _told: None,
+}  # fmt: skip
+
+
+def main() -> int:
+    """Run for a while; the number of kept cases is the exit status, at most 100."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--cases", type=int, default=10**9)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, default=HERE)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    os.fsync = lambda _descriptor: None  # nothing here has to outlive a power cut
+    end, number, seen = time.monotonic() + 60 * options.minutes, 0, set()
+    with tempfile.TemporaryDirectory(dir=fuzz.MEMORY_DISK) as name:
+        seeds, folder = Path(name) / "seeds", Path(name) / "case"
+        make_seeds(seeds)
+        while number < options.cases and time.monotonic() < end:
+            line = make_case(seeds, folder, number, options.seed)
+            kept = shutil.copytree(folder, Path(name) / "kept", symlinks=True)
+            fault = broken_promise(folder, seeds / "base", line)
+            place = tuple((fault or "").strip().splitlines()[-3:-1])
+            if fault and (line[0], place) not in seen:
+                seen.add((line[0], place))
+                _keep(kept, options.keep, line, number, fault)
+            shutil.rmtree(folder)
+            shutil.rmtree(kept)
+            number += 1
+    print(f"{number} calls, {len(seen)} kept", file=sys.stderr)
+    return min(len(seen), 100)
+
+
+def _keep(folder: Path, where: Path, line: Line, number: int, fault: str) -> None:
+    told = f"{line}{fuzz.snapshot(folder)}"
+    target = where / f"command-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    shutil.copytree(folder, target, symlinks=True, dirs_exist_ok=True)
+    (target / "line.json").write_text(json.dumps(line) + "\n")
+    print(f"case {number} → {target.name}\n{line}\n{fault}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    sys.exit(main())
