@@ -40,10 +40,10 @@ mutants: .venv/.dev      ## break the code on purpose, term by term, and see the
 	$(BIN)/python scripts/mutation_check.py
 
 FUZZ ?= 30
-fuzz: .venv/.dev         ## damaged files for FUZZ minutes: readers, merging, bytes, rows of data; what breaks is kept
+fuzz: .venv/.dev         ## damaged files for FUZZ minutes: readers, merging, bytes, rows of data, commands; what breaks is kept
 	-$(PIP) -e '.[fuzz]'
-	for target in readers fuzz byte_formats rows; do \
-	  $(BIN)/python tests/hostile/$$target.py --minutes $$((($(FUZZ) + 3) / 4)) --seed $$(date +%s) || exit 1; done
+	for target in readers fuzz byte_formats rows commands; do \
+	  $(BIN)/python tests/hostile/$$target.py --minutes $$((($(FUZZ) + 4) / 5)) --seed $$(date +%s) || exit 1; done
 
 TORTURE ?= 1000
 torture: .venv/.dev      ## trainings killed TORTURE times, at any moment and inside checkpoints: none may lose or change a bit

@@ -1,4 +1,4 @@
-"""A fuzz target for the byte formats: GGUF, safetensors, an adapter's JSON, expressions, pickles of old adapters.
+"""A fuzz target for the byte formats: GGUF, safetensors, JSON, pickles; as of PEFT, mlx-lm, loralib, kohya.
 
 Bytes go straight to the function that reads them, without an adapter around: thousands of cases a second. Coverage
 leads the way where atheris is installed (`pip install 'lowrank[fuzz]'`); elsewhere the target gets our own mutations.
@@ -27,8 +27,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-READERS = ["adapters.convert.gguf_file", "checkpoint.companion", "checkpoint.config_file", "checkpoint.read"]
-READERS += ["files.json_file", "files.regular", "files.safetensors", "injection.patterns", "injection.regex"]
+READERS = ["adapters.convert.gguf_file", "adapters.convert.loralib", "adapters.convert.mlx", "checkpoint.companion"]
+READERS += ["checkpoint.config_file", "checkpoint.read", "files.json_file", "files.regular", "files.safetensors"]
+READERS += ["injection.patterns", "injection.regex"]
 
 try:
     import atheris
@@ -40,9 +41,13 @@ else:
             importlib.import_module(f"lowrank.{module}")
 
 import readers  # noqa: E402
+import torch  # noqa: E402
 from fuzz import MEMORY_DISK, mutate_bytes  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
+from lowrank.adapters.convert import loralib, mlx  # noqa: E402
 from lowrank.adapters.convert.gguf_file import read_gguf  # noqa: E402
+from lowrank.adapters.convert.options import ConvertOptions  # noqa: E402
 from lowrank.checkpoint.companion import NAME as COMPANION  # noqa: E402
 from lowrank.checkpoint.companion import read_companion  # noqa: E402
 from lowrank.checkpoint.config_file import NAME as CONFIG  # noqa: E402
@@ -67,6 +72,22 @@ def _file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object
     return case
 
 
+LORALIB = ConvertOptions(None, 5.0, (True, False, True), None, True)
+
+
+def _mlx(name: str) -> Callable[[bytes], object]:
+    """One of the two files of mlx-lm's is the case; the other is sound."""
+    folder = SCRATCH / f"mlx-{name}"
+
+    def case(data: bytes) -> object:
+        if not folder.exists():
+            shutil.copytree(_seeds() / "mlx" / "a", folder)
+        (folder / name).write_bytes(data)
+        return mlx.read_mlx(folder, LORALIB)
+
+    return case
+
+
 def _expression(data: bytes) -> None:
     for name in NAMES:
         matches(name, data.decode("utf-8", "replace"), "rank_pattern")
@@ -79,6 +100,10 @@ FORMATS: dict[str, Callable[[bytes], object]] = {
     "companion": _file(COMPANION, lambda path: read_companion(path.parent)),
     "pickle": _file("a.bin", read_pickle),
     "expression": _expression,
+    "mlx": _mlx(mlx.WEIGHTS),
+    "mlx config": _mlx(CONFIG),
+    "loralib": _file("l.safetensors", lambda path: loralib.read_loralib(path, LORALIB)),
+    "loralib pickle": _file("l.bin", lambda path: loralib.read_loralib(path, LORALIB)),
 }
 ORDER = tuple(FORMATS.values())
 
@@ -106,23 +131,34 @@ def broken_promise(data: bytes) -> str | None:
     return None
 
 
-def make_corpus() -> list[bytes]:
-    """Sound files of every format, small, each behind the number of its format."""
+def _seeds() -> Path:
+    """Sound files of every format, beside them one of kohya's, whose names are refused."""
     folder = SCRATCH / "seeds"
     if not folder.exists():
         readers.make_seeds(folder)
-    kinds = {".gguf": 0, ".safetensors": 1, ".bin": 4}
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    found = [bytes([kinds[path.suffix]]) + path.read_bytes() for path in files if path.suffix in kinds]
-    found += [
-        b"\x02" + path.read_bytes()
-        for path in files
-        if path.name == CONFIG and path.parts[-3] in ("fused", "start", "whole")
-    ]
-    found += [b"\x03" + path.read_bytes() for path in files if path.name == COMPANION]
-    return found + [
-        b"\x05" + text for text in (rb".*\.q_proj", rb"(model|h)\.\d+\.(?:a|b[c-f]){1,3}$", rb"((\w|\.)+)+!")
-    ]
+        name = "lora_unet_down_blocks_0_attn1_to_q"
+        factors = {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(4, 2)}
+        (folder / "kohya").mkdir()
+        save_file(factors | {f"{name}.alpha": torch.tensor(2.0)}, folder / "kohya" / "k.safetensors")
+    return folder
+
+
+def _formats(path: Path) -> list[str]:
+    """Whose readers get a sound file."""
+    kind, suffix = path.relative_to(_seeds()).parts[0], path.suffix
+    if path.name in (CONFIG, COMPANION):
+        return {"mlx": ["mlx config"]}.get(kind, ["config" if path.name == CONFIG else "companion"])
+    if suffix == ".safetensors":
+        return ["safetensors", *{"mlx": ["mlx"], "loralib": ["loralib"], "kohya": ["loralib"]}.get(kind, [])]
+    return {".gguf": ["gguf"], ".bin": ["pickle", "loralib pickle"]}.get(suffix, [])
+
+
+def make_corpus() -> list[bytes]:
+    """Sound files of every format, small, each behind the number of its format."""
+    number = {name: bytes([at]) for at, name in enumerate(FORMATS)}
+    files = [path for path in sorted(_seeds().rglob("*")) if path.is_file()]
+    found = [number[name] + path.read_bytes() for path in files for name in _formats(path)]
+    return found + [number["expression"] + text for text in EXPRESSIONS]
 
 
 def fuzz_blind(minutes: float, cases: int, seed: int, keep: Path) -> int:

@@ -1,14 +1,14 @@
-"""A fuzz target for whole commands: combine, rank, eval, generate, train, data show and plot on damaged inputs.
+"""A fuzz target for whole commands: combine, rank, eval, generate, train (begun and resumed), data show, plot.
 
 Every call of the command line ends with status 0 and a sound result, or with status 2, one sentence and nothing half
 written; inputs stay as they were; ten seconds and a gigabyte are enough.
 
     python tests/hostile/commands.py --minutes 10 [--seed 0] [--keep tests/hostile] [--cases N]
 
-A case is a folder with two trained adapters, rows in several formats and settings. Damaged are the adapters and their
-runs' files, rows and settings, by structure and by bytes, and the values of flags; not the base, which transformers
-builds. What breaks the promise is kept as a folder `command-HASH` with its call in line.json, which the test suite
-calls again.
+A case is a folder with two trained adapters, a run that was stopped, rows in several formats and settings. Damaged are
+adapters, what their runs keep, rows and settings, by structure and by bytes, and the values of flags; not the base,
+which transformers builds. What breaks the promise is kept as a folder `command-HASH` with its call in line.json, which
+the test suite calls again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,10 @@ from lowrank.checkpoint.read import read_adapter  # noqa: E402
 from train_models import completion_rows, label_rows, save_llama, write_jsonl  # noqa: E402
 
 Line = list[str]
-BASE = "BASE"  # in a kept call, in the place of the folder of the base
 QUICK = ["--max-length", "32", "--no-cache"]
 SMALL = ["--steps", "1", "--batch-size", "2", "--log-every", "1", "--device", "cpu"]
-ROWS = ["rows.jsonl", "rows.json", "rows.csv", "rows.txt", "rows.jsonl.gz", "labels.tsv", "chats.jsonl"]
+ASKED = ["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz"]
+ROWS = [*ASKED, "rows.txt", "labels.tsv"]
 METHODS = ["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 ODD = ["", "0", "-1", "2", "0.5", "1e308", "nan", "inf", "9" * 400, "x", ".", "../x", "train.yaml", "a\nb", "\x1b[31m"]
 ODD += ["(", "((a|b)+)+!", "{}", "{prompt}", "é", "\udce9", "a=1,b=2", "q_proj[q,v]", "all-linear", "pissa", "text"]
@@ -65,18 +65,31 @@ FLAGS = {
 
 def make_line(dice: random.Random) -> Line:
     """A sound call, of a command by chance."""
-    rows, weight = dice.choice(ROWS), dice.choice(["", ":0.5", ":-1", ":0"])
+    rows, asked, weight = dice.choice(ROWS), dice.choice(ASKED), dice.choice(["", ":0.5", ":-1"])
     method = dice.choice(METHODS)
     return dice.choice(
         [
             ["combine", "--adapter", "adapter", "--adapter", f"other{weight}", "--method", method, "--out", "out"]
             + (["--density", "0.5"] if METHODS.index(method) > 2 else []),
             ["rank", "--adapter", dice.choice(["adapter", "other"]), "--out", "out"],
-            ["rank", "--model", BASE, "--data", rows, *QUICK, "--sample", "2", "--out", "out"],
-            ["eval", "--model", BASE, "--adapter", "adapter", "--data", rows, "--rows", "3", "--json", *QUICK],
-            ["generate", "--model", BASE, "--adapter", "adapter", "--prompt", "the cat", "--max-new-tokens", "3"],
-            ["train", "--config", "train.yaml", "--model", BASE, "--data", rows, *SMALL, *QUICK, "--out", "out"],
-            ["data", "show", "--model", BASE, "--data", rows, *QUICK],
+            ["rank", "--model", "base", "--data", rows, *QUICK, "--sample", "2", "--out", "out"],
+            [
+                "eval",
+                "--model",
+                "base",
+                "--adapter",
+                "adapter",
+                "--data",
+                asked,
+                "--rows",
+                "3",
+                "--json",
+                *QUICK,
+            ],
+            ["generate", "--model", "base", "--adapter", "adapter", "--prompt", "the cat", "--max-new-tokens", "3"],
+            ["train", "--config", "train.yaml", "--model", "base", "--data", rows, *SMALL, *QUICK, "--out", "out"],
+            ["train", "--resume", "half", "--steps", "3"],
+            ["data", "show", "--model", "base", "--data", rows, *QUICK],
             ["plot", "adapter", dice.choice(["other", "adapter/log.jsonl"]), "--out", "out.svg"],
         ]
     )
@@ -88,9 +101,7 @@ def make_seeds(folder: Path) -> None:
     case.mkdir(parents=True)
     save_llama(folder / "base")
     rows, labels = completion_rows(8), label_rows(8)
-    chat = [{"role": "user", "content": "what is the cat ?"}, {"role": "assistant", "content": "the red cat"}]
     write_jsonl(case / "rows.jsonl", rows)
-    write_jsonl(case / "chats.jsonl", [{"messages": chat, "tools": []}] * 3)
     (case / "rows.json").write_text(json.dumps(rows))
     (case / "rows.csv").write_text(
         "prompt,completion\n" + "".join(f'{r["prompt"]},"{r["completion"]}"\n' for r in rows)
@@ -99,11 +110,16 @@ def make_seeds(folder: Path) -> None:
     (case / "labels.tsv").write_text("text\tlabel\n" + "".join(f"{row['text']}\t{row['label']}\n" for row in labels))
     with gzip.open(case / "rows.jsonl.gz", "wb") as file:
         file.write((case / "rows.jsonl").read_bytes())
-    for name, more in (("adapter", []), ("other", ["--rank-pattern", "q_proj=3", "--dora"])):
-        line = ["train", "--model", BASE, "--data", "rows.jsonl", *SMALL, *QUICK, "--rank", "2", "--lr", "0.1", *more]
+    for name, more in (("adapter", []), ("other", ["--rank-pattern", "q_proj=3", "--rslora"])):
+        line = ["train", "--model", "base", "--data", "rows.jsonl", *SMALL, *QUICK, "--rank", "2", "--lr", "0.1", *more]
         status, _, told = call(case, folder / "base", [*line, "--eval-split", "0.3", "--out", name])
         assert status == 0, told
     shutil.copy(case / "adapter" / "train.yaml", case / "train.yaml")
+    line = ["train", "--config", "train.yaml", "--model", "base", "--steps", "3", "--save-every", "1", "--out", "half"]
+    status, _, told = call(case, folder / "base", [*line, "--keep-checkpoints", "2"])
+    assert status == 0, told
+    for made in ("adapter_model.safetensors", "adapter_config.json", "lowrank.json", "run.json"):
+        (case / "half" / made).unlink()  # as if it had been killed at the end
 
 
 def make_case(seeds: Path, folder: Path, number: int, seed: int) -> Line:
@@ -159,72 +175,71 @@ def _spoil_value(path: Path, dice: random.Random) -> None:
 
 
 def call(folder: Path, base: Path, line: Line) -> tuple[int, str, str]:
-    """(status, standard output, standard error) of a call in `folder`."""
+    """(status, standard output, standard error) of a call in `folder`, where the base is called `base`."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main([str(base) if word == BASE else word for word in line])
+    (folder / "base").symlink_to(base)
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = cli.main(line)
+    finally:
+        (folder / "base").unlink()
     return status, out.getvalue(), err.getvalue()
 
 
 def broken_promise(folder: Path, base: Path, line: Line) -> str | None:
-    """Make the call; what is wrong with how that went, or None. Leaves nothing but the case."""
+    """Make the call; what is wrong with how that went, or None."""
     before = fuzz.snapshot(folder)
     try:
         with warnings.catch_warnings(), readers.bounded():
             warnings.simplefilter("ignore")
             status, told, complained = call(folder, base, line)
-        fault = next(_faults(folder, line, status, told, complained), None)
+        if status == 0:
+            CHECKS[line[0]](folder, line, told)
+            made = {PLACES.get(line[0], "out"), "half"} if "--resume" in line else {PLACES.get(line[0], "out")}
+        else:
+            assert status == 2, complained
+            said = [text for text in complained.splitlines() if text.startswith("lowrank: error: ")]
+            assert len(said) == 1 and len(said[0]) < 3000 and said[0].isprintable(), complained
+            made = {"out/train.yaml", "out/log.jsonl", "half/log.jsonl"}  # a training that got as far as its first step
+        after = fuzz.snapshot(folder)
+        changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        strange = [name for name in changed if name not in made and name.partition("/")[0] not in made]
+        assert not strange, f"changed, or left: {sorted(strange)}"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        fault = traceback.format_exc()
-    made = [folder / "out", folder / "out.svg"]
-    for path in made:
-        shutil.rmtree(path, ignore_errors=True)
-        path.unlink(missing_ok=True)
-    return fault or ("a source was changed, or something is left" if fuzz.snapshot(folder) != before else None)
+        return traceback.format_exc()
+    return None
 
 
-def _faults(folder: Path, line: Line, status: int, told: str, complained: str) -> Iterator[str]:
-    out = folder / ("out.svg" if line[0] == "plot" else "out")
-    if status == 0:
-        CHECKS[line[0]](out, told)
-        return
-    said = [text for text in complained.splitlines() if text.startswith("lowrank: error: ")]
-    if status != 2 or len(said) != 1 or len(said[0]) > 3000 or not said[0].isprintable():
-        yield f"status {status}: {complained}"
-    left = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
-    if left - {"train.yaml", "log.jsonl"}:
-        yield f"left behind: {sorted(left)} after {said[0]}"
-
-
-def _sound_adapter(out: Path, _told: str) -> None:
-    for path, pair in read_adapter(out).low_rank.items():
+def _sound_adapter(folder: Path, line: Line, _told: str) -> None:
+    for path, pair in read_adapter(folder / ("half" if "--resume" in line else "out")).low_rank.items():
         assert all(bool(torch.isfinite(tensor).all()) for tensor in pair.values()), path
 
 
-def _sound_ranks(out: Path, _told: str) -> None:
-    assert yaml.safe_load(out.read_text())["rank"] >= 1
+def _sound_ranks(folder: Path, _line: Line, _told: str) -> None:
+    assert yaml.safe_load((folder / "out").read_text())["rank"] >= 1
 
 
-def _sound_numbers(_out: Path, told: str) -> None:
+def _sound_numbers(_folder: Path, _line: Line, told: str) -> None:
     def none(name: str) -> None:
         raise AssertionError(f"{name} is no number")
 
     json.loads(told, parse_constant=none)
 
 
-def _sound_picture(out: Path, _told: str) -> None:
-    assert out.read_text().rstrip().endswith("</svg>")
+def _sound_picture(folder: Path, _line: Line, _told: str) -> None:
+    assert (folder / "out.svg").read_text().rstrip().endswith("</svg>")
 
 
-def _printable(_out: Path, told: str) -> None:
+def _printable(_folder: Path, _line: Line, told: str) -> None:
     assert all(character.isprintable() or character in "\n\t" for character in told)
 
 
-CHECKS: dict[str, Callable[[Path, str], None]] = {
+PLACES = {"plot": "out.svg"}
+CHECKS: dict[str, Callable[[Path, Line, str], None]] = {
     "combine": _sound_adapter, "train": _sound_adapter, "rank": _sound_ranks, "eval": _sound_numbers,
-    "plot": _sound_picture, "data": _printable, "generate": lambda _out, _told: None,
+    "plot": _sound_picture, "data": _printable, "generate": _printable,
 }  # fmt: skip
 
 
