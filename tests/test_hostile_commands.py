@@ -27,7 +27,7 @@ def seeds(tmp_path_factory):
 def test_sound_calls_answer(seeds, tmp_path):
     """Without damage every kind of call has a result, so a refusal is the damage's."""
     dice = random.Random(0)
-    for number in range(25):
+    for number in range(20):
         line = commands.make_line(dice)
         folder = shutil.copytree(seeds / "case", tmp_path / str(number))
         status, _, told = commands.call(folder, seeds / "base", line)
@@ -65,7 +65,7 @@ def test_kept_calls(case, seeds, tmp_path):
 
 def test_fresh_calls(seeds, tmp_path):
     """The first cases of the fuzz target's own sequence."""
-    for number in range(60):
+    for number in range(40):
         folder = tmp_path / str(number)
         line = commands.make_case(seeds, folder, number, seed=0)
         assert commands.broken_promise(folder, seeds / "base", line) is None, (number, line)

@@ -8,12 +8,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lowrank import train
 from lowrank.errors import CheckpointError, ConfigError, LowrankWarning, OutputError
 from lowrank.train import loop
 from lowrank.train.evaluation import Scores
 from lowrank.train.reporting import Reporter
+from lowrank.train.state.randomness import draw_on, drawn
 from lowrank.train.state.store import steps_kept
 from output_cases import snapshot
 from resumed_runs import ADAPTER, STEPS, Killed, KilledAfter, kill, made, make_home, settings
@@ -159,6 +161,33 @@ def test_a_checkpoint_that_is_damaged_is_said_and_the_one_before_it_taken(home: 
     with pytest.warns(LowrankWarning, match=r"step-6.*5 bytes too short.*goes on from an earlier one"):
         train.resume(out)
     assert made(out) == made(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda t: {k: v[:1] if ".exp_avg." in k else v for k, v in t.items()}, r"exp_avg\..* is \(1, .*in the checkp"),
+        (lambda t: {k: v for k, v in t.items() if ".exp_avg_sq." not in k}, r"the checkpoint lacks exp_avg_sq of "),
+        (lambda t: t | {"random.torch": t["random.torch"][:7]}, r"random states are none \("),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_a_sentence(damage: Any, said: str, home: Path, tmp_path: Path) -> None:
+    """Well formed, and of something else: what the optimiser remembers, the random states."""
+    out = tmp_path / "killed"
+    kill(settings(home, out), 3)
+    file = out / "checkpoints" / "step-2" / "state.safetensors"
+    save_file(damage(load_file(file)), file)
+    with pytest.raises(CheckpointError, match=said):
+        train.resume(out)
+
+
+@pytest.mark.parametrize(("words", "place"), [([1, 2, 3], 1), ([2**40] * 625, 1), ([0] * 625, 2**70)])
+def test_random_states_that_cannot_be_are_a_sentence(words: list[int], place: int) -> None:
+    tensors, facts = drawn(torch.device("cpu"))
+    wrong = facts.model_copy(update={"python": (words, None), "numpy": (facts.numpy[0], place, 0, 0.0)})
+    with pytest.raises(CheckpointError, match="the checkpoint's random states are none"):
+        draw_on(torch.device("cpu"), tensors, wrong)
+    draw_on(torch.device("cpu"), tensors, facts)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -200,7 +200,7 @@ def broken_promise(folder: Path, base: Path, line: Line) -> str | None:
             assert status == 2, complained
             said = [text for text in complained.splitlines() if text.startswith("lowrank: error: ")]
             assert len(said) == 1 and len(said[0]) < 3000 and said[0].isprintable(), complained
-            made = {"out/train.yaml", "out/log.jsonl", "half/log.jsonl"}  # a training that got as far as its first step
+            made = {f"{run}/{name}" for run in ("out", "half") for name in ("train.yaml", "log.jsonl")}
         after = fuzz.snapshot(folder)
         changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
         strange = [name for name in changed if name not in made and name.partition("/")[0] not in made]
@@ -276,6 +276,10 @@ def _keep(folder: Path, where: Path, line: Line, number: int, fault: str) -> Non
     told = f"{line}{fuzz.snapshot(folder)}"
     target = where / f"command-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
     shutil.copytree(folder, target, symlinks=True, dirs_exist_ok=True)
+    named = {word.partition(":")[0].partition("/")[0] for word in line} | {"rows.jsonl"}  # which settings may name
+    for path in target.iterdir():
+        if path.name not in named:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (target / "line.json").write_text(json.dumps(line) + "\n")
     print(f"case {number} → {target.name}\n{line}\n{fault}", file=sys.stderr, flush=True)
 

@@ -26,6 +26,7 @@ from lowrank.train.state.value import (
 )
 
 Tensors = dict[str, Tensor]
+ADAM = {"step", "exp_avg", "exp_avg_sq"}  # what it remembers of a tensor that ever had a gradient
 
 
 def capture(loop: Loop, forward: ForwardState, about: About, log: LogFacts) -> RunValue:
@@ -133,7 +134,10 @@ def _optimiser(state: LoopState, names: list[str]) -> tuple[Tensors, dict[str, N
 
 
 def _restore_optimiser(state: LoopState, names: list[str], tensors: Tensors, numbers: Mapping[str, Number]) -> None:
-    """In place. `load_state_dict` would turn every tensor to its parameter's dtype."""
+    """In place. `load_state_dict` would turn every tensor to its parameter's dtype.
+
+    Raises CheckpointError for entries of another shape than the tensor that they are of, and where some are missing.
+    """
     adamw, masters = state.optimiser.adamw, dict(zip(names, state.optimiser.masters, strict=True))
     on_device = any(group.get("fused") or group.get("capturable") for group in adamw.param_groups)
     adamw.state.clear()
@@ -141,9 +145,18 @@ def _restore_optimiser(state: LoopState, names: list[str], tensors: Tensors, num
         key, _, name = where.partition(".")
         if name not in masters:
             raise CheckpointError(f"the optimiser's {short(repr(where), 80)} is of nothing that is trained here")
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape != masters[name].shape:
+            raise CheckpointError(
+                f"the optimiser's {short(where, 80)} is {tuple(value.shape)} in the checkpoint, and what it is of is "
+                f"{tuple(masters[name].shape)}"
+            )
         if isinstance(value, Tensor) and (on_device or value.dim() > 0):
             value = value.to(masters[name].device)
         adamw.state[masters[name]][key] = value
+    for master, entry in adamw.state.items():
+        if not entry.keys() >= ADAM:
+            name = next(name for name, own in masters.items() if own is master)
+            raise CheckpointError(f"the checkpoint lacks {some(sorted(ADAM - entry.keys()))} of {name}")
 
 
 def _under(group: str, tensors: Tensors) -> Tensors:

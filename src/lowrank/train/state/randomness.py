@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank.errors import CheckpointError, short
 from lowrank.train.state.value import RandomFacts
 
 WORDS = 3  # the version of Python's own tuple that has these words
@@ -58,14 +59,20 @@ def drawn(device: torch.device) -> tuple[dict[str, Tensor], RandomFacts]:
 
 
 def draw_on(device: torch.device, tensors: Mapping[str, Tensor], facts: RandomFacts) -> None:
-    """In place: all random numbers go on from there. A device that the tensors do not know keeps its own."""
-    torch.set_rng_state(tensors["torch"])
-    if device.type in tensors:
-        _module(device).set_rng_state(tensors[device.type], device)
+    """In place: all random numbers go on from there. A device that the tensors do not know keeps its own.
+
+    Raises CheckpointError for states that these generators cannot be in.
+    """
     words, normal = facts.python
-    random.setstate((WORDS, tuple(words), normal))
     keys, place, has_gauss, gauss = facts.numpy
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
+    try:
+        torch.set_rng_state(tensors["torch"])
+        if device.type in tensors:
+            _module(device).set_rng_state(tensors[device.type], device)
+        random.setstate((WORDS, tuple(words), normal))
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"the checkpoint's random states are none ({short(error, 100)})") from None
 
 
 def _module(device: torch.device) -> Any:
