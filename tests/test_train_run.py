@@ -64,7 +64,9 @@ def trained(home):
 
 def test_what_is_written(home, trained):
     out, result = trained
-    assert sorted(path.name for path in out.iterdir()) == sorted([*ADAPTER, "log.jsonl", "run.json", "train.yaml"])
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*ADAPTER, "README.md", "log.jsonl", "run.json", "train.yaml"]
+    )
     assert result.folder == out
     assert result.steps == 60
     assert result.after.loss < 0.3 * result.before.loss

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowrank.checkpoint import save_adapter
+from lowrank.checkpoint.atomic import write_file
 from lowrank.checkpoint.outputs import Check, check_room, claimed
 from lowrank.data.recipe import FILE
 from lowrank.errors import ConfigError, Diverged, LowrankError
@@ -34,6 +35,9 @@ from lowrank.train.state.stopping import Stop
 from lowrank.train.state.store import latest
 from lowrank.train.state.value import RunValue
 from lowrank.train.task import Loaded
+from lowrank.train.views.card import NAME as CARD
+from lowrank.train.views.card import card
+from lowrank.train.views.run_log import losses_of
 
 
 def run(settings: TrainSettings, reporter: Reporter | None = None) -> TrainResult:
@@ -100,7 +104,8 @@ def _run(
         state = _train(loop, keeper, loaded.device)
     if processes.is_first():
         said = record(found.recipe, state, loaded, len(found.data.examples)) | dict(found.sources)
-        complete(folder, said, lambda place: _save(loaded, settings, place))
+        readme = card(settings, said, made, losses_of(str(folder)))
+        complete(folder, said, lambda place: _save(loaded, settings, place, readme))
         settle(folder, settings)
     processes.wait()
     return result_of(Path(settings.out), state)
@@ -141,8 +146,9 @@ def _train(loop: Loop, keeper: Keeper, device: torch.device) -> LoopState:
         ) from None
 
 
-def _save(loaded: Loaded, settings: TrainSettings, folder: Path) -> None:
+def _save(loaded: Loaded, settings: TrainSettings, folder: Path, readme: bytes) -> None:
     if settings.full:
         save_whole(loaded.model, loaded.tokenizer, folder)
     else:
         save_adapter(loaded.model, folder)
+        write_file(folder / CARD, readme)

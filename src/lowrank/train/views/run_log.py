@@ -50,6 +50,14 @@ def read_log(run: str) -> RunLog:
     return RunLog(run, dict(sorted(steps.items())), dict(sorted(evaluations.items())))
 
 
+def losses_of(run: str) -> list[float]:
+    """The losses of a run's log in order; none where the log cannot be read."""
+    try:
+        return [line["loss"] for line in read_log(run).steps.values()]
+    except CheckpointError:
+        return []
+
+
 def _lines(path: Path, run: str) -> Iterator[bytes]:
     try:
         content = bytes(read_bytes(path, MOST))
