@@ -63,7 +63,7 @@ def test_a_run_that_was_killed_gives_the_same_bytes(changes: dict[str, Any], hom
     assert made(out) == made(tmp_path / "whole")
     assert result.steps == STEPS
     assert not (out / "checkpoints").exists()
-    assert sorted(os.listdir(out)) == sorted([*ADAPTER, "log.jsonl", "run.json", "train.yaml"])
+    assert sorted(os.listdir(out)) == sorted([*ADAPTER, "README.md", "log.jsonl", "run.json", "train.yaml"])
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))

@@ -164,7 +164,7 @@ def torture(home: Path, kills: int, seed: int) -> int:
                 print(f"{killed} killed, {ended} runs ended", flush=True)
         assert adapter(out) == whole, f"other bytes: {KINDS[number]}"
         left = sorted(os.listdir(out))
-        assert left == sorted([*ADAPTER, "log.jsonl", "run.json", "train.yaml"]), left
+        assert left == sorted([*ADAPTER, "README.md", "log.jsonl", "run.json", "train.yaml"]), left
         shutil.rmtree(out)
         ended += 1
     return ended

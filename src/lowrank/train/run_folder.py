@@ -74,16 +74,20 @@ def write_settings(folder: Path, settings: Mapping[str, object]) -> None:
     write_file(folder / SETTINGS, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).encode())
 
 
-def complete(folder: Path, record: Mapping[str, Any], save: Callable[[Path], None]) -> None:
+def complete(
+    folder: Path, record: Mapping[str, Any], save: Callable[[Path], None], files: Mapping[str, bytes] | None = None
+) -> None:
     """Put what `save(FOLDER)` writes into `folder`, and run.json with it: nobody sees one without the other.
+
+    files: what else goes beside them, by name.
 
     What makes an adapter or a model of the folder comes last. Where the disk refuses, all of it goes to a new folder
     elsewhere, and the OutputError that is raised says where. Nothing else is left behind.
     """
     try:
-        _complete(folder, record, save)
+        _complete(folder, record, save, files or {})
     except (OSError, OutputError) as error:
-        kept = _elsewhere(folder, record, save)
+        kept = _elsewhere(folder, record, save, files or {})
         where = f"what was trained is in {kept} instead" if kept else "no other place could be written either"
         raise OutputError(f"{folder}: the result cannot be written ({_reason(error)}); {where}") from error
 
@@ -94,12 +98,16 @@ def settle(folder: Path, settings: CheckpointSettings) -> None:
         remove_all(folder)
 
 
-def _complete(folder: Path, record: Mapping[str, Any], save: Callable[[Path], None]) -> None:
+def _complete(
+    folder: Path, record: Mapping[str, Any], save: Callable[[Path], None], files: Mapping[str, bytes]
+) -> None:
     beside = temporary(folder / RESULT)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save(beside)
         write_file(beside / FILE, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+        for name, content in files.items():
+            write_file(beside / name, content)
     except BaseException:
         delete(beside)
         raise
@@ -127,7 +135,9 @@ def _reason(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def _elsewhere(folder: Path, record: Mapping[str, Any], save: Callable[[Path], None]) -> Path | None:
+def _elsewhere(
+    folder: Path, record: Mapping[str, Any], save: Callable[[Path], None], files: Mapping[str, bytes]
+) -> Path | None:
     """A new folder with the result and what `folder` holds, on whichever disk takes it; None where none does."""
     for place in dict.fromkeys((tempfile.gettempdir(), os.path.expanduser("~"), os.getcwd())):
         try:
@@ -135,7 +145,7 @@ def _elsewhere(folder: Path, record: Mapping[str, Any], save: Callable[[Path], N
         except OSError:
             continue
         try:
-            _complete(made, record, save)
+            _complete(made, record, save, files)
         except (OSError, OutputError):
             delete(made)
             continue

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from lowrank.checkpoint import save_adapter
-from lowrank.checkpoint.atomic import write_file
 from lowrank.checkpoint.outputs import Check, check_room, claimed
 from lowrank.data.recipe import FILE
 from lowrank.errors import ConfigError, Diverged, LowrankError
@@ -104,8 +103,8 @@ def _run(
         state = _train(loop, keeper, loaded.device)
     if processes.is_first():
         said = record(found.recipe, state, loaded, len(found.data.examples)) | dict(found.sources)
-        readme = card(settings, said, made, losses_of(str(folder)))
-        complete(folder, said, lambda place: _save(loaded, settings, place, readme))
+        told = {} if settings.full else {CARD: card(settings, said, made, losses_of(str(folder)))}
+        complete(folder, said, lambda place: _save(loaded, settings, place), told)
         settle(folder, settings)
     processes.wait()
     return result_of(Path(settings.out), state)
@@ -146,9 +145,8 @@ def _train(loop: Loop, keeper: Keeper, device: torch.device) -> LoopState:
         ) from None
 
 
-def _save(loaded: Loaded, settings: TrainSettings, folder: Path, readme: bytes) -> None:
+def _save(loaded: Loaded, settings: TrainSettings, folder: Path) -> None:
     if settings.full:
         save_whole(loaded.model, loaded.tokenizer, folder)
     else:
         save_adapter(loaded.model, folder)
-        write_file(folder / CARD, readme)
