@@ -128,7 +128,7 @@ def row_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]
 def delete_adapter(model: nn.Module, name: str) -> None:
     """In place: forget one adapter. With the last one gone the model is the plain base again, bit for bit."""
     require_adapter(model, name)
-    drop(model, [name])
+    drop(model, [name], "delete_adapter")
 
 
 def check_release(model: nn.Module, names: Collection[str]) -> None:
@@ -141,10 +141,10 @@ def check_release(model: nn.Module, names: Collection[str]) -> None:
         raise LowrankError(f"{some(faults)} cannot be plain again: {PARAMETRISED}")
 
 
-def drop(model: nn.Module, names: Iterable[str]) -> None:
-    """In place: forget adapters, all in one walk. Raises as `check_release`, and inside of a `merged` block."""
+def drop(model: nn.Module, names: Iterable[str], what: str) -> None:
+    """In place: forget adapters, all in one walk; what: who asks. Raises as `check_release`, and inside of `merged`."""
     state = require_state(model)
-    check_unfolded(model, "delete_adapter")
+    check_unfolded(model, what)
     gone = set(names)
     check_release(model, gone)
     with state.turnstile.change(model):

@@ -103,7 +103,7 @@ def merge_and_unload(
 
 def unload(model: nn.Module) -> nn.Module:
     """In place: drop every adapter. The base is back bit for bit: no weight was ever written."""
-    drop(model, require_state(model).configs)
+    drop(model, require_state(model).configs, "unload")
     return model
 
 
@@ -246,7 +246,7 @@ def _finish(model: nn.Module, names: tuple[str, ...], drop_rest: bool) -> None:
     part_tied_weights(model)
     switch(model, active, trained)
     if drop_rest or not state.configs:
-        drop(model, state.configs)
+        drop(model, state.configs, "merge_and_unload")
 
 
 def _progress(layers: list[tuple[str, LoraLayer]], wanted: bool) -> Iterable[tuple[str, LoraLayer]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lowrank.adapters.convert.options import ConvertOptions
 from lowrank.checkpoint.atomic import sync
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, OutputError
 from lowrank.files.json_file import parse_json
 from lowrank.modelfiles.base import read_json
 from lowrank.modelfiles.staging import staging
@@ -23,6 +23,7 @@ from lowrank.modelfiles.staging import staging
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 WORKER = "lowrank.adapters.convert.unpickle"
+NOT_WRITTEN = 3  # its status where the disk took no result
 WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".safetensors")
 
 
@@ -47,26 +48,27 @@ def unpickle_model(source: Path, out: Path, options: ConvertOptions) -> tuple[st
     if options.dtype is not None:
         raise CheckpointError("a model keeps its dtype when it is converted: leave the dtype out")
     with staging(out) as folder:
-        files = _convert_shards(source, folder)
+        files = _convert_shards(source, folder, out)
         _copy_rest(source, folder)
         for path in folder.iterdir():
             sync(path)
     return (f"{files} weight files rewritten as safetensors",)
 
 
-def _convert_shards(source: Path, out: Path) -> int:
+def _convert_shards(source: Path, folder: Path, out: Path) -> int:
+    """Write the weights to `folder`, which will be `out`; the number of their files."""
     if (source / SINGLE).is_file():
-        _unpickle({source / SINGLE: out / "model.safetensors"})
+        _unpickle({source / SINGLE: folder / "model.safetensors"}, out)
         return 1
     index = read_json(source / INDEX)
     table = index.get("weight_map")
     if not isinstance(table, dict) or not all(_is_shard(source, name) for name in table.values()):
         raise CheckpointError(f"{source / INDEX} names files that are not there: copy the model again")
     renamed = {name: _renamed(name) for name in sorted(set(table.values()))}
-    names = _unpickle({source / name: out / new for name, new in renamed.items()})
+    names = _unpickle({source / name: folder / new for name, new in renamed.items()}, out)
     places = {tensor: new for new, tensors in zip(renamed.values(), names, strict=True) for tensor in tensors}
     content: dict[str, Any] = {**index, "weight_map": dict(sorted(places.items()))}
-    (out / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
     return len(renamed)
 
 
@@ -79,12 +81,14 @@ def _renamed(name: str) -> str:
     return name.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors"
 
 
-def _unpickle(places: Mapping[Path, Path]) -> list[list[str]]:
+def _unpickle(places: Mapping[Path, Path], out: Path) -> list[list[str]]:
     """Have every pickle rewritten as a safetensors file by another process; the names of their tensors."""
     arguments = [os.fspath(path) for pair in places.items() for path in pair]
     done = subprocess.run([sys.executable, "-m", WORKER, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["the process that read it ended without a word"])[-1]
+        if done.returncode == NOT_WRITTEN:
+            raise OutputError(f"{out}: cannot be written ({reason})")
         raise CheckpointError(f"{next(iter(places)).parent} cannot be converted: {reason}")
     names: list[list[str]] = parse_json(done.stdout)
     return names

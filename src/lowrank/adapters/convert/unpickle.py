@@ -53,10 +53,14 @@ def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 if __name__ == "__main__":
     from safetensors import SafetensorError
 
+    from lowrank.adapters.convert.model_pickles import NOT_WRITTEN
     from lowrank.errors import LowrankError
 
     torch.set_num_threads(1)
     try:
         main(sys.argv[1:])
-    except (LowrankError, SafetensorError, OSError) as error:
+    except SafetensorError as error:  # only writing goes through it
+        print(error, file=sys.stderr)
+        sys.exit(NOT_WRITTEN)
+    except (LowrankError, OSError) as error:
         sys.exit(str(error))

@@ -44,6 +44,7 @@ class Keeper(Watch):
     forward: ForwardState
     rows: Callable[[Sequence[int]], list[str]]
     last: int | None = None
+    refused: bool = False  # whether the disk refused the last one
     written: float = field(default_factory=time.monotonic)
 
     def go_on(self, loop: Loop, value: RunValue) -> None:
@@ -135,20 +136,26 @@ class Keeper(Watch):
         if processes.first_says(processes.is_first() and self._written(value, place)):
             self.last = step
 
+    def _say(self, place: Path, error: Exception) -> None:
+        last = "there is none yet" if self.last is None else f"that of step {self.last} stays"
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        reason = getattr(cause, "strerror", None) or cause
+        text = f"{place}: the checkpoint cannot be written ({reason}); the training goes on, {last}, and more are tried"
+        warnings.warn(text, LowrankWarning, stacklevel=2)
+
     def _written(self, value: RunValue, place: Path) -> bool:
-        """Whether the disk took it; checkpoints that are not to be kept any more are deleted then."""
+        """Whether the disk took it; checkpoints that are not to be kept any more are deleted then.
+
+        One that it refuses is said, those after it are not until it has taken one.
+        """
         try:
             value.write(place)
         except (OSError, OutputError) as error:
-            last = "there is none yet" if self.last is None else f"that of step {self.last} stays"
-            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
-            reason = getattr(cause, "strerror", None) or cause
-            warnings.warn(
-                f"{place}: the checkpoint cannot be written ({reason}); the training goes on, {last}",
-                LowrankWarning,
-                stacklevel=2,
-            )
+            if not self.refused:
+                self._say(place, error)
+            self.refused = True
             return False
+        self.refused = False
         step, evaluations = value.facts.step, value.facts.evaluations
         recent = [found for found in steps_kept(self.folder) if found <= step]
         best = [min(evaluations, key=lambda one: one.loss).step] if evaluations else []
