@@ -30,6 +30,7 @@ the tables in `lowrank.layers.kinds`.
 """
 BETWEEN = """
 Rows of an Embedding, and of a Linear that is a head, can be trained one by one: `trainable_token_indices`.
+Stacked experts are parameters of their module: `target_parameters`, [experts.md](experts.md).
 
 ## Not adapted
 
