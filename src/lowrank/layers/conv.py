@@ -18,6 +18,7 @@ class LoraConv(LoraLayer):
     A is kept flat, (r, in/groups · kernel), B is (d, r). A has the base's stride, padding, padding mode, dilation and
     groups, so that s·B·A, reshaped, is a kernel of the base's own shape (d, in/groups, *kernel) and merges exactly:
     every group of input channels passes through the same A, and the output channels of a group see that group's r.
+    DoRA rescales output channels, where there is one group.
     A subclass with a forward of its own (that pads, or standardises its kernel) runs it on W0 + Σ ΔW, without dropout.
     """
 

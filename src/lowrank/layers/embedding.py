@@ -14,6 +14,7 @@ class LoraEmbedding(LoraLayer):
 
     c is the subclass's `embed_scale` (Gemma, BART), which multiplies what is looked up; 1 for a plain nn.Embedding.
     A subclass that finds its rows in another way (BART's positions, counted from 2) does so in E + Σ s·(B·A)ᵀ.
+    DoRA rescales the d entries of every row alike. Rows that an adapter owns (`layers.rowed`) take the place of E's.
     The padding row gets no gradient, as in the base. There is no dropout: a token id has no entries to drop.
     """
 
