@@ -8,6 +8,8 @@ from typing import Literal
 from lowrank.core.init import find_init
 from lowrank.errors import ConfigError, short
 
+MOST_ROWS = 2**31  # of a table of tokens; more is a slip, and no index
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -95,7 +97,7 @@ def _row_faults(given: object) -> list[str]:
     for name, rows in tables:
         field = "trainable_token_indices" + ("" if name is None else f"[{name!r}]")
         numbers = rows if isinstance(rows, tuple) else ()
-        if not numbers or not all(type(row) is int and row >= 0 for row in numbers):
+        if not numbers or not all(type(row) is int and 0 <= row < MOST_ROWS for row in numbers):
             faults.append(f"{field} must be token ids, whole numbers from 0 up, not {short(repr(rows), 80)}")
         elif len(set(numbers)) != len(numbers):
             twice = next(row for row in numbers if numbers.count(row) > 1)
