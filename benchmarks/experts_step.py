@@ -10,12 +10,11 @@ peft         rank 8 under PEFT, target_modules and target_parameters
                                   [--out benchmarks/results/experts_step.json]
 
 Memory: bytes that autograd keeps for backward beyond the floor's, and the most that a process of its own held
-(ru_maxrss) in three steps beyond the floor's.
+(VmHWM) in three steps beyond the floor's.
 """
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import warnings
@@ -96,7 +95,8 @@ def main() -> None:
         step = job_of(options.peak, options.dtype[0], options.way[0])
         for _ in range(3):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        print(int(status["VmHWM"].split()[0]) / 1000)
         return
     report: dict[str, Any] = {"conditions": conditions(options.threads), "lines": []}
     for dtype in options.dtype:
