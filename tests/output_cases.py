@@ -29,6 +29,7 @@ FILES = {
     "inspect": "inspect adapter --model base --against other --html",
     "rank": "rank --adapter adapter --out",
     "plot": "plot run/log.jsonl --out",
+    "data show": "data show --model base --data rows.jsonl --html",
 }
 COMMANDS = FOLDERS | FILES
 ENDINGS = {
