@@ -37,6 +37,7 @@ import torch  # noqa: E402
 
 import lowrank  # noqa: E402
 from checkpoint_models import gpt2, llama  # noqa: E402
+from expert_models import adapted, mixture  # noqa: E402
 from lowrank import LoraConfig  # noqa: E402
 from lowrank.adapters.convert import convert_adapter  # noqa: E402
 from lowrank.adapters.resize import resize_adapter  # noqa: E402
@@ -44,7 +45,8 @@ from lowrank.analysis.inspection import inspect_adapter  # noqa: E402
 from lowrank.errors import LowrankError  # noqa: E402
 
 SECONDS, MEMORY = 10, 2**30
-KINDS = ("fused", "start", "whole", "gguf", "mlx", "loralib", "bin")
+PEFT_KINDS = ("fused", "start", "whole", "rows", "experts")
+KINDS = (*PEFT_KINDS, "gguf", "mlx", "loralib", "bin")
 WRONG: list[Any] = [
     *fuzz.VALUES,
     *fuzz.TEXTS,
@@ -79,8 +81,13 @@ def _adapted(build: Callable[[], Any], folder: Path, **options: Any) -> None:
 
 
 @functools.cache
-def _model() -> Any:
-    return gpt2()
+def _model(build: Callable[[], Any]) -> Any:
+    """One model serves all cases."""
+    return build()
+
+
+def _experts() -> Any:
+    return mixture("mixtral")
 
 
 def make_seeds(folder: Path) -> None:
@@ -92,6 +99,8 @@ def make_seeds(folder: Path) -> None:
         _adapted(
             gpt2, folder / "whole" / "a", target_modules=["c_fc", "wte"], modules_to_save=["ln_f"], bias="lora_only"
         )
+        _adapted(gpt2, folder / "rows" / "a", target_modules=["c_fc"], trainable_token_indices=[1, 3])
+        lowrank.save_adapter(adapted(_experts()), folder / "experts" / "a")
         _adapted(llama, folder / "llama", target_modules=["q_proj", "down_proj"])
         for kind, build in (("gguf", llama), ("mlx", llama), ("loralib", gpt2), ("bin", gpt2)):
             (folder / kind / "base").mkdir(parents=True)
@@ -159,7 +168,7 @@ def mutate_number(path: Path, dice: random.Random) -> None:
 def calls(folder: Path, kind: str) -> list[Callable[[], object]]:
     """What every reader of this kind does."""
     out = folder / "out"
-    if kind in ("fused", "start", "whole"):
+    if kind in PEFT_KINDS:
         return [
             lambda: inspect_adapter(folder / "a"),
             lambda: convert_adapter(folder / "a", out / "mlx", to="mlx"),
@@ -183,7 +192,7 @@ def broken_promise(folder: Path, kind: str) -> str | None:
                 except LowrankError as error:
                     if len(str(error)) > 4000:
                         return f"a message of {len(str(error))} characters"
-            return _left(folder) if kind in ("fused", "start", "whole") else None
+            return _left(folder, _experts if kind == "experts" else gpt2) if kind in PEFT_KINDS else None
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -192,9 +201,9 @@ def broken_promise(folder: Path, kind: str) -> str | None:
         shutil.rmtree(folder / "out", ignore_errors=True)
 
 
-def _left(folder: Path) -> str | None:
-    """Load the adapter; a model that refused it, or gave it back, must be plain: one model serves all cases."""
-    model = _model()
+def _left(folder: Path, build: Callable[[], Any]) -> str | None:
+    """Load the adapter; a model that refused it, or gave it back, must be plain."""
+    model = _model(build)
     keys = list(model.state_dict())
     try:
         try:
