@@ -23,6 +23,7 @@ from lowrank.train.packing import packed
 from lowrank.train.recipes import labels_of, recipe_of
 from lowrank.train.reporting import Reporter
 from lowrank.train.settings import RunSettings, TrainSettings
+from lowrank.train.sinks.sink import check_sinks
 from lowrank.train.state.randomness import reseed
 from lowrank.train.summary import summarise
 from lowrank.train.task import Loaded, load
@@ -67,6 +68,7 @@ def prepare(settings: TrainSettings) -> Prepared:
 
     Raises LowrankError for whatever is wrong with the settings, the data or the model.
     """
+    check_sinks(settings.log_to)
     base = find_model(settings.model)
     if not settings.full:
         lora_config(settings, ())  # what is wrong with it should be said before minutes of reading

@@ -27,6 +27,7 @@ from lowrank.checkpoint.temporaries import delete, leftovers, sweep, temporary
 from lowrank.data.recipe import FILE, SETTINGS
 from lowrank.errors import OutputError
 from lowrank.train.models import quiet
+from lowrank.train.sinks.tensorboard import FOLDER as EVENTS
 from lowrank.train.state.settings import CheckpointSettings
 from lowrank.train.state.store import FOLDER as CHECKPOINTS
 from lowrank.train.state.store import remove_all, steps_kept
@@ -43,7 +44,7 @@ def new_run(place: Path) -> None:
         raise OutputError(
             f"{place} holds a run that is not finished: go on with --resume {place}, give a new folder, or delete it"
         )
-    if LOG not in (held := entries(place)) or not set(held) <= {LOG, SETTINGS, CHECKPOINTS}:
+    if LOG not in (held := entries(place)) or not set(held) <= {LOG, SETTINGS, CHECKPOINTS, EVENTS}:
         new_folder(place)
 
 

@@ -130,6 +130,7 @@ class LoopSettings(StepSettings):
     lr_ratio: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="LoRA+: the rate of B over that of A, which is lr; as in 16"
     )
+    log_to: Names = Field((), description="Report to these too, names with commas: tensorboard, wandb, mlflow, trackio")
     log_every: int = Field(10, ge=1, description="Steps between lines of the log")
 
 

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lowrank.train.reporting import Log, Reporter, Several
 from lowrank.train.result import TrainResult, finished, record, result_of
 from lowrank.train.run_folder import LOG, begin, complete, finish, new_run, save_whole, settle, write_settings
 from lowrank.train.settings import TrainSettings
+from lowrank.train.sinks.sink import opened
 from lowrank.train.state.forward import ForwardState
 from lowrank.train.state.identity import made_of
 from lowrank.train.state.keeper import Keeper
@@ -82,7 +83,7 @@ def _run(
     settings: TrainSettings, folder: Path, reporter: Reporter, began: float, value: RunValue | None = None
 ) -> TrainResult:
     """value: where to go on from; from the beginning where there is none."""
-    with seeded(settings.seed):
+    with seeded(settings.seed), ExitStack() as until_the_end:
         found = prepare(settings)
         settings, loaded = found.settings, found.loaded
         made = made_of(found.base, settings, loaded.tokenizer, found.data.examples)
@@ -96,8 +97,12 @@ def _run(
         stop = Stop(began + seconds_of(settings.stop_after) if settings.stop_after else None, reporter.stopping)
         places = Places(found.rows, found.data, loaded.tokenizer, found.recipe)
         keeper = Keeper(folder, settings.out, settings, now, log, stop, ForwardState(loaded.model), places)
-        listener = Several(log, reporter) if processes.is_first() else Reporter()
-        loop = found.loop(listener, keeper, None if value is None else value.facts.step)
+        start = None if value is None else value.facts.step
+        listener = Reporter()
+        if processes.is_first():
+            sinks = until_the_end.enter_context(opened(settings.log_to, folder, settings.resolved(), start))
+            listener = Several(log, reporter, *sinks)
+        loop = found.loop(listener, keeper, start)
         if value is not None:
             keeper.go_on(loop, value)
         state = _train(loop, keeper, loaded.device)

@@ -23,6 +23,7 @@ FREE = {
     "eval_every",
     "metrics",
     "log_every",
+    "log_to",
     "cache",
     "device",
     "model",

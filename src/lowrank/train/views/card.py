@@ -14,7 +14,15 @@ from lowrank.train.settings import TrainSettings
 from lowrank.train.views.spark import spark
 
 NAME = "README.md"
-ELSEWHERE = ("out", "stop_after", "save_every", "keep_checkpoints", "cache", "log_every")  # which change no weight
+ELSEWHERE = (
+    "out",
+    "stop_after",
+    "save_every",
+    "keep_checkpoints",
+    "cache",
+    "log_every",
+    "log_to",
+)  # which change no weight
 
 
 def card(
