@@ -195,7 +195,13 @@ def test_tokens_do_not_depend_on_parts_and_threads(kind, tmp_path, monkeypatch):
         return [(e.ids, e.labels, e.type_ids) for e in made.examples], counts
 
     whole = found(1, 10_000)
-    assert found(1, 7) == found(2, 64) == found(8, 3) == whole and len(whole[0]) >= 400
+    assert found(1, 7) == whole and len(whole[0]) >= 400
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads take turns within a row
+    try:
+        assert found(2, 64) == found(8, 3) == whole
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_rows_that_json_does_not_know_are_rows(tmp_path, places):
