@@ -3,7 +3,7 @@
 100,000 rows of one jsonl file, prompts with completions or chats of two turns, become tokens with their loss mask, and
 the shipped decoder takes one step on 4 of them. Imports are not counted; each form runs in a process of its own.
 
-    python benchmarks/rows_per_second.py [--rows 100000] [--out benchmarks/results/rows_per_second.json]
+    python benchmarks/rows_per_second.py [--rows 100000] [--kinds completion chat] [--out FILE]
 
 cold  nothing is kept from an earlier run      warm  the second run over the same file
 lowrank             `lowrank.train.run`, its tokenizer on all cores
@@ -11,7 +11,7 @@ trl, trl_processes  `load_dataset("json")` and SFTTrainer; with dataset_num_proc
                     (needs `pip install trl`, left out where it is not there)
 Chats are written by one template that marks answers by {% generation %}, and assistant turns are trained in both.
 memory_mb is the most that the process had in memory and in no file (RssAnon; of TRL's other processes nothing), with
-torch and transformers in it. trained: tokens that count in all rows.
+torch and transformers in it. trained: tokens that count in all rows, counted when the clock has stopped.
 """
 
 import argparse
