@@ -9,9 +9,9 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lowrank.cli.live import LiveRun
 from lowrank.cli.pulse import muted, spoke
 from lowrank.cli.say import say, say_part, styled
 from lowrank.data.rows import PER_TOKEN
@@ -30,7 +30,7 @@ class RunDisplay(Reporter):
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
-        self.bar: Progress | None = None
+        self.bar: LiveRun | None = None
         self.silence = ExitStack()
         self.steps = 0
 
@@ -52,34 +52,28 @@ class RunDisplay(Reporter):
         for what, value in summary:
             grid.add_row(f"[bold]{what}", styled(value))
         self.console.print(Panel(grid, title="lowrank train", title_align="left"))
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=self.console,
-        )
-        self.bar.add_task("steps", total=steps, figures="")
+        self.bar = LiveRun(self.console, steps)
         self.bar.start()
         self.silence.enter_context(muted())
 
     def stepped(self, step: int) -> None:
         """The bar moves on."""
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=step)
+            self.bar.stepped(step)
 
     def progressed(self, progress: StepProgress) -> None:
-        """The figures beside the bar, or a line."""
-        figures = f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
+        """The figures under the bar, or a line."""
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], figures=figures)
+            self.bar.progressed(progress)
         else:
+            figures = f"loss {progress.loss:.4f}  {progress.tokens_per_second:,.0f} tokens/s"
             more = f"rate {progress.rate:.2e}  {progress.trained:,} trained"
             self._lines([f"step {progress.step}/{self.steps}  {figures}  {more}"])
 
     def evaluated(self, step: int, scores: Scores) -> None:
-        """A line above the bar."""
+        """A line above the bar, and the last one under it."""
+        if self.bar is not None:
+            self.bar.evaluation = f"step {step}: {describe(scores)}"
         self._lines([f"step {step}/{self.steps}  evaluation: {describe(scores)}"])
 
     def stopping(self, number: int) -> None:
