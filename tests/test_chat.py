@@ -12,6 +12,7 @@ from chat_templates import CHANNELS, FAMILIES, HEADERS, INSTRUCTED, byte_tokeniz
 from lowrank import train
 from lowrank.cli import chat as cli_chat
 from lowrank.cli import main
+from lowrank.cli.signals import Ended
 from lowrank.data.chat.ending import end_ids
 from lowrank.data.chat.template import ChatTemplate
 from lowrank.data.recipe import Recipe
@@ -184,8 +185,12 @@ def test_on_a_terminal_an_error_or_ctrl_c_ends_a_turn_and_not_the_talk(model, mo
     out, err = capsys.readouterr()
     assert out == "hi\nwai\nhi\n\n"
     assert "lowrank: error: this is" in err
-    typed(monkeypatch, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
+    typed(monkeypatch, KeyboardInterrupt(), "a", KeyboardInterrupt(), KeyboardInterrupt(), "b")
+    with pytest.raises(KeyboardInterrupt):  # the second of two that follow each other; one alone came a moment too late
+        cli_chat.converse(asked(model))
+    assert capsys.readouterr().out == "\nhi\n\n"
+    typed(monkeypatch, Ended(15), "a")
+    with pytest.raises(Ended):
         cli_chat.converse(asked(model))
 
 

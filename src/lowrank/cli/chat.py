@@ -61,11 +61,20 @@ def _lines(piped: bool) -> Iterator[str]:
         return
     with suppress(ImportError):
         import readline  # noqa: F401  input() uses it once it is imported
+    stopped = False
     while True:
         try:
             text = input(PROMPT).strip()
         except EOFError:
             say("")
             return
+        except KeyboardInterrupt as asked:  # meant for an answer that ended a moment ago, unless it comes again
+            if stopped or isinstance(asked, Ended):
+                raise
+            stopped = True
+            say("")
+            print("once more, /exit or Ctrl-D ends", file=sys.stderr)
+            continue
+        stopped = False
         if text:
             yield text
