@@ -144,6 +144,29 @@ def test_the_best_checkpoint_is_kept(home: Path, tmp_path: Path, monkeypatch: py
     assert steps_kept(out) == [4, STEPS]
 
 
+def test_a_run_that_had_no_patience_is_complete(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the evaluation that was one too many, it takes no further step; then there is nothing to do."""
+    by_step = {0: 5.0, 2: 3.0, 4: 4.0, 6: 5.0}
+    monkeypatch.setattr(loop, "score", lambda *_: Scores(next(losses), 1))
+    how = {"eval_data": str(home / "unseen.jsonl"), "eval_every": 2, "patience": 2, "dropout": 0.1}
+    losses = iter(by_step.values())
+    assert train.run(settings(home, tmp_path / "whole", **how)).steps == 6
+    losses = iter(by_step.values())
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "out_of_patience", lambda found, _: kill_at_last(found))
+        with pytest.raises(Killed):
+            train.run(settings(home, tmp_path / "killed", **how))
+    for _ in range(2):
+        assert train.resume(tmp_path / "killed").steps == 6
+    assert made(tmp_path / "killed") == made(tmp_path / "whole")
+
+
+def kill_at_last(evaluations: list[tuple[int, Scores]]) -> bool:
+    if evaluations[-1][0] == 6:
+        raise Killed
+    return False
+
+
 def test_a_run_without_a_checkpoint_begins_anew(home: Path, tmp_path: Path) -> None:
     train.run(settings(home, tmp_path / "whole"))
     kill(settings(home, tmp_path / "killed"), 1)

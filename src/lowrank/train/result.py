@@ -14,7 +14,8 @@ from lowrank.files.json_file import read_object
 from lowrank.train.evaluation import Scores
 from lowrank.train.loop import steps_of
 from lowrank.train.loop_state import LoopState
-from lowrank.train.settings import StepSettings
+from lowrank.train.patience import out_of_patience
+from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
 
 Evaluations = list[tuple[int, Scores]]
@@ -58,8 +59,8 @@ def result_of(folder: Path, state: LoopState) -> TrainResult:
     return _result(folder, state.step, state.trained, state.evaluations)
 
 
-def finished(folder: Path, settings: StepSettings) -> TrainResult | None:
-    """The result of a run that has taken all steps that the settings mean; None where some are left.
+def finished(folder: Path, settings: TrainSettings) -> TrainResult | None:
+    """The result of a run that has taken all steps that the settings mean, or had no patience for; else None.
 
     Raises CheckpointError for a damaged run.json.
     """
@@ -73,7 +74,7 @@ def finished(folder: Path, settings: StepSettings) -> TrainResult | None:
         raise CheckpointError(
             f"{folder / FILE}: damaged, what the run gave cannot be read; delete it to go on from the last checkpoint"
         ) from None
-    if steps_of(settings, rows) > steps:
+    if steps_of(settings, rows) > steps and not out_of_patience(evaluations, settings.patience):
         return None
     return _result(folder, steps, trained, evaluations)
 

@@ -88,7 +88,8 @@ def check_same(folder: str, then: About, now: About, step: int) -> None:
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that differ and may not, in words."""
-    free = FREE | (OF_EVALUATION if now.get("keep") == then.get("keep") == "last" else set())
+    chosen = now.get("keep") != "last" or now.get("patience") is not None
+    free = FREE if chosen else FREE | OF_EVALUATION
     fields = TrainSettings.model_fields
     usual = {name: list(f.default) if isinstance(f.default, tuple) else f.default for name, f in fields.items()}
     before = {name: then.get(name, usual[name]) for name in now}  # an older version did not have all of them
