@@ -9,6 +9,7 @@ import torch
 from lowrank import LoraConfig, inject, train
 from lowrank.errors import ConfigError
 from lowrank.train.auto_rate import auto_rate
+from lowrank.train.config_file import resolve
 from lowrank.train.evaluation import Scores
 from lowrank.train.models import load_causal
 from lowrank.train.optimiser import Optimiser, factors_b
@@ -137,8 +138,21 @@ WRONG = [
 
 @pytest.mark.parametrize(("changes", "message"), WRONG)
 def test_wrong_settings(home, tmp_path, changes, message):
-    from lowrank.train.config_file import resolve
-
     asked = {"model": "m", "data": "d", "out": "o", **{k: v for k, v in changes.items() if v is not None}}
     with pytest.raises(ConfigError, match=message):
         resolve(TrainSettings, asked)
+
+
+def test_training_on_from_an_adapter_begins_where_it_ended(home, tmp_path):
+    first = train.run(settings(home, tmp_path / "a", eval_split=0.3, rank=3, alpha=5))
+    on = settings(home, tmp_path / "b", eval_split=0.3).model_dump(exclude_unset=True, exclude={"targets"})
+    on["init_from"] = str(tmp_path / "a")
+    second = train.run(TrainSettings(**on))
+    assert second.before.loss == pytest.approx(first.after.loss, rel=1e-6)
+    assert second.after.loss < second.before.loss
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 5)
+    again = tmp_path / "b" / "train.yaml"
+    assert resolve(TrainSettings, {}, again).init_from == str(tmp_path / "a")
+    with pytest.raises(ValueError, match="init_from trains on what the adapter has, so targets cannot be meant"):
+        settings(home, tmp_path / "c", init_from="x")

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from lowrank.checkpoint import load_adapter
 from lowrank.data.names import read_targets
+from lowrank.hub import local_folder
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
 from lowrank.train.loftq import LOFTQ, LoftqStarts
@@ -60,6 +62,10 @@ def adapt(loaded: Loaded, settings: TrainSettings, starts: LoftqStarts | None) -
     model: Any = loaded.model
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
+    if settings.init_from is not None:
+        load_adapter(model, local_folder(settings.init_from), trainable=True)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return f"on from {settings.init_from}: {trained:,} trained parameters"
     if not settings.full:
         rows = token_rows(model, loaded.tokenizer, settings.trainable_tokens)
         config = replace(lora_config(settings, loaded.heads), trainable_token_indices=rows)

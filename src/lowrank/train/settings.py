@@ -130,6 +130,9 @@ class LoopSettings(StepSettings):
     lr_ratio: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="LoRA+: the rate of B over that of A, which is lr; as in 16"
     )
+    init_from: str | None = Field(
+        None, description="Train on from an adapter, its folder or its name on the Hub; it says what is adapted"
+    )
     log_to: Names = Field((), description="Report to these too, names with commas: tensorboard, wandb, mlflow, trackio")
     log_every: int = Field(10, ge=1, description="Steps between lines of the log")
 
@@ -187,6 +190,9 @@ class TrainSettings(AdapterSettings, LoopSettings, RunSettings, HeldSettings, Ch
         idle = self.model_fields_set & set(AdapterSettings.model_fields)
         if self.full and idle:
             faults.append(f"full trains every weight, so {', '.join(sorted(idle))} cannot be meant")
+        if self.init_from is not None and (idle or self.full):
+            said = "full" if self.full else ", ".join(sorted(idle))
+            faults.append(f"init_from trains on what the adapter has, so {said} cannot be meant")
         if self.full and self.lr_ratio != 1:
             faults.append("lr_ratio is between an adapter's B and A, and full has none: leave it out")
         if self.full and self.quantise:
@@ -201,7 +207,7 @@ class TrainSettings(AdapterSettings, LoopSettings, RunSettings, HeldSettings, Ch
 
     def resolved(self) -> dict[str, object]:
         """Every setting that has a meaning in this run, ready to be written down and read again."""
-        idle = set(AdapterSettings.model_fields) if self.full else set()
+        idle = set(AdapterSettings.model_fields) if self.full or self.init_from is not None else set()
         values = self.model_dump(mode="json", exclude=idle)
         return {name: values[name] for name in sorted(values, key=_own_first)}
 

@@ -122,7 +122,7 @@ def _claimed(settings: TrainSettings, check: Check) -> Iterator[Path]:
         processes.wait()
         yield Path(os.path.realpath(settings.out))
         return
-    with claimed(settings.out, inputs_of(settings), check) as folder:
+    with claimed(settings.out, {**inputs_of(settings), "adapter": settings.init_from}, check) as folder:
         processes.wait()
         yield folder
 
