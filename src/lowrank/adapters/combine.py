@@ -12,18 +12,12 @@ from torch import Tensor
 from lowrank.adapters.each_module import Progress, for_each, module_seed, one_core_each, silent
 from lowrank.adapters.energy import ModuleEnergy, headline, overall
 from lowrank.adapters.weighted import WeightedAdapter, weighted_pairs
-from lowrank.checkpoint.adapter_folder import (
-    AdapterContent,
-    AdapterPath,
-    Target,
-    content_of,
-    union_of_names,
-    write_adapter,
-)
+from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, content_of, union_of_names, write_adapter
 from lowrank.checkpoint.companion import Companion
+from lowrank.checkpoint.each_expert import read_each_expert
 from lowrank.checkpoint.keys import Key
 from lowrank.checkpoint.outputs import claimed
-from lowrank.checkpoint.read import read_adapter
+from lowrank.checkpoint.target import Target
 from lowrank.core.combination import WITH_DENSITY, WITHOUT_RANK, Method, Options, Term, find_method
 from lowrank.core.truncation import check_rank
 from lowrank.errors import ConfigError, MergeError
@@ -110,7 +104,7 @@ def _options(method: str, rank: int | None, density: float | None, seed: int) ->
 def _read(adapters: WeightedAdapter | Sequence[WeightedAdapter], allow_pickle: bool) -> list[_Part]:
     parts = []
     for folder, weight in weighted_pairs(adapters, "combine"):
-        files = read_adapter(folder, allow_pickle)
+        files = read_each_expert(folder, allow_pickle)
         if files.config.lora.use_dora:
             raise MergeError(
                 f"{os.fspath(folder)} is a DoRA adapter, whose change depends on the base and is not linear in its "
@@ -196,6 +190,13 @@ def _content(
     saved = sorted({name for content in contents for name in content.modules_to_save})
     names = union_of_names(contents)
     content = AdapterContent(
-        targets, names, origin, full, tuple(saved), contents[0].bias, companion=Companion(base=agreed)
+        targets,
+        names,
+        origin,
+        full,
+        tuple(saved),
+        contents[0].bias,
+        companion=Companion(base=agreed),
+        singles=contents[0].singles,
     )
     return content, tuple(notes)

@@ -11,12 +11,13 @@ from lowrank.adapters.differences import Difference, Pairing, pair
 from lowrank.adapters.each_module import Progress, for_each, module_seed, one_core_each, silent
 from lowrank.adapters.energy import ModuleEnergy, headline, overall
 from lowrank.adapters.kept_whole import Whole, keep_whole
-from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, Target, write_adapter
+from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, write_adapter
 from lowrank.checkpoint.companion import Companion
 from lowrank.checkpoint.config_file import NAME
 from lowrank.checkpoint.describe import target_names
 from lowrank.checkpoint.fingerprint import Fingerprint
 from lowrank.checkpoint.outputs import claimed
+from lowrank.checkpoint.target import Target
 from lowrank.checkpoint.write_config import HEADS, TASKS
 from lowrank.core.exact import decompose
 from lowrank.core.randomised import Dense, compress

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from lowrank.adapters.each_module import Progress, for_each, one_core_each, silent
-from lowrank.checkpoint.adapter_folder import AdapterPath, Target, content_of
+from lowrank.checkpoint.adapter_folder import AdapterPath, content_of
 from lowrank.checkpoint.describe import Ranks, describe
 from lowrank.checkpoint.read import read_adapter
+from lowrank.checkpoint.target import Target
 from lowrank.core.allotment import allot
 from lowrank.core.spectrum import singular_values
 from lowrank.errors import ConfigError

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lowrank.adapters.each_module import Progress, for_each, module_seed, one_core_each, silent
 from lowrank.adapters.energy import ModuleEnergy, headline, overall
-from lowrank.checkpoint.adapter_folder import AdapterPath, Target, content_of, write_adapter
+from lowrank.checkpoint.adapter_folder import AdapterPath, content_of, write_adapter
+from lowrank.checkpoint.each_expert import read_each_expert
 from lowrank.checkpoint.outputs import claimed
-from lowrank.checkpoint.read import read_adapter
+from lowrank.checkpoint.target import Target
 from lowrank.core.finite import LARGEST
 from lowrank.core.recompress import recompress
 from lowrank.core.truncation import Cut, check_energy, check_rank
@@ -65,7 +66,7 @@ def resize_adapter(
         raise ConfigError("resize: give a rank, ranks by module, or the share of the energy to keep")
     for pattern in ranks.values() if ranks else ():
         check_rank(pattern)
-    files = read_adapter(adapter, allow_pickle)
+    files = read_each_expert(adapter, allow_pickle)
     content = content_of(files)
     paths = list(content.targets)
     check_patterns("ranks", ranks or {}, paths)

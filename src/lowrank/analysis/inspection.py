@@ -12,9 +12,8 @@ from lowrank.analysis.compare import Comparison, Unshared, compare
 from lowrank.analysis.measure import Measure, measure
 from lowrank.analysis.places import Place, natural, places
 from lowrank.checkpoint import AdapterFiles
-from lowrank.checkpoint.each_expert import with_each_expert
+from lowrank.checkpoint.each_expert import read_each_expert
 from lowrank.checkpoint.keys import Key
-from lowrank.checkpoint.read import read_with_stacks
 from lowrank.errors import LowrankError, short, some
 
 Location = str | os.PathLike[str]
@@ -68,9 +67,9 @@ def inspect_adapter(
     Raises CheckpointError for damaged files, factors that are not finite and a base that is not this adapter's, and
     LowrankError for two adapters that share no module.
     """
-    files = _read(adapter, allow_pickle)
-    other = None if against is None else _read(against, allow_pickle)
-    if model is not None and files.config.known:
+    files = read_each_expert(adapter, allow_pickle)
+    other = None if against is None else read_each_expert(against, allow_pickle)
+    if model is not None and files.singles:
         raise LowrankError(
             f"{files.folder} adapts stacked experts, which are not measured beside their base: inspect it without a "
             "model"
@@ -98,11 +97,6 @@ def _full(files: AdapterFiles) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield _name(key), tuple(tensor.shape)
     for path, tensor in files.rows.items():
         yield f"{path} (rows {some(files.row_indices(path), 8)})", tuple(tensor.shape)
-
-
-def _read(adapter: Location, allow_pickle: bool) -> AdapterFiles:
-    """The adapter's files; each expert of a stack is a module."""
-    return with_each_expert(read_with_stacks(adapter, allow_pickle))
 
 
 def _measure(

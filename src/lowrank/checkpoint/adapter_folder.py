@@ -3,8 +3,9 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ from lowrank.checkpoint.keys import MAGNITUDE, TOKENS, Key, full_key, low_rank_k
 from lowrank.checkpoint.layout import file_rank, magnitude_shape, pair_roles, to_file
 from lowrank.checkpoint.one_scale import common_scale, folded
 from lowrank.checkpoint.read import SAFETENSORS, AdapterFiles
+from lowrank.checkpoint.restack import file_paths, restacked
+from lowrank.checkpoint.target import Target
 from lowrank.core.finite import all_finite
 from lowrank.errors import CheckpointError
 
@@ -28,7 +31,7 @@ ORIGIN = (
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out", "lora_dropout", "revision",
     "task_type", "trainable_token_indices",
 )  # fmt: skip
-WHICH = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+WHICH = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 RUN_FILE = "run.json"  # beside a trained adapter: how rows became tokens (`data.recipe`), under "recipe"
 
@@ -37,33 +40,12 @@ Names = Mapping[str, Any]  # the fields of WHICH that are not null
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Target:
-    """ΔW = scale·B·A of one module, flat: a (r, k), b (d, r).
-
-    kind: linear (which includes Conv1D), embedding or conv. For convolutions, kernel is the weight's shape
-    (d, in/groups, *kernel). magnitude: (d,), for DoRA.
-    """
-
-    kind: str
-    a: Tensor
-    b: Tensor
-    scale: float
-    kernel: tuple[int, ...] = ()
-    groups: int = 1
-    magnitude: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(d, k)."""
-        return self.b.shape[0], self.a.shape[1]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class AdapterContent:
     """All that an adapter's folder holds.
 
     names: which modules it adapts, in the words of its config; origin: the fields of ORIGIN; full: tensors kept whole;
-    rows: {path: rows of its table}, which `origin` names (trainable_token_indices).
+    rows: {path: rows of its table}, which `origin` names (trainable_token_indices); singles: {path of a single expert:
+    path of the stack that it is written in}.
     """
 
     targets: Mapping[str, Target]
@@ -74,6 +56,7 @@ class AdapterContent:
     bias: str = "none"
     companion: Companion = field(default_factory=Companion)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+    singles: Mapping[str, str] = field(default_factory=dict)
 
 
 class FileTargets(Mapping[str, Target]):
@@ -144,6 +127,7 @@ def content_of(files: AdapterFiles) -> AdapterContent:
         bias=lora.bias,
         companion=Companion(base=files.companion.base),
         rows=files.rows,
+        singles=files.singles,
     )
 
 
@@ -160,8 +144,10 @@ def union_of_names(sources: Sequence[AdapterContent]) -> Names:
     """
     first = sources[0]
     same = all(source.names == first.names and source.targets.keys() == first.targets.keys() for source in sources)
-    if same and "target_modules" in first.names:
+    if same and first.names.keys() & {"target_modules", "target_parameters"}:
         return first.names
+    if any(source.singles for source in sources):
+        raise CheckpointError("adapters of stacked experts go together only where they name and adapt the same modules")
     if all(source.names.keys() == {"target_modules"} and _is_list(source.names) for source in sources):
         return {"target_modules": sorted({name for source in sources for name in source.names["target_modules"]})}
     return exact_names(path for source in sources for path in source.targets)
@@ -183,6 +169,8 @@ def write_adapter(folder: Path, content: AdapterContent, dtype: torch.dtype | No
     bytes. Raises CheckpointError for factors that are not finite in `dtype`, or files that cannot be
     written.
     """
+    if content.singles:
+        content = replace(content, targets=restacked(content.targets, content.singles))
     scale = common_scale(target.scale for target in content.targets.values())
     tensors = dict(_tensors(content, dtype, scale))
     strange = sorted(key for key, tensor in tensors.items() if not all_finite(tensor))
@@ -199,18 +187,20 @@ def write_adapter(folder: Path, content: AdapterContent, dtype: torch.dtype | No
 
 
 def _tensors(content: AdapterContent, dtype: torch.dtype | None, scale: float) -> Iterator[tuple[str, Tensor]]:
+    names = file_paths(content.targets) if content.singles else {}
+    wraps = Counter(path.rpartition(".")[0] for path in names if content.targets[path].kind == "experts")
     for path, target in content.targets.items():
         b = folded(target.b, target.scale, scale)
         pair = to_file(target.kind, target.a, b, target.kernel, target.groups)
         for role, tensor in zip(pair_roles(target.kind), pair, strict=True):
-            yield low_rank_key(path, role), tensor.to(dtype or tensor.dtype)
+            yield low_rank_key(names.get(path, path), role), tensor.to(dtype or tensor.dtype)
         if target.magnitude is not None:
             shape = target.magnitude.shape if target.kind != "conv" else magnitude_shape("conv", target.kernel)
             yield low_rank_key(path, MAGNITUDE), target.magnitude.to(dtype or target.magnitude.dtype).view(shape)
     for path, tensor in content.rows.items():
         yield low_rank_key(path, TOKENS), tensor
     for key, tensor in content.full.items():
-        yield full_key(key.path, key.name, adapted=key.of_base), tensor
+        yield full_key(key.path, key.name, adapted=wraps.get(key.path, key.of_base)), tensor
 
 
 def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
@@ -220,8 +210,7 @@ def _serialise(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _config(content: AdapterContent, scale: float) -> bytes:
-    described = {path: (file_rank(target.a.shape[0], target.groups), scale) for path, target in content.targets.items()}
-    ranks = describe(described)
+    ranks = describe({path: (file_rank(t.a.shape[-2], t.groups), scale) for path, t in content.targets.items()})
     fields = {
         "auto_mapping": None,
         "base_model_name_or_path": None,

@@ -1,14 +1,20 @@
 """Stacked experts without a model, each expert as a linear module of its own: `experts.3.down_proj`."""
 
+import os
 from dataclasses import replace
 
 from lowrank.checkpoint.expert_files import told_apart, wraps_of
 from lowrank.checkpoint.keys import A, B
-from lowrank.checkpoint.read import AdapterFiles
+from lowrank.checkpoint.read import AdapterFiles, read_with_stacks
 from lowrank.checkpoint.sound import rank_faults
 from lowrank.errors import CheckpointError
 from lowrank.injection.patterns import matches
 from lowrank.layers.experts import STACKS
+
+
+def read_each_expert(folder: str | os.PathLike[str], allow_pickle: bool = False) -> AdapterFiles:
+    """`read_adapter`, of an adapter of stacked experts too, each of which is a module."""
+    return with_each_expert(read_with_stacks(folder, allow_pickle))
 
 
 def with_each_expert(files: AdapterFiles) -> AdapterFiles:
@@ -21,6 +27,7 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
         return files
     told = told_apart(files, wraps_of(files), lambda root: _stacks_at(files, root))
     low_rank = {path: tensors for path, tensors in told.low_rank.items() if path not in told.experts}
+    singles: dict[str, str] = {}
     known, scales, start = dict(files.config.known), dict(files.companion.scales), set(files.companion.start)
     for path in told.experts:
         root, _, name = path.rpartition(".")
@@ -35,6 +42,7 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
         of_b = b.unflatten(1, (rank, count))  # (d, r, E)
         for expert, one in enumerate(a.unflatten(0, (count, rank))):
             single = f"{root}.{expert}.{name}"
+            singles[single] = path
             low_rank[single] = {A: one, B: of_b[:, :, expert]}
             known[single] = rank, files.config.scale(path)
             if path in scales:
@@ -43,7 +51,7 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
                 start.add(single)
     companion = replace(files.companion, scales=scales, start=frozenset(start))
     config = replace(files.config, known=known)
-    every = replace(files, low_rank=low_rank, config=config, companion=companion)
+    every = replace(files, low_rank=low_rank, config=config, companion=companion, singles=singles)
     if faults := rank_faults(every):
         raise CheckpointError(f"{files.folder}: {'; '.join(faults)}")
     return every

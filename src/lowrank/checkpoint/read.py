@@ -32,7 +32,8 @@ class AdapterFiles:
     low_rank: {module path: {role: tensor}}, roles and shapes as in the file (`checkpoint.keys`, `checkpoint.layout`);
     full: {key: tensor} of everything kept in full; rows: {module path: (n, d)} of tables of which single rows are
     trained, in the order of `row_indices`; companion: what lowrank itself saved beside PEFT's files.
-    experts: {path: layer kind} of stacks of experts, once a model has told which these are (`checkpoint.expert_files`).
+    experts: {path: layer kind} of stacks of experts, once a model has told which these are (`checkpoint.expert_files`);
+    singles: {path of a single expert: its stack's}, once each is a module of its own (`checkpoint.each_expert`).
     Tensors are read into memory, not mapped: a file that another program cuts short then does no harm.
     """
 
@@ -43,6 +44,7 @@ class AdapterFiles:
     companion: Companion
     experts: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+    singles: Mapping[str, str] = field(default_factory=dict)
 
     def row_indices(self, path: str) -> tuple[int, ...]:
         """The rows of the table at `path` that the file holds; empty where the config does not say them."""

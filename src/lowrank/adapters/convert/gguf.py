@@ -18,8 +18,9 @@ from lowrank.adapters.convert.gguf_names import Family, check_rows, family_of, h
 from lowrank.adapters.convert.options import ConvertOptions, Read
 from lowrank.adapters.convert.sound import ready
 from lowrank.adapters.convert.uniform import at_scale, common_alpha, refuse
-from lowrank.checkpoint.adapter_folder import AdapterContent, Target, exact_names
+from lowrank.checkpoint.adapter_folder import AdapterContent, exact_names
 from lowrank.checkpoint.atomic import write_file
+from lowrank.checkpoint.target import Target
 from lowrank.errors import CheckpointError, ConfigError, short, some
 from lowrank.modelfiles.base import read_json
 

@@ -16,10 +16,11 @@ from lowrank.adapters.convert.options import ConvertOptions, Read
 from lowrank.adapters.convert.repack import pickle_bytes
 from lowrank.adapters.convert.sound import ready, widened
 from lowrank.adapters.convert.uniform import at_scale, common_alpha, refuse
-from lowrank.checkpoint.adapter_folder import AdapterContent, Target, exact_names
+from lowrank.checkpoint.adapter_folder import AdapterContent, exact_names
 from lowrank.checkpoint.atomic import write_file
 from lowrank.checkpoint.keys import A, B, Key
 from lowrank.checkpoint.read import read_pickle, read_safetensors, sort_tensors
+from lowrank.checkpoint.target import Target
 from lowrank.errors import CheckpointError, ConfigError
 from lowrank.modelfiles.lookup import is_table
 

@@ -18,11 +18,12 @@ from lowrank.adapters.convert.mlx_names import check_tie, mlx_names, path_of
 from lowrank.adapters.convert.options import ConvertOptions, Read
 from lowrank.adapters.convert.sound import ready, widened
 from lowrank.adapters.convert.uniform import at_scale, refuse
-from lowrank.checkpoint.adapter_folder import AdapterContent, Target, exact_names
+from lowrank.checkpoint.adapter_folder import AdapterContent, exact_names
 from lowrank.checkpoint.atomic import write_folder
 from lowrank.checkpoint.config_file import NAME
 from lowrank.checkpoint.one_scale import common_scale
 from lowrank.checkpoint.read import read_safetensors
+from lowrank.checkpoint.target import Target
 from lowrank.errors import CheckpointError, short
 from lowrank.modelfiles.base import read_json
 from lowrank.modelfiles.lookup import is_table

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.adapters.convert.gguf_names import FAMILIES
-from lowrank.checkpoint.adapter_folder import AdapterContent, Target
+from lowrank.checkpoint.adapter_folder import AdapterContent
+from lowrank.checkpoint.target import Target
 from lowrank.errors import CheckpointError, some
 from lowrank.modelfiles.base import read_base, read_json
 from lowrank.modelfiles.tied import architectures

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lowrank.checkpoint.adapter_folder import AdapterContent, Target
+from lowrank.checkpoint.adapter_folder import AdapterContent
 from lowrank.checkpoint.one_scale import folded
+from lowrank.checkpoint.target import Target
 from lowrank.errors import CheckpointError
 
 
