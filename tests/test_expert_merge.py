@@ -97,37 +97,3 @@ def test_what_does_not_take_stacks_says_so(tmp_path: Path) -> None:
     with pytest.raises(lowrank.LowrankError, match="adapts stacked experts"):
         lowrank.convert_adapter(tmp_path / "adapter", tmp_path / "new", to="mlx")
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "nemotron_h"])
-def test_extract_treats_an_expert_as_a_module_and_its_adapter_loads(family: str, tmp_path: Path) -> None:
-    model = saved(family, tmp_path, target_parameters=r".*\.experts\.\w+")
-    wanted = answer(model)
-    lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "tuned")
-    lowrank.extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "extracted", rank=3)
-    other = mixture(family)
-    report = lowrank.load_adapter(other, tmp_path / "extracted")
-    assert all(path.rpartition(".")[2] in ("gate_up_proj", "up_proj", "down_proj") for path in report.modules)
-    torch.testing.assert_close(answer(other), wanted, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h"])
-def test_resize_and_combine_take_each_expert_as_a_module_and_write_stacks_again(family: str, tmp_path: Path) -> None:
-    model = saved(family, tmp_path, target_modules=["lm_head"], rank_pattern={"down_proj": 2})
-    wanted = answer(model)
-    lowrank.resize_adapter(tmp_path / "adapter", tmp_path / "same", energy=1.0)
-    lowrank.resize_adapter(tmp_path / "adapter", tmp_path / "less", ranks={"down_proj": 1})
-    for name, near in (("same", True), ("less", False)):
-        other = mixture(family)
-        lowrank.load_adapter(other, tmp_path / name)
-        assert torch.allclose(answer(other), wanted, rtol=1e-3, atol=1e-3) is near
-    ranks = {path: stack.factors("default").rank for path, stack in lora_layers(other)}
-    assert {rank for path, rank in ranks.items() if path.endswith("down_proj")} == {1}
-    lowrank.combine_adapters([(tmp_path / "adapter", 0.25), (tmp_path / "same", 0.75)], tmp_path / "both")
-    other = mixture(family)
-    lowrank.load_adapter(other, tmp_path / "both")
-    torch.testing.assert_close(answer(other), wanted, rtol=1e-3, atol=1e-3)
-    lowrank.save_adapter(adapted(mixture(family), target_parameters=["down_proj"]), tmp_path / "one")
-    with pytest.raises(lowrank.LowrankError, match="go together only where"):
-        lowrank.combine_adapters([(tmp_path / "adapter", 0.5), (tmp_path / "one", 0.5)], tmp_path / "not")
-    assert not (tmp_path / "not").exists()
