@@ -71,7 +71,7 @@ def draw_on(device: torch.device, tensors: Mapping[str, Tensor], facts: RandomFa
             _module(device).set_rng_state(tensors[device.type], device)
         random.setstate((WORDS, tuple(words), normal))
         np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), place, has_gauss, gauss))
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise CheckpointError(f"the checkpoint's random states are none ({short(error, 100)})") from None
 
 
