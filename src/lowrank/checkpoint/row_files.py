@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lowrank.checkpoint.keys import TOKENS, low_rank_key
 from lowrank.core.finite import all_finite
+from lowrank.core.stored.of_module import FLOATING
 from lowrank.core.token_rows import TokenRows
 from lowrank.injection.patterns import suggestion
 from lowrank.injection.token_rows import entries, rows_refusal, too_short
@@ -26,7 +27,9 @@ def row_faults(files: "AdapterFiles") -> list[str]:
             faults.append(f"{key} holds rows, and trainable_token_indices in adapter_config.json does not say which")
         elif tensor.ndim != 2 or tensor.shape[0] != len(indices):
             faults.append(f"{key} has shape {list(tensor.shape)}, and adapter_config.json names {len(indices)} rows")
-        elif not tensor.is_floating_point() or not all_finite(tensor):
+        elif tensor.dtype not in FLOATING:
+            faults.append(f"{key} is {tensor.dtype}, none of float16, bfloat16, float32 and float64")
+        elif not all_finite(tensor):
             faults.append(f"{key} holds values that are no finite numbers")
     said = files.config.lora.trainable_token_indices
     if said is not None and not files.rows:
