@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import pytest
 import torch
 
 from lowrank import load_adapter, train
-from lowrank.checkpoint import atomic, outputs
+from lowrank.checkpoint import atomic, outputs, read_adapter
 from lowrank.data.recipe import read_recipe
-from lowrank.errors import ConfigError, Diverged, LowrankWarning, OutputError
+from lowrank.errors import CheckpointError, ConfigError, Diverged, LowrankWarning, OutputError
 from lowrank.train.models import load_causal
 from lowrank.train.reporting import Log, Progress, Reporter
 from lowrank.train.settings import TrainSettings
@@ -223,6 +224,18 @@ def test_an_adapter_that_has_lost_its_recipe_says_so(home: Path, tmp_path: Path)
     (tmp_path / "run" / "run.json").unlink()
     with pytest.warns(LowrankWarning, match=r"has lost its run\.json"):
         assert read_recipe(tmp_path / "run") is None
+
+
+def test_a_run_that_has_not_come_to_its_end_is_told_from_an_adapter(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train.run(settings(home, out))
+    for name in DONE - {"log.jsonl", "train.yaml"}:
+        (out / name).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_recipe(out) is None
+    with pytest.raises(CheckpointError, match=f"not come to its end: go on with lowrank train --resume {out}"):
+        read_adapter(out)
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])

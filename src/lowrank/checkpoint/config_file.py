@@ -16,6 +16,7 @@ from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import check_expressions, pattern_value
 
 NAME = "adapter_config.json"
+SETTINGS = "train.yaml"  # every setting of a run, in its folder from the beginning, where the adapter comes last
 
 USED = (
     "r",
@@ -150,6 +151,8 @@ def _why_missing(path: Path) -> str:
         return f"there is no folder {folder}: give the folder that holds the adapter's {NAME}"
     if not folder.is_dir():
         return f"{folder} is not a folder: give the folder that holds the adapter's {NAME}"
+    if (folder / SETTINGS).is_file():
+        return f"{folder} is a training that has not come to its end: go on with lowrank train --resume {folder}"
     below = sorted(child.parent.name for child in folder.glob(f"*/{NAME}"))
     hint = f"; did you mean one of its subfolders: {', '.join(below)}?" if below else ""
     return f"{folder} is no adapter: it has no {NAME}{hint}"

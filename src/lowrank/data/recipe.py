@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lowrank.checkpoint import config_file
 from lowrank.checkpoint.adapter_folder import RUN_FILE
 from lowrank.data.chat.dates import dated, writes_date
 from lowrank.data.chat.template import template_hash, template_text
@@ -15,7 +16,7 @@ from lowrank.errors import CheckpointError, ConfigError, LowrankWarning
 from lowrank.files.json_file import read_object
 
 FILE = RUN_FILE
-SETTINGS = "train.yaml"  # every setting of the run, which `lowrank train --config` reads
+SETTINGS = config_file.SETTINGS  # what `lowrank train --config` reads
 FIELDS = {"kind": str, "template": str, "max_length": int, "labels": list, "columns": dict}
 TRAIN_ON: dict[Kind, tuple[str | None, ...]] = {
     "chat": (None, "assistant", "last", "completion", "all"),
@@ -140,7 +141,8 @@ def read_recipe(folder: str | Path) -> Recipe | None:
     """
     file = Path(folder) / FILE
     if not file.is_file():
-        if (Path(folder) / SETTINGS).is_file():
+        holds = {path.name for path in Path(folder).glob("*")}
+        if SETTINGS in holds and holds & {config_file.NAME, "config.json"}:  # else it has not come to its end
             warnings.warn(
                 f"{folder} was trained by lowrank ({SETTINGS} is there) and has lost its {FILE}, which says how rows "
                 "were made into tokens: the defaults hold now; give --template and the columns as they were",
