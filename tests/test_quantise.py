@@ -1,19 +1,27 @@
 """Quantising a float base before training: what is held, LoftQ's start, what is remembered, and refusals."""
 
 import builtins
+import copy
+import itertools
 import json
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lowrank
 import models
 from lowrank import LoraConfig
-from lowrank.core.init.loftq import loftq
-from lowrank.errors import ConfigError, LowrankWarning
+from lowrank.core.init.loftq import loftq, taken_off
+from lowrank.core.stored.held_as import held_as
+from lowrank.core.stored.of_module import stored_weight
+from lowrank.errors import CheckpointError, ConfigError, LowrankWarning
 from lowrank.injection.adapters import lora_layers
 from lowrank.injection.quantise import what_is_held
+from lowrank.train.evaluator import evaluate
+from lowrank.train.held import load_held
 from lowrank.train.models import find_model
 from lowrank.train.settings import EvalSettings, TrainSettings
 from lowrank.train.trainer import run
@@ -58,6 +66,22 @@ def test_loftq_starts_at_the_best_rank_r_part_of_what_was_taken_off():
     assert a.shape == (rank, 30) and b.shape == (40, rank)
 
 
+@pytest.mark.parametrize("form", ["NF4", "NF4, double quantised", "int8"])
+def test_every_round_of_loftq_leaves_less(form):
+    weight, rank, scale = torch.randn(64, 128), 8, 2.0
+
+    def held(matrix):
+        return held_as(matrix, form, torch.float32)
+
+    left = [(weight - held(weight)).norm()]
+    for rounds in (1, 2, 5):
+        a, b = taken_off(weight, rank, scale, rounds, held) if rounds > 1 else (torch.zeros(1, 128), torch.zeros(64, 1))
+        frozen = held(weight - b @ a)
+        a, b = loftq(weight - frozen, rank, scale)
+        left.append((weight - frozen - scale * b @ a).norm())
+    assert all(later < 0.99 * earlier for earlier, later in itertools.pairwise(left))
+
+
 def settings(tmp_path, **options: Any) -> TrainSettings:
     rows = [{"prompt": f"{i} and", "completion": f" {i + 1}."} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -90,26 +114,81 @@ def test_a_run_on_four_bits_is_said_and_remembered(tmp_path):
     assert not report.base_differences
 
 
-def test_loftq_is_nearer_to_the_float_model(tmp_path):
-    from lowrank.train.loftq import LoftqStarts
+def test_loftq_is_nearer_to_the_float_model_by_every_round(tmp_path):
+    from lowrank.train.loftq import start
 
-    plain, model, other = small(), small(), small()
-    config, starts = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), LoftqStarts()
-    starts.plan(model, config)
-    lowrank.quantise(model, "nf4", watch=starts)
-    lowrank.quantise(other, "nf4")
-    lowrank.inject(model, config)
-    assert starts.put(model) == len(list(lora_layers(model))) == 14
-    with torch.no_grad():
-        wanted = plain(IDS).logits
-        assert (model(IDS).logits - wanted).norm() < 0.9 * (other(IDS).logits - wanted).norm()
+    plain = small()
+    plain.save_pretrained(tmp_path / "base")
+    wanted, apart = plain(IDS).logits.detach(), []
+    for rounds in (0, 1, 5):
+        model = small()
+        lowrank.quantise(model, "nf4")
+        lowrank.inject(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        assert not rounds or start(model, tmp_path / "base", rounds) == len(list(lora_layers(model))) == 14
+        with torch.no_grad():
+            apart.append(float((model(IDS).logits - wanted).norm()))
+    assert apart[1] < 0.9 * apart[0] and apart[2] < 0.95 * apart[1]
+
+
+def test_a_base_that_loftq_moved_is_made_again_for_its_adapter(tmp_path):
+    run(settings(tmp_path, double=True, init="loftq_3", targets="q_proj,up_proj"))
+    stored = json.loads((tmp_path / "run" / "lowrank.json").read_text())["stored"]
+    assert stored["form"] == "NF4, double quantised, moved by LoftQ"
+    asked = {"model": "nano", "data": str(tmp_path / "rows.jsonl"), "adapter": str(tmp_path / "run")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LowrankWarning)  # none says that W0 differs
+        evaluate(EvalSettings(**asked, quantise="nf4", double=True))
+    with pytest.raises(ConfigError, match=r"that LoftQ moved, and .* is not quantised here: say --quantise"):
+        evaluate(EvalSettings(**asked))
+    tensors = load_file(tmp_path / "run" / "loftq.safetensors")
+    save_file({name: t[:-1].clone() for name, t in tensors.items()}, tmp_path / "run" / "loftq.safetensors")
+    with pytest.raises(CheckpointError, match=r"loftq.safetensors does not fit .*q_proj: copy the adapter again"):
+        evaluate(EvalSettings(**asked, quantise="nf4", double=True))
+
+
+@pytest.mark.parametrize(("scheme", "double"), [("nf4", True), ("int8", False)])
+def test_a_model_quantised_as_it_is_read_is_the_one_that_was_quantised_afterwards(tmp_path, scheme, double):
+    small().save_pretrained(tmp_path / "base")
+    asked = EvalSettings(model="m", data="d", quantise=scheme, double=double)
+    model = load_held(tmp_path / "base", asked, torch.float32, torch.device("cpu"), ["mlp"])
+    wanted = small()
+    held = lowrank.quantise(wanted, scheme, double=double, skip=["mlp"])
+    assert held == what_is_held(model) and held.layers == 8
+    one, other = model.state_dict(), wanted.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert [type(m).__name__ for m in model.modules()] == [type(m).__name__ for m in wanted.modules()]
+    assert "quantization_config" not in model.config.to_dict()
+
+
+def test_gpt2_s_conv1d_is_quantised_as_it_is_read_adapted_and_merged(tmp_path):
+    plain = models.causal("gpt2", n_embd=64).eval()
+    plain.save_pretrained(tmp_path / "base")
+    asked = EvalSettings(model="m", data="d", quantise="nf4")
+    model = load_held(tmp_path / "base", asked, torch.float32, torch.device("cpu"), []).eval()
+    layer = model.transformer.h[0].mlp.c_fc
+    assert type(layer).__name__ == "Linear4bit"
+    weight = plain.transformer.h[0].mlp.c_fc.weight
+    packed, state = bnb.functional.quantize_4bit(weight.t().contiguous(), quant_type="nf4")
+    assert torch.equal(stored_weight(layer).matrix(), dequantised(packed, state))
+    lowrank.inject(model, LoraConfig(r=4, lora_alpha=6, target_modules=["c_attn", "c_fc"]))
+    for _, adapted in lora_layers(model):
+        adapted.factors("default").b.data.normal_(std=0.1)
+    lowrank.save_adapter(model, tmp_path / "adapter")
+    report = lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", onto="original")
+    again = copy.deepcopy(model)
+    with pytest.warns(LowrankWarning, match="apart from what was trained"):
+        lowrank.merge_and_unload(again, onto="original", original=tmp_path / "base")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert type(again.transformer.h[0].mlp.c_fc).__name__ == "Conv1D" and name in report.apart
+    torch.testing.assert_close(again.state_dict()[name], merged[name])
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path):
     for options, sentence in (
         ({"quantise": None, "double": True}, "double means the scales of nf4 or fp4: say quantise too"),
         ({"quantise": "int8", "double": True}, "double means the scales of nf4 or fp4"),
-        ({"quantise": None, "init": "loftq"}, "init loftq starts from what quantising takes off"),
+        ({"quantise": None, "init": "loftq_2"}, "init loftq starts from what quantising takes off"),
         ({"full": True, "targets": None}, "full trains every weight"),
     ):
         with pytest.raises(ValueError, match=sentence):

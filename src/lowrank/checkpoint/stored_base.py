@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowrank.core.stored.of_module import is_readable, stored_weight
 
 MODULES, NUMBERS = 4, 64  # so many weights, and so many numbers of each
+MOVED = "_lowrank_moved"  # on a module: what LoftQ's rounds took off W0 before it was quantised
 ALIKE = 1e-6  # relative; less is a rounding of dtypes
 
 
@@ -80,10 +81,11 @@ def stored_base(modules: Iterable[tuple[str, nn.Module]]) -> StoredBase | None:
     chosen = found[::step][:MODULES]
     probe = {path: tuple(stored.rows(slice(0, 1)).flatten()[:NUMBERS].double().tolist()) for path, stored in chosen}
     first = found[0][1]
+    moved = any(MOVED in module.__dict__ for _, module in all_modules)
+    form = first.form + (", moved by LoftQ" if moved else "")
     block = getattr(first, "block", None)
-    return StoredBase(
-        first.form, str(first.dtype).removeprefix("torch."), probe, block if isinstance(block, int) else None, plain
-    )
+    size = block if isinstance(block, int) else None
+    return StoredBase(form, str(first.dtype).removeprefix("torch."), probe, size, plain)
 
 
 def _form(module: nn.Module) -> str:

@@ -11,6 +11,7 @@ from lowrank.core.stored import Stored
 from lowrank.core.stored.of_module import is_stored, stored_weight
 from lowrank.errors import ConfigError
 from lowrank.injection.patterns import matches_name
+from lowrank.injection.repacking import REPACKS
 from lowrank.injection.targets import named_targets, output_heads
 
 Scheme = Literal["nf4", "fp4", "int8"]
@@ -49,7 +50,7 @@ def quantise(
     double: quantise the scales of four bits too. skip: names of modules that stay as they are. watch: is called with
     (path, W0, what is held of it) while both are there. Raises ConfigError where bitsandbytes is not installed.
     """
-    bnb = _bitsandbytes(scheme)
+    bnb = require_bitsandbytes(scheme)
     for path, module in quantisable(model, skip).items():
         weight = module.weight.detach()
         new = _layer(bnb, module, scheme, double).to(device or weight.device)
@@ -70,8 +71,21 @@ def quantisable(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Linear]
     return {
         path: module
         for path, module in modules.items()
-        if type(module) is nn.Linear and id(module) not in heads and not any(matches_name(path, n) for n in skip)
+        if type(module) is nn.Linear and id(module) not in heads and not left_out(path, skip)
     }
+
+
+def left_out(path: str, skip: Collection[str]) -> bool:
+    """Whether the module at `path`, or one that it is in, is named by `skip`."""
+    parts = path.split(".")
+    return any(matches_name(".".join(parts[:end]), name) for end in range(1, len(parts) + 1) for name in skip)
+
+
+def unpacked(model: nn.Module) -> None:
+    """In place: no four-bit layer repacks its weight at its first answer: adapters that are put on later read it."""
+    for module in model.modules():
+        if REPACKS in module.__dict__:
+            module.__dict__[REPACKS] = False
 
 
 def what_is_held(model: nn.Module) -> Held | None:
@@ -96,7 +110,8 @@ def require_plain(model: nn.Module, what: str) -> None:
         )
 
 
-def _bitsandbytes(scheme: str) -> Any:
+def require_bitsandbytes(scheme: str) -> Any:
+    """The package. Raises ConfigError where it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
@@ -118,6 +133,6 @@ def _layer(bnb: Any, module: nn.Linear, scheme: Scheme, double: bool) -> Any:
         layer.weight = bnb.nn.Params4bit(
             weight, requires_grad=False, quant_type=scheme, compress_statistics=double, module=layer
         )
-        layer.support_avx512bf16_for_cpu = False  # it would repack what adapters, put on later, want to read
+        unpacked(layer)
     layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return layer

@@ -111,10 +111,10 @@ def dequantise_rest(model: nn.Module, dtype: torch.dtype, weights: Weights | Non
         if isinstance(module, nn.Linear) and is_stored(module):
             weight = stored_weight(module).matrix(dtype) if weights is None else weights(path).to(dtype, copy=True)
             become_linear(module, weight)
-    _forget_quantiser(model)
+    forget_quantiser(model)
 
 
-def _forget_quantiser(model: nn.Module) -> None:
+def forget_quantiser(model: nn.Module) -> None:
     """In place: what transformers notes about a quantised model is gone, so that it is saved as a plain one."""
     for module in model.modules():
         for name in MARKS:

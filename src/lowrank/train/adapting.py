@@ -1,17 +1,15 @@
 """What of a model is trained: the adapter that the settings mean, put into it, or every weight."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from lowrank.checkpoint import load_adapter
 from lowrank.data.names import read_targets
 from lowrank.hub import local_folder
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
-from lowrank.train.loftq import LOFTQ, LoftqStarts
+from lowrank.train.loftq import rounds_of, start
 from lowrank.train.models import checkpoint_activations
 from lowrank.train.settings import TargetSettings, TrainSettings
 from lowrank.train.task import Loaded
@@ -42,23 +40,12 @@ def lora_config(settings: TrainSettings, heads: tuple[str, ...]) -> LoraConfig:
         modules_to_save=tuple(dict.fromkeys((*settings.modules_to_save, *heads))),
         bias=settings.bias,
         use_dora=settings.dora,
-        init_lora_weights="gaussian" if settings.init == LOFTQ else settings.init,
+        init_lora_weights="gaussian" if rounds_of(settings.init) else settings.init,
     )
 
 
-def watcher(settings: TrainSettings, starts: LoftqStarts | None) -> Callable[..., LoftqStarts | None]:
-    """What looks on while a model is quantised: the starts, once they know what will be adapted."""
-
-    def begin(model: nn.Module, heads: tuple[str, ...]) -> LoftqStarts | None:
-        if starts is not None:
-            starts.plan(model, lora_config(settings, heads))
-        return starts
-
-    return begin
-
-
-def adapt(loaded: Loaded, settings: TrainSettings, starts: LoftqStarts | None) -> str:
-    """In place: choose what is trained. Returns it in words."""
+def adapt(loaded: Loaded, settings: TrainSettings, base: Path) -> str:
+    """In place: choose what is trained. base: the model's folder. Returns it in words."""
     model: Any = loaded.model
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
@@ -70,6 +57,9 @@ def adapt(loaded: Loaded, settings: TrainSettings, starts: LoftqStarts | None) -
         rows = token_rows(model, loaded.tokenizer, settings.trainable_tokens)
         config = replace(lora_config(settings, loaded.heads), trainable_token_indices=rows)
         done = inject(model, config).summary()
-        return done if starts is None else f"{done}; {starts.put(model)} layers start from what quantising took off"
+        if not (rounds := rounds_of(settings.init)):
+            return done
+        words = f", {rounds} rounds of LoftQ, which moved the base for this adapter alone" if rounds > 1 else ""
+        return f"{done}; {start(model, base, rounds)} layers start from what quantising took off{words}"
     model.requires_grad_(True)
     return f"every weight: {sum(p.numel() for p in model.parameters()):,} trained parameters"

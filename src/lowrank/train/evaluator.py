@@ -15,6 +15,7 @@ from lowrank.data.tokens import encode
 from lowrank.errors import ConfigError, DataError, LowrankWarning
 from lowrank.hub import local_folder
 from lowrank.train.evaluation import Scores, score
+from lowrank.train.loftq import move_base
 from lowrank.train.models import find_model, longest_row, own_labels
 from lowrank.train.settings import EvalSettings
 from lowrank.train.task import load
@@ -61,6 +62,7 @@ def evaluate(settings: EvalSettings) -> EvalResult:
     if loaded.fresh and settings.adapter is None:
         raise ConfigError(f"model {base}: it has no trained head for {data.kind} to evaluate; give the --adapter")
     if adapter is not None:
+        move_base(loaded.model, base, adapter)
         load_adapter(loaded.model, adapter)
     longest = longest_row(loaded.model, loaded.tokenizer, data_settings.max_length)
     recipe = make_recipe(data_settings, data.kind, loaded.tokenizer, longest, labels, trained, data.speaks)

@@ -15,6 +15,7 @@ from lowrank.errors import ConfigError
 from lowrank.hub import local_folder
 from lowrank.stages import stage
 from lowrank.train.ends import end_tokens
+from lowrank.train.loftq import move_base
 from lowrank.train.models import find_model, load_tokenizer, quiet
 from lowrank.train.settings import GenerateSettings
 from lowrank.train.task import Loaded, load
@@ -107,6 +108,7 @@ def open_writer(settings: GenerateSettings) -> Writer:
         chat_template_of(settings.chat_template, load_tokenizer(base), trained)
     loaded = load(base, recipe.kind, (), settings)
     if adapter is not None:
+        move_base(loaded.model, base, adapter)
         load_adapter(loaded.model, adapter)
     recipe = _conversing(settings, recipe, trained, loaded.tokenizer)
     return Writer(loaded, recipe, settings, end_tokens(loaded.model, loaded.tokenizer, recipe))

@@ -79,14 +79,22 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_causal(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The causal language model in a folder. Raises CheckpointError for other models and damaged files."""
+def quantiser_in(folder: Path) -> bool:
+    """Whether config.json says that the model's files are quantised."""
+    return _read_config(folder).get("quantization_config") is not None
+
+
+def load_causal(folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """The causal language model in a folder. Raises CheckpointError for other models and damaged files.
+
+    options: of transformers' from_pretrained.
+    """
     from transformers import AutoModelForCausalLM
 
     _check_causal(folder)
     with _loading(folder, "not loadable as a causal language model"):
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, **OFFLINE
+            str(folder), dtype=dtype, output_loading_info=True, **OFFLINE, **options
         )
     if info["missing_keys"]:
         raise CheckpointError(

@@ -12,11 +12,10 @@ from lowrank.data.tokens import Encoded, encode
 from lowrank.errors import DataError
 from lowrank.hub import pinned
 from lowrank.train import processes
-from lowrank.train.adapting import adapt, lora_config, watcher
+from lowrank.train.adapting import adapt, lora_config
 from lowrank.train.asked import check_kind
 from lowrank.train.auto_rate import SOURCE, auto_rate
 from lowrank.train.evaluation import Measure
-from lowrank.train.loftq import LOFTQ, LoftqStarts
 from lowrank.train.loop import Loop, steps_of
 from lowrank.train.models import find_model
 from lowrank.train.packing import packed
@@ -76,13 +75,12 @@ def prepare(settings: TrainSettings) -> Prepared:
         rows, held_out = read_rows(settings)
     check_kind(settings, rows)
     labels = labels_of(base, rows)
-    starts = LoftqStarts() if settings.init == LOFTQ else None
-    loaded = load(base, rows.kind, labels, settings, settings.modules_to_save, watcher(settings, starts))
+    loaded = load(base, rows.kind, labels, settings, settings.modules_to_save)
     recipe = recipe_of(settings, rows, labels, loaded)
     with processes.first_ahead():
         data = encode(rows, loaded.tokenizer, recipe)
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
-    adapted = adapt(loaded, settings, starts)
+    adapted = adapt(loaded, settings, base)
     processes.same_everywhere([p for p in loaded.model.parameters() if p.requires_grad])
     reseed(settings.seed, processes.number())
     measure = loaded.measure(recipe, settings.metrics)

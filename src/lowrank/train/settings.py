@@ -43,7 +43,8 @@ class AdapterSettings(TargetSettings):
     dropout: float = Field(0.0, description="Dropout on the input of A while training")
     init: str = Field(
         "gaussian",
-        description="gaussian, kaiming, orthogonal, olora, pissa, pissa_niter_N (fast pissa) or, with quantise, loftq",
+        description="gaussian, kaiming, orthogonal, olora, pissa, pissa_niter_N (fast pissa) or, with quantise, loftq "
+        "(or loftq_N, N rounds that move the base for this adapter alone)",
     )
     dora: bool = Field(False, description="Learn a magnitude per output row beside the direction (DoRA)")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained too")
@@ -197,7 +198,7 @@ class TrainSettings(AdapterSettings, LoopSettings, RunSettings, HeldSettings, Ch
             faults.append("lr_ratio is between an adapter's B and A, and full has none: leave it out")
         if self.full and self.quantise:
             faults.append("full trains every weight, and quantised ones are frozen: leave quantise out")
-        if self.init == "loftq" and not self.quantise:
+        if self.init.startswith("loftq") and not self.quantise:
             faults.append("init loftq starts from what quantising takes off: say quantise too")
         if self.dtype == "float16":
             faults.append("dtype float16 overflows in training: use bfloat16 or float32")

@@ -1,6 +1,6 @@
 """What differs between kinds of rows: how the model is loaded, and how rows are padded and scored."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from lowrank.data.recipe import Recipe
 from lowrank.data.rows import JUDGES, PER_TOKEN, Kind
 from lowrank.data.tokens import Example
 from lowrank.errors import CheckpointError, ConfigError
-from lowrank.injection.quantise import Watcher, quantise, what_is_held
+from lowrank.injection.quantise import quantise, what_is_held
 from lowrank.stages import stage
 from lowrank.train.answers import answers
 from lowrank.train.ends import end_tokens
 from lowrank.train.evaluation import Measure, Written
 from lowrank.train.head import find_head
+from lowrank.train.held import load_held
 from lowrank.train.losses import loss_of
 from lowrank.train.metrics import FIGURES, Figures, of_classes_with_f1
 from lowrank.train.models import (
@@ -81,11 +82,11 @@ def load(
     labels: Sequence[str],
     settings: MachineSettings,
     skip: Sequence[str] = (),
-    watch: Callable[[nn.Module, tuple[str, ...]], Watcher | None] = lambda *_: None,
 ) -> Loaded:
     """The model and tokenizer of a folder, on the device and in the dtype asked for, quantised where that is asked for.
 
-    skip: modules that are not quantised, beside the heads. watch: from the float model and its heads to what looks on.
+    skip: modules that are not quantised, beside the heads. A language model is quantised as it is read; a model that
+    judges is loaded whole before, since which of its modules start new is known then.
     """
     device = device_of(settings)
     dtype = dtype_of(settings, device)
@@ -93,26 +94,21 @@ def load(
     tokenizer = load_tokenizer(folder)
     heads: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    held = settings if isinstance(settings, HeldSettings) and settings.quantise is not None else None
     if kind in JUDGES:
         model, fresh = load_judge(folder, labels, dtype)
         heads = head_modules(model, fresh)
-    else:
+    elif held is None:
         model = load_causal(folder, dtype)
+    else:
+        model = load_held(folder, held, dtype, device, skip)
     pad = pad_token(model, tokenizer)
     _check_vocabulary(folder, model, tokenizer)
-    if isinstance(settings, HeldSettings) and settings.quantise is not None:
+    if held is not None and held.quantise is not None and kind in JUDGES:
         if what_is_held(model) is not None:
-            raise ConfigError(f"--quantise {settings.quantise}: model {folder} comes quantised already; leave it out")
+            raise ConfigError(f"--quantise {held.quantise}: model {folder} comes quantised already; leave it out")
         stage("quantising the model")
-        names = (*skip, *heads)
-        quantise(
-            model,
-            settings.quantise,
-            double=settings.double,
-            skip=names,
-            device=device,
-            watch=watch(model, heads),
-        )
+        quantise(model, held.quantise, double=held.double, skip=(*skip, *heads), device=device)
     return Loaded(model.to(device), tokenizer, device, pad, heads, fresh)
 
 

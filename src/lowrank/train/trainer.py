@@ -16,6 +16,7 @@ from lowrank.checkpoint.outputs import Check, check_room, claimed
 from lowrank.data.recipe import FILE
 from lowrank.errors import ConfigError, Diverged, LowrankError
 from lowrank.train import processes
+from lowrank.train.loftq import save_moved
 from lowrank.train.loop import Loop
 from lowrank.train.loop_state import LoopState
 from lowrank.train.places import Places
@@ -155,3 +156,4 @@ def _save(loaded: Loaded, settings: TrainSettings, folder: Path) -> None:
         save_whole(loaded.model, loaded.tokenizer, folder)
     else:
         save_adapter(loaded.model, folder)
+        save_moved(loaded.model, folder)

@@ -1,9 +1,6 @@
-"""LoftQ: start from what quantising took off the weight (Li et al. 2023, arXiv 2310.08659), for Q(W0) that stays.
+"""LoftQ: start from what quantising took off the weight (Li et al. 2023, arXiv 2310.08659)."""
 
-A, B with s·B·A the best rank-r part of W0 − Q(W0). The paper alternates: it quantises W0 − s·B·A again, several rounds,
-and so moves the frozen weight too. Here that stays Q(W0), so that the adapter belongs to the base that everybody has;
-then a second round would find the same factors.
-"""
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +10,7 @@ ITERATIONS = 8
 
 
 def loftq(residual: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """(A, B) of W0 − Q(W0), (d, k) in float32: A (r, k), B (d, r)."""
+    """(A, B) with s·B·A the best rank-r part of W0 − Q(W0), (d, k) in float32: A (r, k), B (d, r)."""
     if min(residual.shape) <= EXACT:
         u, sigma, vh = torch.linalg.svd(residual, full_matrices=False)
     else:
@@ -21,3 +18,18 @@ def loftq(residual: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
         vh = v.t()
     root = (sigma[:rank] / scale).sqrt()
     return (root.unsqueeze(1) * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+
+
+def taken_off(
+    weight: Tensor, rank: int, scale: float, rounds: int, held: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(A, s·B) that the paper takes off W0 before its last of `rounds` > 1 quantises: the factors of the round before.
+
+    weight: W0, (d, k) in float32; held: Q of a matrix.
+    """
+    target = weight
+    for _ in range(rounds - 1):
+        a, b = loftq(weight - held(target), rank, scale)
+        off = a, b * scale
+        target = torch.addmm(weight, off[1], a, alpha=-1)
+    return off
