@@ -265,3 +265,32 @@ def test_what_cannot_be_read_is_said():
     model[0].weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(TargetError, match="repacked it for inference"):
         lowrank.inject(model, LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("block", [(32, 32), None])
+def test_fp8_layers_are_adapted_and_merged_both_ways(block):
+    integration = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    layer = integration.FP8Linear(64, 48, block_size=block, has_bias=True).requires_grad_(False)
+    layer.weight.data = torch.randn(48, 64).mul(50).clamp(-448, 448).to(torch.float8_e4m3fn)
+    layer.weight_scale_inv.data = torch.rand(layer.weight_scale_inv.shape) * 1e-3 + 1e-4
+    layer.bias.data.normal_()
+    weight = integration._dequantize_fp8_weight(layer.weight, layer.weight_scale_inv, block, torch.float32)
+    model = nn.Sequential(layer)
+    plain = nn.Sequential(nn.Linear(64, 48))
+    plain[0].weight.data, plain[0].bias.data = weight.clone(), layer.bias.data.clone()
+    for one in (model, plain):
+        torch.manual_seed(3)
+        lowrank.inject(one, LoraConfig(r=4, lora_alpha=6, target_modules=["0"]))
+        one[0].factors("default").b.data.normal_(std=0.1)
+    x = torch.randn(3, 50, 64)
+    for got, wanted in zip(step(model, x), step(plain, x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    back = copy.deepcopy(model)
+    for one in (model, plain):
+        lowrank.merge_and_unload(one)
+    assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, plain[0].weight)
+    lowrank.merge_and_unload(back, onto="quantised")
+    assert type(back[0]) is integration.FP8Linear and back[0].weight.dtype is torch.float8_e4m3fn
+    kept = integration._dequantize_fp8_weight(back[0].weight, back[0].weight_scale_inv, block, torch.float32)
+    difference, change = (kept - plain[0].weight).norm(), (plain[0].weight - weight).norm()
+    assert difference < 0.3 * change

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import lowrank
-from lowrank.core.stored import FourBit, Int8Rows, Mxfp4, Nested, Scaled, Stored
+from lowrank.core.stored import FourBit, Int8Rows, Mxfp4, Nested, Scaled, Stored, requantise
+from lowrank.core.stored.mxfp4 import E2M1
 from quantised_models import dequantised
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,6 +61,36 @@ def test_a_last_block_may_be_cut():
         ]
     )
     check_rows(Scaled(numbers, scales, (4, 8), torch.float32, zero), wanted)
+
+
+def test_mxfp4_goes_back_to_the_same_numbers_and_to_the_nearest():
+    blocks = torch.randint(0, 256, (12, 3, 16), dtype=torch.uint8)
+    stored = Mxfp4(blocks, torch.randint(110, 140, (12, 3), dtype=torch.uint8), torch.float32)
+    assert torch.equal(requantise(stored.matrix(), stored).matrix(), stored.matrix())
+    matrix = torch.randn(12, 96)
+    got = requantise(matrix, stored)
+    power = torch.floor(torch.log2(matrix.view(12, 3, 32).abs().amax(-1)))
+    assert torch.equal(got.scales.float() - 127, power - 2)
+    every = torch.tensor(E2M1).view(-1, 1, 1, 1) * torch.exp2(power - 2).unsqueeze(-1)
+    nearest = (every - matrix.view(12, 3, 32)).abs().amin(0)
+    torch.testing.assert_close((got.matrix() - matrix).abs().view(12, 3, 32), nearest)
+    halves = torch.tensor([6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25, -0.75, *[0.0] * 22]).expand(12, 96 // 32, 32)
+    even = requantise(halves.reshape(12, 96), stored).matrix()[0, :10]
+    assert even.tolist() == [6, 0, 1, 1, 2, 2, 4, 4, 0, -1]
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize("block", [(16, 32), (1, 64), (1, 16), (40, 64)])
+def test_scaled_numbers_go_back_to_themselves(kind, block):
+    """Where every block has the largest number, as whoever quantises gives it one."""
+    grid = (-(-40 // block[0]), 64 // block[1])
+    largest = torch.finfo(kind).max if kind.is_floating_point else 127
+    numbers = torch.randn(40, 64).mul(20).to(kind)
+    numbers[:: block[0], :: block[1]] = largest
+    scales = torch.exp2(torch.randint(-12, -4, grid).float())
+    stored = Scaled(numbers, scales, block, torch.float32)
+    again = requantise(stored.matrix(), stored)
+    assert torch.equal(again.scales, scales) and torch.equal(again.matrix(), stored.matrix())
 
 
 def test_mxfp4_is_transformers_s():

@@ -10,6 +10,7 @@ from lowrank.core.stored.base import Stored
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 BIAS = 127
+LARGEST_POWER = 2  # of a number of the code: 6 is 1.5·2²
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """From a matrix back to a stored form, of the same scheme, block and statistics: what a requantised merge writes.
 
 Four bits and int8 as bitsandbytes quantises on a CPU, bit for bit; but the scales of double quantisation get the code
-that is nearest, where its kernel misses that one time in some hundred.
+that is nearest, where its kernel misses that one time in some hundred. MXFP4 as the OCP specification says: a block's
+power of two from its largest number, halves to even.
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lowrank.core.stored.base import Stored
 from lowrank.core.stored.fourbit import FourBit, Nested
+from lowrank.core.stored.mxfp4 import BIAS, E2M1, LARGEST_POWER, Mxfp4
 from lowrank.core.stored.scaled import Int8Rows, Scaled
 
 TINY = 1e-38  # the least scale of a block, as bitsandbytes has it
@@ -24,6 +26,8 @@ def requantise(matrix: Tensor, like: Stored) -> Stored:
         return Int8Rows(numbers, absmax, like.dtype)
     if isinstance(like, Scaled) and like.zero is None:
         return _scaled(matrix, like)
+    if isinstance(like, Mxfp4):
+        return _mxfp4(matrix, like)
     raise NotImplementedError(f"weights stored as {like.scheme} are read here, and not written")
 
 
@@ -55,6 +59,20 @@ def _blocks(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
         last = flat[whole:].abs().amax().clamp(min=TINY)
         absmax, numbers = torch.cat([absmax, last.view(1)]), torch.cat([numbers, flat[whole:] / last])
     return numbers.clamp_(-1, 1), absmax
+
+
+def _mxfp4(matrix: Tensor, like: Mxfp4) -> Mxfp4:
+    numbers = matrix.float().view(*like.scales.shape, -1)  # (d, k/32, 32)
+    power = torch.frexp(numbers.abs().amax(-1)).exponent - 1 - LARGEST_POWER
+    scales = (power + BIAS).clamp_(0, 254)
+    small = torch.ldexp(numbers, (BIAS - scales).unsqueeze(-1))
+    code = torch.tensor(E2M1[:8], device=small.device)
+    bounds, size = (code[:-1] + code[1:]) / 2, small.abs()
+    index = torch.bucketize(size, bounds)
+    tied = (index < len(bounds)) & (size == bounds[index.clamp(max=len(bounds) - 1)])
+    index = index + (tied & (index % 2 == 1)) + 8 * torch.signbit(small)
+    packed = (index[..., ::2] | (index[..., 1::2] << 4)).to(torch.uint8)
+    return Mxfp4(packed, scales.to(torch.uint8), like.dtype)
 
 
 def _scaled(matrix: Tensor, like: Scaled) -> Scaled:

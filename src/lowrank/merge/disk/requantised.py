@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lowrank.core.merging import merge_block, row_blocks
-from lowrank.core.stored import FourBit, Stored, requantise
+from lowrank.core.stored import FourBit, Scaled, Stored, requantise
 from lowrank.errors import MergeError
-from lowrank.files.safetensors import DTYPES
+from lowrank.files.safetensors import READABLE
 from lowrank.merge.disk.adapters import Contribution
 from lowrank.merge.disk.changes import compute_dtype, make_changes
 from lowrank.merge.disk.recipe import Recipe
@@ -78,7 +78,13 @@ def _steps(stored: Stored) -> Tensor:
     if isinstance(stored, FourBit):
         largest = stored.scales(0, stored.shape.numel()).abs().max() * 1.05  # double quantisation moves it a little
         return largest.mul(WIDEST_GAP[stored.kind] / 2 + 0.05).expand(stored.shape[0], 1)
-    return stored.matrix(torch.float32).abs().amax(1, keepdim=True) / 127
+    largest = stored.matrix(torch.float32).abs().amax(1, keepdim=True)
+    if isinstance(stored, Scaled) and stored.numbers.dtype.is_floating_point:
+        kind = torch.finfo(stored.numbers.dtype)
+        return largest * kind.eps + float(stored.scales.float().max()) * kind.tiny * kind.eps
+    if isinstance(stored, Scaled):
+        return stored.scales.float().max().expand(stored.shape[0], 1)
+    return largest / 127
 
 
 def requantised_recipes(
@@ -108,7 +114,7 @@ def requantised_recipes(
 def _weight(name: str, source: Source, form: Form, contributions: tuple[Contribution, ...]) -> Recipe:
     """The recipe of its packed numbers."""
     entry, part = source.entry, form.parts["weight" if "weight" in form.parts else next(iter(form.parts))]
-    if part.entry.dtype not in DTYPES or form.stored() is None:
+    if part.entry.dtype not in READABLE or form.stored() is None:
         raise MergeError(f"onto quantised: {name} is in a form that is read here, and not written: merge onto 16bit")
     lazy = Requantised(name, Recipe(name, entry.dtype, entry.shape, source, None, contributions), form, {})
     return Recipe(part.entry.name, part.entry.dtype, part.entry.shape, part, repacked=lazy)

@@ -19,7 +19,7 @@ from torch import Tensor
 from lowrank.core.merging import row_blocks
 from lowrank.errors import MergeError
 from lowrank.files.regular import read_into
-from lowrank.files.safetensors import DTYPES, Entry, read_layout
+from lowrank.files.safetensors import DTYPES, READABLE, Entry, read_layout
 from lowrank.merge.disk.exact import ExactRows
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.stored_rows import read_rows
@@ -148,7 +148,7 @@ class _Verifier:
             self._findings.surviving[check.recipe.name] = max(0.0, 1 - lost / changed) if changed else 1.0
 
     def _written(self, check: _Check, result: int, rows: slice) -> Tensor:
-        dtype, columns = DTYPES[check.recipe.dtype], check.recipe.matrix[1]
+        dtype, columns = READABLE[check.recipe.dtype], check.recipe.matrix[1]
         block, memory = self._workspace.take("written", (rows.stop - rows.start, columns), dtype)
         offset = check.entry.offset + rows.start * columns * dtype.itemsize
         read_into(result, memory, offset, self._folder / check.file.name)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank.core.finite import all_finite
 from lowrank.core.merging import Change, merge_block, row_blocks
 from lowrank.errors import MergeError
-from lowrank.files.safetensors import DTYPES
+from lowrank.files.safetensors import READABLE
 from lowrank.merge.disk.changes import compute_dtype, make_changes
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.stored_rows import read_rows
@@ -177,7 +177,7 @@ class _Writer:
     def _merge(self, task: Rows, result: int) -> None:
         recipe = task.recipe
         changes = task.changes.get() if recipe.repacked is None else ()
-        row_bytes = recipe.matrix[1] * DTYPES[recipe.dtype].itemsize
+        row_bytes = recipe.matrix[1] * READABLE[recipe.dtype].itemsize
         with opened(recipe.source) as source:
             for rows in task.blocks:
                 if recipe.repacked is None:
@@ -193,7 +193,7 @@ class _Writer:
     def _round(
         self, recipe: Recipe, stored: Tensor, changes: tuple[Change, ...], rows: slice
     ) -> tuple[Tensor, memoryview]:
-        rounded, memory = self._workspace.take("rounded", tuple(stored.shape), DTYPES[recipe.dtype])
+        rounded, memory = self._workspace.take("rounded", tuple(stored.shape), READABLE[recipe.dtype])
         if changes:
             dtype = compute_dtype(recipe)
             wide, _ = self._workspace.take("wide", tuple(stored.shape), torch.promote_types(torch.float32, dtype))

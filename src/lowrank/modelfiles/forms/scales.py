@@ -54,15 +54,48 @@ class ScaledForm:
         return self._whole.rows(rows)
 
 
+@dataclass(eq=False)
+class StackForm:
+    """Experts (E, d, k) of small numbers, with scales (E, ⌈d/block⌉, ⌈k/block⌉); a row of the whole is an expert."""
+
+    parts: dict[str, Source]
+    block: tuple[int, int]
+    grid: tuple[int, int]
+    dtype: torch.dtype
+    scheme: str = "scaled"
+
+    def stored(self) -> Stored | None:
+        """None: it is a stack."""
+        return None
+
+    def parts_of(self, stored: Stored) -> dict[str, Tensor]:
+        """It is read, and not written."""
+        raise NotImplementedError("stacks of FP8 are read here, and not written")
+
+    def assembled(self, parts: dict[str, Tensor]) -> Stored:
+        """It is read, and not written."""
+        raise NotImplementedError("stacks of FP8 are read here, and not written")
+
+    def rows(self, rows: slice) -> Tensor:
+        """Experts, (n', d·k)."""
+        numbers = mapped_flat(self.parts["weight"]).view(self.parts["weight"].entry.shape)
+        scales = mapped_flat(self.parts["scale"]).view(-1, *self.grid)
+        experts = (Scaled(numbers[e], scales[e], self.block, self.dtype) for e in range(rows.start, rows.stop))
+        return torch.stack([expert.matrix().flatten() for expert in experts])
+
+
 def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -> Found:
     """Every weight of small numbers with scales beside it. Raises CheckpointError where these are not there."""
     found = Found()
     for name, source in tensors.items():
-        module = name.removesuffix(".weight")
-        if module == name or source.entry.dtype not in NUMBERS or isinstance(source.entry, StoredEntry):
+        if source.entry.dtype not in NUMBERS or isinstance(source.entry, StoredEntry):
             continue
-        if len(source.entry.shape) != 2:
-            continue  # a stack of experts: not read yet
+        if len(source.entry.shape) == 3:
+            _add_stack(tensors, name, method, plain, found)
+            continue
+        module = name.removesuffix(".weight")
+        if module == name or len(source.entry.shape) != 2:
+            continue
         scale = next((f"{module}.{word}" for word in SCALES if f"{module}.{word}" in tensors), None)
         if scale is None and (source.entry.dtype == "I8" or not method):
             continue  # numbers of a kind that is not known here
@@ -93,6 +126,23 @@ def _add(
             refuse(zero, f"it has shape {list(parts['zero'].entry.shape)}, and its scales {list(entry.shape)}")
     idle = tuple(n for word in IDLE if (n := f"{module}.{word}") in tensors)
     form = ScaledForm(parts, block, (grid[0], grid[1]), FLOATS[plain])
+    found.add(name, plain, shape, form, parts["weight"], idle)
+
+
+def _add_stack(tensors: Mapping[str, Source], name: str, method: Mapping[str, Any], plain: str, found: Found) -> None:
+    """In place: a stack of experts, where its scales lie beside it; others stay numbers that nothing reads."""
+    ends = ("_scale_inv", "_scale")  # of `gate_up_proj` as of `weight`
+    scale = next((name + end for end in ends if name + end in tensors), None)
+    if scale is None:
+        return
+    parts = {"weight": tensors[name], "scale": part(tensors, scale, name, ("F32", "BF16", "F16"))}
+    shape, entry = parts["weight"].entry.shape, parts["scale"].entry
+    grid = (*entry.shape[1:], 1, 1)[:2]
+    block = _block(shape[1:], (grid[0], grid[1]), method) if entry.shape[:1] == shape[:1] else None
+    if block is None or len(entry.shape) > len(shape):
+        refuse(scale, f"its shape {list(entry.shape)} does not fit experts of shape {list(shape)}")
+    idle = tuple(n for word in ("_input_scale", "_activation_scale") if (n := name + word) in tensors)
+    form = StackForm(parts, block, (grid[0], grid[1]), FLOATS[plain])
     found.add(name, plain, shape, form, parts["weight"], idle)
 
 
