@@ -359,11 +359,11 @@ MUTATIONS: dict[str, Mutation] = {
         "data/preference.py", "len(side.ids) - over", "recipe.max_length", PREFERENCE
     ),
     "processes: each counts its own": Mutation(
-        "train/processes.py", "distributed.all_reduce(total)", "pass", PROCESSES
+        "train/processes.py", "distributed.all_reduce(tensor, how)", "pass", PROCESSES
     ),
     "resume: no random states": Mutation(
         CAPTURE,
-        '    draw_on(next(loop.model.parameters()).device, _those("random", value.tensors), facts.random[0])',
+        "    draw_on(next(loop.model.parameters()).device, where, facts.random[number])",
         "    pass",
         RESUME,
     ),

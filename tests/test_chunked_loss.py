@@ -19,7 +19,7 @@ FAMILIES = ["llama", "qwen2", "gpt2", "phi", "gemma2", "gemma3_text", "granite",
 FAMILIES += ["opt", "gpt_neox", "bloom", "nanochat", "olmo2", "mamba", "mixtral", "qwen3_moe"]
 IN_FLOAT32 = ("mamba", "mixtral", "qwen3_moe")  # they cast, or multiply grouped matrices in float32 at most
 WITH_TRAINED_HEAD = ["llama", "gemma2", "granite", "cohere"]
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.04}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 0.06}  # AVX-512's own bfloat16 sums: 0.042
 
 
 def model_of(family, dtype=torch.float64, cap=True, **config):

@@ -37,6 +37,7 @@ ALLOWED = {
     "modelfiles/blocks.py": "the base's bytes by pread at places that were checked",
     "modelfiles/bytes.py": "clones a weight file that was checked",
     "train/memory.py": "/proc/self/status",
+    "train/processes.py": "bytes of the other processes of the same training",
     "train/state/identity.py": "hashes data files, in pieces",
     "study/estimate/machines.py": "/proc/meminfo",
     "train/config_file.py": "settings of the user, of a million bytes at most",
