@@ -25,6 +25,8 @@ ROWS = [Example(list(range(1, 4 + n)), [IGNORED] * 2 + list(range(3, 4 + n))) fo
 class Keeps:
     """An optimiser that takes no step, and keeps the gradients of the first it was asked for."""
 
+    rate = 0.0
+
     def __init__(self, parameters):
         self.parameters = parameters
 
