@@ -1,10 +1,12 @@
 """Where PEFT's own rules refuse or turn what is saved in its format, saving says so: held against real PEFT."""
 
+import copy
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 import lowrank
 from checkpoint_models import IDS, WIDE, disturb, llama
@@ -48,6 +50,36 @@ def mamba():
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, initializer_range=WIDE)
     return MambaForCausalLM(config).eval()
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.attn(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("targets", "is_applied"), [(["attn"], True), (["out_proj"], False), (["attn", "out_proj"], False)]
+)
+def test_peft_applies_nothing_to_what_attention_reads_and_saving_says_so(targets, is_applied, tmp_path):
+    import peft
+
+    torch.manual_seed(0)
+    model = Attends().eval()
+    base, x = copy.deepcopy(model), torch.randn(2, 5, 16)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights="random")
+    lowrank.inject(model, config)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lowrank.save_adapter(model, tmp_path)
+    assert ["attn.out_proj learned" in str(one.message) for one in told] == ([] if is_applied else [True])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert torch.allclose(loaded(x), model(x), **CLOSE) == is_applied
 
 
 def logits(model):
@@ -106,7 +138,7 @@ def test_the_tables_are_pefts():
     theirs = {family: frozenset(names) for family, names in conversion._MOE_TARGET_MODULE_MAPPING.items()}
     assert theirs == EXPERTS
     for model_type in [*MAMBA, "llama", "jamba", "bamba", "mixtral"]:
-        model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+        model = SimpleNamespace(config=SimpleNamespace(model_type=model_type), get_submodule=lambda path: None)
         for name in [*REFUSED, "in_proj", "x_proj"]:
             try:
                 check(Theirs(), model, name)

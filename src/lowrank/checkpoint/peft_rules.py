@@ -4,6 +4,8 @@ from collections.abc import Collection
 
 from torch import nn
 
+from lowrank.errors import some
+
 TRIED = "PEFT 0.21.2"
 
 # peft.tuners.tuners_utils: refused by the last part of the name, on models of these types.
@@ -20,10 +22,12 @@ EXPERTS = {
 
 def peft_faults(model: nn.Module, paths: Collection[str]) -> list[str]:
     """Why PEFT does not load an adapter on these modules of `model` as it is meant; empty where it does."""
+    faults = []
+    if read := _read_by_attention(model, paths):
+        faults.append(f"it does not apply what {some(read)} learned, whose weight nn.MultiheadAttention reads uncalled")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if not isinstance(model_type, str):
-        return []
-    faults = []
+        return faults
     refused = _named(paths, REFUSED if model_type in MAMBA else ())
     turned = _named(paths, EXPERTS.get(_family(model_type) or "", ()))
     if refused:
@@ -33,6 +37,11 @@ def peft_faults(model: nn.Module, paths: Collection[str]) -> list[str]:
             f"it takes {', '.join(turned)} for the routed experts of a {model_type} and leaves their tensors unread"
         )
     return faults
+
+
+def _read_by_attention(model: nn.Module, paths: Collection[str]) -> list[str]:
+    inner = [(path, path.rpartition(".")[0]) for path in paths if "." in path]
+    return [path for path, outer in inner if isinstance(model.get_submodule(outer), nn.MultiheadAttention)]
 
 
 def _named(paths: Collection[str], names: Collection[str]) -> list[str]:
