@@ -47,9 +47,10 @@ def dequantised(packed: Tensor, state: Any) -> Tensor:
     absmax = state.absmax
     if state.nested:
         absmax = bnb.dequantize_blockwise(absmax, state.state2) + state.offset
-    return _dequantize_4bit_compute(
-        packed.view(torch.uint8).flatten(), absmax.float(), state.code, state.blocksize, state.shape, state.dtype
-    )
+    with torch.compiler.set_stance("force_eager"):  # compiled for AVX2 on a processor with AVX-512, it gives garbage
+        return _dequantize_4bit_compute(
+            packed.view(torch.uint8).flatten(), absmax.float(), state.code, state.blocksize, state.shape, state.dtype
+        )
 
 
 class Pair(nn.Module):

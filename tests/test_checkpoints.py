@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,15 @@ def test_time_that_is_up_stops_with_a_checkpoint(
     assert made(out)["adapter_model.safetensors"] == made(tmp_path / "whole")["adapter_model.safetensors"]
 
 
+@pytest.fixture
+def _signals_are_heard() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and so do we where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_signals_are_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_writes(number: signal.Signals, home: Path, tmp_path: Path) -> None:
     before = signal.getsignal(number)
@@ -300,6 +309,7 @@ def test_a_signal_finishes_the_step_and_writes(number: signal.Signals, home: Pat
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.usefixtures("_signals_are_heard")
 def test_a_second_signal_stops_at_once(home: Path, tmp_path: Path) -> None:
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -311,6 +321,7 @@ def test_a_second_signal_stops_at_once(home: Path, tmp_path: Path) -> None:
     assert steps_kept(tmp_path / "run") == [2]
 
 
+@pytest.mark.usefixtures("_signals_are_heard")
 def test_a_signal_leaves_an_evaluation_which_is_made_up_for(
     home: Path,
     tmp_path: Path,

@@ -64,7 +64,8 @@ def test_checkpointed_gradients_are_there_and_equal(name: str, reentrant: bool) 
     checkpoint(model, reentrant)
     for parameter, gradient in factor_gradients(model).items():
         assert gradient is not None, parameter
-        assert torch.allclose(gradient, wanted[parameter], rtol=1e-4, atol=1e-6), parameter
+        largest = float(wanted[parameter].abs().max())
+        assert torch.allclose(gradient, wanted[parameter], rtol=1e-4, atol=1e-5 * largest), parameter
 
 
 @pytest.mark.parametrize("use_peft", [False, True], ids=["injected", "accelerated"])

@@ -57,10 +57,12 @@ def test_resized_embeddings_and_heads_keep_their_adapters(
         LowrankWarning, match=f"lm_head: resized to {rows} rows after injection; the adapters are carried"
     ):
         after = logits(model)
-    assert same_bits(after[..., :kept], before) and after.shape[-1] == rows
+    close = {"rtol": 1e-5, "atol": 1e-6}  # a head of another size is another product: not every library sums it alike
+    torch.testing.assert_close(after[..., :kept], before, **close)
+    assert after.shape[-1] == rows
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     with lowrank.disabled(model):
-        assert same_bits(logits(model)[..., :kept], base)
+        torch.testing.assert_close(logits(model)[..., :kept], base, **close)
     model(input_ids=torch.tensor([[rows - 1, 3]]), labels=torch.tensor([[3, rows - 1]])).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     lowrank.save_adapter(model, tmp_path / "adapter")
@@ -68,7 +70,7 @@ def test_resized_embeddings_and_heads_keep_their_adapters(
     resize(twin, rows)
     twin.load_state_dict(lowrank.unload(copy.deepcopy(model)).state_dict())
     lowrank.load_adapter(twin, tmp_path / "adapter")
-    torch.testing.assert_close(logits(twin), after, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(twin), after, **close)
     torch.testing.assert_close(logits(lowrank.merge_and_unload(model)), after, rtol=1e-4, atol=1e-5)
 
 
