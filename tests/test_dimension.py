@@ -302,5 +302,5 @@ def test_points_of_other_settings_are_not_mixed(
 def test_where_full_fine_tuning_gains_nothing_there_is_no_d90(
     llama: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call({**llama, "lr": 30.0, "steps": 4}, tmp_path / "out", "--ladder", "4", "--seeds", "1") == 0
+    assert call({**llama, "lr": 3.0, "steps": 4}, tmp_path / "out", "--ladder", "4", "--seeds", "1") == 0
     assert "there is no d90" in capsys.readouterr().out
