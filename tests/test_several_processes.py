@@ -66,6 +66,7 @@ def work(rank, count, port, home, out):
     with processes.joined("cpu"):
         for name in RUNS:
             train.run(settings(home, out / name, name))
+    os._exit(0)  # as `python -m lowrank` does
 
 
 def free_port():
@@ -119,10 +120,11 @@ def stopped_and_gone_on_with(rank, count, port, home, out):
     with processes.joined("cpu"):
         if (out / "killed").exists():
             train.resume(out / "killed")
-            return
-        train.run(settings(home, out / "whole", "completions", **drops))
-        with pytest.raises((Killed, ProcessLost)):
-            train.run(settings(home, out / "killed", "completions", **drops), KilledAfter(5))
+        else:
+            train.run(settings(home, out / "whole", "completions", **drops))
+            with pytest.raises((Killed, ProcessLost)):
+                train.run(settings(home, out / "killed", "completions", **drops), KilledAfter(5))
+    os._exit(0)
 
 
 def test_killed_and_gone_on_with_two_processes_give_the_bytes_of_a_run_that_was_not(home, tmp_path):
@@ -167,6 +169,7 @@ def exchange(rank, port, out):
             place = out / "left by the first"
             assert place.exists() == (rank == 1)
             place.touch()
+    os._exit(0)
 
 
 def test_what_processes_tell_each_other(tmp_path):
