@@ -227,6 +227,15 @@ def test_too_long_chats_lose_their_oldest_turns_then_the_beginning_of_the_prompt
         encoded(tokenizer, chat(*TURNS), longest=2)
 
 
+@pytest.mark.parametrize("greeting", [[("assistant", "hello")], [("system", "be"), ("assistant", "hello")]])
+def test_a_greeting_before_the_first_question_stays_what_is_trained(greeting):
+    tokenizer = byte_tokenizer(HEADERS)
+    turns = [("user", "old"), ("assistant", "gone"), ("user", "new"), ("assistant", "kept")]
+    whole = len(encoded(tokenizer, chat(*greeting, *turns)).examples[0].ids)
+    (example,) = encoded(tokenizer, chat(*greeting, *turns), longest=whole - 1).examples
+    assert trained(tokenizer, example) == ["hello<|eot|>", "kept<|eot|>"]
+
+
 def test_the_question_asked_is_the_question_trained():
     for name in ("headers", "thinking", "instructed", "channels"):
         tokenizer = TOKENIZERS[name]

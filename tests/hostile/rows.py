@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import fuzz  # noqa: E402
+import pyarrow  # noqa: E402
 from readers import bounded  # noqa: E402
 
 from chat_templates import FAMILIES, byte_tokenizer  # noqa: E402
@@ -212,7 +213,6 @@ def keys(value: Any) -> list[Any]:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """The rows in the form that the name says; where it cannot hold them, as JSON under that name."""
-    import pyarrow
     from pyarrow import parquet
 
     lines = [json.dumps(row) for row in rows]
@@ -283,6 +283,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=HERE)
     options = parser.parse_args()
+    pyarrow.array(["x"])  # at its first array Arrow reserves addresses, more than a case may
     end, number, seen = time.monotonic() + 60 * options.minutes, 0, set()
     with tempfile.TemporaryDirectory(dir=fuzz.MEMORY_DISK) as name:
         while number < options.cases and time.monotonic() < end:

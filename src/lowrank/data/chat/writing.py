@@ -87,7 +87,7 @@ def without_oldest(chat: Conversation, row: Written) -> tuple[Conversation, tupl
     if len(asked) < 2:
         return None
     gone = range(asked[0], asked[1])
-    turns = tuple(turn - len(gone) for turn in row.turns if turn not in gone)
+    turns = tuple(turn if turn < gone.start else turn - len(gone) for turn in row.turns if turn not in gone)
     kept = tuple(message for n, message in enumerate(chat.messages[: row.until]) if n not in gone)
     return (replace(chat, messages=kept), turns) if turns else None
 
