@@ -24,7 +24,7 @@ from lowrank.train.state import keeper
 from lowrank.train.state.forward import ForwardState
 from lowrank.train.state.settings import seconds_of
 from lowrank.train.state.store import latest, steps_kept
-from lowrank.train.state.value import read
+from lowrank.train.state.value import RunValue, read
 from resumed_runs import kill, made, make_home, settings
 from train_models import completion_rows, write_jsonl
 
@@ -74,6 +74,18 @@ def test_what_is_missing_in_a_checkpoint_is_one_sentence(where: str, saved: Path
     (tmp_path / "it" / "state.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=rf"state\.json: {where}: field required: delete this checkpoint"):
         read(tmp_path / "it")
+
+
+def test_going_on_from_a_checkpoint_that_does_not_fit_changes_nothing(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    kill(settings(home, out), 5)
+    last = out / "checkpoints" / "step-4"
+    value = read(last)
+    RunValue({name: t for name, t in value.tensors.items() if name != "random.torch"}, value.facts).write(last)
+    before = (out / "train.yaml").read_bytes()
+    with pytest.raises(CheckpointError, match=r"step-4: the checkpoint has no random states"):
+        train.resume(out, steps=20)
+    assert (out / "train.yaml").read_bytes() == before
 
 
 BAD: list[tuple[str, Any, str]] = [

@@ -14,7 +14,9 @@ from lowrank import launch, train
 from lowrank.cli.several import tells_the_end
 from lowrank.errors import LowrankWarning, ProcessLost
 from lowrank.train import processes
+from lowrank.train.preparing import prepare
 from lowrank.train.settings import TrainSettings
+from lowrank.train.state.randomness import seeded
 from lowrank.train.state.store import steps_kept
 from test_resume import Killed, KilledAfter, made
 from train_models import completion_rows, label_rows, save_bert, save_llama, write_jsonl
@@ -174,6 +176,19 @@ def exchange(rank, port, out):
 
 def test_what_processes_tell_each_other(tmp_path):
     multiprocessing.spawn(exchange, (free_port(), tmp_path), nprocs=2)
+
+
+def dropped(rank, count, port, home, out):
+    join(rank, count, port)
+    with processes.joined("cpu"), seeded(3):
+        prepare(settings(home, out, "completions"))
+        (out / str(rank)).write_text(str(torch.rand(3).tolist()))
+    os._exit(0)
+
+
+def test_every_process_drops_something_else(home, tmp_path):
+    several(home, tmp_path, 2, dropped)
+    assert (tmp_path / "0").read_text() != (tmp_path / "1").read_text()
 
 
 def test_alone_nothing_is_asked_of_others():

@@ -93,7 +93,8 @@ def _run(
             check_same(settings.out, value.facts.about, now, value.facts.step)
         if processes.is_first():
             _check_room(loaded.model, folder, settings.full)
-            (begin if value is None else write_settings)(folder, settings.resolved())
+            if value is None:
+                begin(folder, settings.resolved())
         log = Log(folder / LOG)
         stop = Stop(began + seconds_of(settings.stop_after) if settings.stop_after else None, reporter.stopping)
         places = Places(found.rows, found.data, loaded.tokenizer, found.recipe)
@@ -106,6 +107,8 @@ def _run(
         loop = found.loop(listener, keeper, start)
         if value is not None:
             keeper.go_on(loop, value)
+            if processes.is_first():
+                write_settings(folder, settings.resolved())
         state = _train(loop, keeper, loaded.device)
     if processes.is_first():
         said = record(found.recipe, state, loaded, len(found.data.examples)) | dict(found.sources)
