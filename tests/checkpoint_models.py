@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,17 @@ def answer(model: nn.Module) -> Tensor:
         if name.startswith("T5"):
             return model(input_ids=IDS, decoder_input_ids=IDS[:, :5]).logits
         return model(IDS).logits
+
+
+def word_tokenizer() -> Any:
+    """A fast tokenizer of transformers' for the small models: w3 to w31, split at white space."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1, "[END]": 2} | {f"w{i}": i for i in range(3, 32)}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]")
 
 
 def _base(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from lowrank.errors import LowrankError, LowrankWarning
 
 if TYPE_CHECKING:
     from lowrank import functional as functional
+    from lowrank import integrations as integrations
     from lowrank import peft as peft
     from lowrank.adapters.combine import combine_adapters
     from lowrank.adapters.convert import convert_adapter
@@ -55,7 +56,7 @@ _HOMES = {
     "quantise": "lowrank.injection.quantise",
     "register_reader": "lowrank.core.stored.of_module",
 }
-_MODULES = ("functional", "peft")
+_MODULES = ("functional", "integrations", "peft")
 
 __all__ = ["LowrankError", "LowrankWarning", "__version__", *_HOMES, *_MODULES]  # noqa: PLE0604  names of _HOMES are strings
 

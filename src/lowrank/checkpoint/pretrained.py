@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ def save_pretrained(
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     push_to_hub: bool = False,
+    adapters: Collection[str] | None = None,
 ) -> None:
     """Write the adapters of `model` as `save_adapter` does: a single one to `folder`, several as PEFT lays them out,
 
@@ -34,7 +35,8 @@ def save_pretrained(
     state_dict, bit for bit, which Trainer loads to resume, and at the end for the best model. Nothing of the base is
     written anywhere.
 
-    state_dict: whole tensors for those of a sharded model. Raises CheckpointError for what cannot be written.
+    state_dict: whole tensors for those of a sharded model. adapters: which of them; all, where it is not said. Raises
+    CheckpointError for what cannot be written.
     """
     if push_to_hub:
         raise CheckpointError(
@@ -42,7 +44,7 @@ def save_pretrained(
             "or upload the folder that save_pretrained writes"
         )
     folder, values = Path(folder), _values(model, state_dict)
-    names = tuple(adapter_configs(model))
+    names = tuple(name for name in adapter_configs(model) if adapters is None or name in adapters)
     content: dict[Path, dict[str, bytes]] = {}
     for name in names:
         place = folder if len(names) == 1 or name == "default" else folder / name

@@ -51,8 +51,7 @@ class BaseIsThere:
         base = keys - adapter_state(model)
         if not base <= missing:
             return
-        marks = (f".{PREFIX}", f".{ROWS}", f".{CHILD}.")
-        strange = [key for key in incompatible.unexpected_keys if any(mark in key for mark in marks)]
+        strange = [key for key in incompatible.unexpected_keys if is_of_adapters(key)]
         if strange:
             raise LowrankError(
                 f"this state is of another adapter than the model's ({strange[0]}{', ...' if strange[1:] else ''}): "
@@ -60,6 +59,11 @@ class BaseIsThere:
             )
         if keys - missing:
             incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in base]
+
+
+def is_of_adapters(key: str) -> bool:
+    """Whether a key of a state_dict names what an adapter holds, or a tensor of the base that waits for its end."""
+    return any(mark in f".{key}" for mark in (f".{PREFIX}", f".{ROWS}", f".{CHILD}."))
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
