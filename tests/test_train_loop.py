@@ -18,6 +18,7 @@ from lowrank.data.recipe import Recipe
 from lowrank.data.rows import Row
 from lowrank.data.tokens import Example, encode
 from lowrank.errors import Diverged, LowrankError
+from lowrank.train.adamw import UPDATES
 from lowrank.train.evaluation import Measure, score
 from lowrank.train.head import find_head
 from lowrank.train.loop import Loop, steps_of
@@ -250,10 +251,14 @@ def test_steps_from_epochs():
     assert steps_of(LoopSettings(batch_size=8, epochs=0.01), 17) == 1
 
 
-def test_optimiser_is_adamw_with_clipping():
+@pytest.mark.parametrize("name", UPDATES)
+def test_optimiser_is_adamw_with_clipping(name):
+    """Few numbers keep their moments in float32 where bitsandbytes holds those of many in 8 bits."""
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
     start = torch.randn(5, generator=torch.Generator().manual_seed(0))
     gradients = [torch.randn(5, generator=torch.Generator().manual_seed(i)) * 3 for i in range(1, 4)]
-    settings = LoopSettings(lr=0.1, clip=1.5, weight_decay=0.2, beta1=0.8, beta2=0.9)
+    settings = LoopSettings(optimizer=name, lr=0.1, clip=1.5, weight_decay=0.2, beta1=0.8, beta2=0.9)
     parameter = nn.Parameter(start.clone())
     ours = Optimiser([parameter], settings)
     norms = []

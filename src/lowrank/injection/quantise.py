@@ -50,7 +50,7 @@ def quantise(
     double: quantise the scales of four bits too. skip: names of modules that stay as they are. watch: is called with
     (path, W0, what is held of it) while both are there. Raises ConfigError where bitsandbytes is not installed.
     """
-    bnb = require_bitsandbytes(scheme)
+    bnb = require_bitsandbytes(f"quantise {scheme}")
     for path, module in quantisable(model, skip).items():
         weight = module.weight.detach()
         new = _layer(bnb, module, scheme, double).to(device or weight.device)
@@ -110,12 +110,12 @@ def require_plain(model: nn.Module, what: str) -> None:
         )
 
 
-def require_bitsandbytes(scheme: str) -> Any:
-    """The package. Raises ConfigError where it is not installed."""
+def require_bitsandbytes(what: str) -> Any:
+    """The package. Raises ConfigError, naming what needs it, where it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:
-        raise ConfigError(f"quantise {scheme} needs bitsandbytes: pip install 'lowrank[quant]'") from error
+        raise ConfigError(f"{what} needs bitsandbytes: pip install 'lowrank[quant]'") from error
     return bitsandbytes
 
 

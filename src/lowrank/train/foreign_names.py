@@ -87,6 +87,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "scheduler": ("schedule",),
     "max_grad_norm": ("clip",),
     "adam_beta1": ("beta1",),
+    "optim": ("optimizer",),
     "adam_beta2": ("beta2",),
     "torch_dtype": ("dtype",),
     "bf16": ("dtype",),

@@ -26,7 +26,7 @@ def load_held(
     from transformers import BitsAndBytesConfig
 
     assert settings.quantise is not None
-    require_bitsandbytes(settings.quantise)
+    require_bitsandbytes(f"quantise {settings.quantise}")
     if quantiser_in(folder):
         raise ConfigError(f"--quantise {settings.quantise}: model {folder} comes quantised already; leave it out")
     eight = settings.quantise == "int8"

@@ -1,4 +1,4 @@
-"""AdamW on float32 numbers, whatever dtype the trained tensors have."""
+"""Steps of AdamW on float32 numbers, whatever dtype the trained tensors have."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowrank.core.factors import LoraFactors
+from lowrank.train.adamw import made
 from lowrank.train.settings import LoopSettings
 
 
@@ -38,12 +39,7 @@ class Optimiser:
             {"params": [m for p, m in pairs if id(p) not in fast], "share": 1.0},
             {"params": [m for p, m in pairs if id(p) in fast], "share": settings.lr_ratio},
         ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.rate,
-            betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay,
-        )
+        self.adamw = made(settings.optimizer, [group for group in groups if group["params"]], settings)
 
     def step(self, factor: float) -> float:
         """In place: one step at `factor` of the highest rate, and the gradients are cleared.

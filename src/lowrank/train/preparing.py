@@ -12,12 +12,13 @@ from lowrank.data.tokens import Encoded, encode
 from lowrank.errors import DataError
 from lowrank.hub import pinned
 from lowrank.train import processes
+from lowrank.train.adamw import check_optimizer
 from lowrank.train.adapting import adapt, lora_config
 from lowrank.train.asked import check_kind
 from lowrank.train.auto_rate import SOURCE, auto_rate
 from lowrank.train.evaluation import Measure
 from lowrank.train.loop import Loop, steps_of
-from lowrank.train.models import find_model
+from lowrank.train.models import device_of, find_model
 from lowrank.train.packing import packed
 from lowrank.train.recipes import labels_of, recipe_of
 from lowrank.train.reporting import Reporter
@@ -68,6 +69,7 @@ def prepare(settings: TrainSettings) -> Prepared:
     Raises LowrankError for whatever is wrong with the settings, the data or the model.
     """
     check_sinks(settings.log_to)
+    check_optimizer(settings.optimizer, device_of(settings))
     base = find_model(settings.model)
     if not settings.full:
         lora_config(settings, ())  # what is wrong with it should be said before minutes of reading

@@ -128,6 +128,11 @@ class LoopSettings(StepSettings):
     patience: int | None = Field(
         None, ge=1, description="Stop after so many evaluations without a lower loss, and save the best weights"
     )
+    optimizer: Literal["adamw", "adamw8bit", "adamw-unfused"] = Field(
+        "adamw",
+        description="adamw (torch's fused step), adamw8bit (moments in 8 bits; needs bitsandbytes), adamw-unfused (as "
+        "runs began before there was a choice)",
+    )
     lr_ratio: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="LoRA+: the rate of B over that of A, which is lr; as in 16"
     )

@@ -17,6 +17,7 @@ from lowrank.study.empty import empty_model
 from lowrank.study.estimate.machines import Machine, machine_of, named_gpu, rates_of
 from lowrank.study.estimate.rehearse import Rehearsed, rehearse
 from lowrank.study.estimate.settings import EstimateSettings
+from lowrank.train.adamw import bytes_of
 from lowrank.train.adapting import lora_config
 from lowrank.train.config_file import check
 from lowrank.train.models import LONGEST, checkpoint_activations, device_of, dtype_of, find_model
@@ -25,7 +26,6 @@ from lowrank.train.settings import AdapterSettings, TrainSettings
 STARTS = ("pissa", "olora")  # whose start factors are kept beside the factors
 MOST_ROWS = 4096  # in a micro-batch: more is no gain
 TRIES = 5
-MOMENTS = 8  # bytes a trained number: AdamW's two moments in float32
 PASSES = 7  # of an AdamW step over its tensors: four read, three written
 
 
@@ -85,7 +85,7 @@ def estimate(settings: EstimateSettings) -> Estimate:
     numbers, gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
     factors = (_bytes(model) - plain) * (2 if settings.init.startswith(STARTS) else 1)
     masters = 4 * sum(p.numel() for p in trained if p.dtype != torch.float32)
-    optimiser = MOMENTS * numbers + masters
+    optimiser = bytes_of(settings.optimizer, trained) + masters
     micro = min(settings.micro_batch or settings.batch_size, settings.batch_size)
     parts = math.ceil(settings.batch_size / micro)
     rates = rates_of(gpu, device, dtype)

@@ -1,6 +1,6 @@
 """What a user may ask of `estimate`: the settings of a training that memory and time depend on."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ class StepShape(HeldSettings):
     batch_size: int = Field(8, ge=1, description="Rows in one optimiser step")
     micro_batch: int | None = Field(None, ge=1, description="Rows in one forward pass; all of them where not given")
     gradient_checkpointing: bool = Field(False, description="Compute activations twice: slower, much less memory")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit holds its moments in 8 bits")
     gpu: str | None = Field(None, description="A GPU by name, as in A100-80GB or RTX-4090; this machine if not given")
 
     @model_validator(mode="after")

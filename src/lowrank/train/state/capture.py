@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lowrank.errors import CheckpointError, short, some
 from lowrank.layers.base import PREFIX
 from lowrank.train import processes
+from lowrank.train.adamw import Entry, fresh, written
 from lowrank.train.evaluation import Scores
 from lowrank.train.loop import Loop
 from lowrank.train.loop_state import Interval, LoopState
@@ -26,7 +27,6 @@ from lowrank.train.state.value import (
 )
 
 Tensors = dict[str, Tensor]
-ADAM = {"step", "exp_avg", "exp_avg_sq"}  # what it remembers of a tensor that ever had a gradient
 
 
 def capture(loop: Loop, forward: ForwardState, about: About, log: LogFacts) -> RunValue:
@@ -128,7 +128,7 @@ def _optimiser(state: LoopState, names: list[str]) -> tuple[Tensors, dict[str, N
     tensors: Tensors = {}
     numbers: dict[str, Number] = {}
     for name, master in zip(names, state.optimiser.masters, strict=True):
-        for key, value in state.optimiser.adamw.state.get(master, {}).items():
+        for key, value in written(state.optimiser.adamw.state.get(master, {})).items():
             (tensors if isinstance(value, Tensor) else numbers)[f"{key}.{name}"] = value
     return tensors, numbers
 
@@ -136,27 +136,40 @@ def _optimiser(state: LoopState, names: list[str]) -> tuple[Tensors, dict[str, N
 def _restore_optimiser(state: LoopState, names: list[str], tensors: Tensors, numbers: Mapping[str, Number]) -> None:
     """In place. `load_state_dict` would turn every tensor to its parameter's dtype.
 
-    Raises CheckpointError for entries of another shape than the tensor that they are of, and where some are missing.
+    Raises CheckpointError for entries of another kind than this optimiser has of a tensor, and where some are missing.
     """
     adamw, masters = state.optimiser.adamw, dict(zip(names, state.optimiser.masters, strict=True))
-    on_device = any(group.get("fused") or group.get("capturable") for group in adamw.param_groups)
-    adamw.state.clear()
+    found: dict[str, Entry] = {}
     for where, value in (tensors | dict(numbers)).items():
         key, _, name = where.partition(".")
         if name not in masters:
             raise CheckpointError(f"the optimiser's {short(repr(where), 80)} is of nothing that is trained here")
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape != masters[name].shape:
+        found.setdefault(name, {})[key] = value
+    adamw.state.clear()
+    for name, entry in found.items():
+        adamw.state[masters[name]] = _entry(name, entry, fresh(adamw, masters[name]))
+
+
+def _entry(name: str, found: Entry, own: Entry) -> Entry:
+    """What was found of one tensor, in the places of `own`."""
+    if missing := written(own).keys() - found.keys():
+        raise CheckpointError(f"the checkpoint lacks {some(sorted(missing))} of {name}")
+    for key, value in written(own).items():
+        there, wanted = _kind(found[key]), _kind(value)
+        if there != wanted:
             raise CheckpointError(
-                f"the optimiser's {short(where, 80)} is {tuple(value.shape)} in the checkpoint, and what it is of is "
-                f"{tuple(masters[name].shape)}"
+                f"the optimiser's {short(f'{key}.{name}', 80)} is {there} in the checkpoint, and of this tensor it "
+                f"would be {wanted}"
             )
-        if isinstance(value, Tensor) and (on_device or value.dim() > 0):
-            value = value.to(masters[name].device)
-        adamw.state[masters[name]][key] = value
-    for master, entry in adamw.state.items():
-        if not entry.keys() >= ADAM:
-            name = next(name for name, own in masters.items() if own is master)
-            raise CheckpointError(f"the checkpoint lacks {some(sorted(ADAM - entry.keys()))} of {name}")
+        own[key] = found[key].to(value.device) if isinstance(value, Tensor) else found[key]
+    return own
+
+
+def _kind(value: Tensor | Number) -> str:
+    """In words; of one number, the dtype does not matter."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)}" + (f" of {value.dtype}" if value.dim() else "")
 
 
 def _under(group: str, tensors: Tensors) -> Tensors:

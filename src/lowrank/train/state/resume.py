@@ -11,7 +11,7 @@ from lowrank import __version__
 from lowrank.data.recipe import SETTINGS
 from lowrank.errors import CheckpointError, ConfigError, LowrankWarning, some
 from lowrank.train import processes
-from lowrank.train.config_file import resolve
+from lowrank.train.config_file import read_yaml, resolve
 from lowrank.train.settings import TrainSettings
 from lowrank.train.state.settings import CheckpointSettings
 from lowrank.train.state.value import About
@@ -31,6 +31,7 @@ FREE = {
     "out",
     *CheckpointSettings.model_fields,
 }
+BEFORE = {"optimizer": "adamw-unfused"}  # of a run that an older version began, where the default was another
 OF_EVALUATION = {"eval_data", "eval_rows"}  # free where the best weights are not chosen by it
 
 
@@ -38,7 +39,9 @@ def settings_of(folder: Path, changes: Mapping[str, object]) -> TrainSettings:
     """The settings of the run in a folder, with these changed. Raises ConfigError where there is no run."""
     if not (folder / SETTINGS).is_file():
         raise ConfigError(f"--resume {folder}: there is no run, it holds no {SETTINGS}; start one with --out {folder}")
-    return resolve(TrainSettings, {**changes, "out": str(folder)}, folder / SETTINGS)
+    older = BEFORE.keys() - read_yaml(folder / SETTINGS, TrainSettings).keys()
+    flags = {name: BEFORE[name] for name in older} | {**changes, "out": str(folder)}
+    return resolve(TrainSettings, flags, folder / SETTINGS)
 
 
 def about(settings: TrainSettings, steps: int, made_of: dict[str, str], device: torch.device) -> About:
@@ -91,7 +94,9 @@ def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     chosen = now.get("keep") != "last" or now.get("patience") is not None
     free = FREE if chosen else FREE | OF_EVALUATION
     fields = TrainSettings.model_fields
-    usual = {name: list(f.default) if isinstance(f.default, tuple) else f.default for name, f in fields.items()}
+    usual = {
+        name: list(f.default) if isinstance(f.default, tuple) else f.default for name, f in fields.items()
+    } | BEFORE
     before = {name: then.get(name, usual[name]) for name in now}  # an older version did not have all of them
     return [
         f"--{name.replace('_', '-')} {value} (the run has {before[name]})"
