@@ -58,14 +58,6 @@ def test_one_stack_alone_two_adapters_and_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(answer(merged), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
-def test_a_base_that_stores_stacks_is_refused_by_name(family: str, tmp_path: Path) -> None:
-    saved(family, tmp_path)
-    with pytest.raises(lowrank.LowrankError, match=r"stores none one by one .* merge_and_unload"):
-        lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_another_number_of_experts_is_refused_with_both_shapes(tmp_path: Path) -> None:
     saved("mixtral", tmp_path / "four")
     mixture("mixtral", num_local_experts=3).save_pretrained(tmp_path / "three")

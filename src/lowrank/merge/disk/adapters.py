@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank.adapters.weighted import WeightedAdapter, weighted_pairs
 from lowrank.checkpoint.adapter_folder import AdapterPath
+from lowrank.checkpoint.fusions import Turn
 from lowrank.checkpoint.keys import MAGNITUDE
 from lowrank.checkpoint.read import AdapterFiles, read_with_stacks
 from lowrank.checkpoint.restore import unfold, with_moved_base
@@ -46,16 +47,29 @@ class ExpertRows:
 
 
 @dataclass(frozen=True, slots=True)
+class InStack:
+    """How a tensor (E, n, m) holds the stack at a path, or a row block of it.
+
+    rows: of the change's output rows those that each of an expert's matrices has, one matrix after another as merging
+    in memory takes them; turn: how an expert's bytes lie against those of the model.
+    """
+
+    rows: tuple[slice, ...]
+    turn: Turn = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Contribution:
     """One adapter's ΔW in one tensor. kind: the layer kind, which says how the tensor stores W0.
 
-    expert: where the tensor is one expert, or a part of one, of the stack at `path`.
+    expert: where the tensor is one expert, or a part of one, of the stack at `path`; stack: where it is all experts.
     """
 
     adapter: Adapter
     path: str
     kind: str
     expert: ExpertRows | None = None
+    stack: InStack | None = None
 
     @property
     def transposed(self) -> bool:
@@ -69,7 +83,8 @@ class Contribution:
 
     @property
     def _moved(self) -> str | None:
-        return self.adapter.files.config.moved_base if self.kind in ("linear", "conv1d-linear") else None
+        plain = self.kind in ("linear", "conv1d-linear") and self.expert is None and self.stack is None
+        return self.adapter.files.config.moved_base if plain else None
 
     def factors(self, shape: tuple[int, ...], weight: Tensor) -> LoraFactors:
         """The factors as loading the adapter onto a model gives them.

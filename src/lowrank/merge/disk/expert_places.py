@@ -1,4 +1,4 @@
-"""An adapter of stacked experts against a base whose files keep them one by one."""
+"""An adapter of stacked experts against a base whose files keep them one by one, or whole."""
 
 from collections.abc import Mapping, MutableMapping
 
@@ -7,24 +7,30 @@ from lowrank.checkpoint.read import AdapterFiles
 from lowrank.errors import CheckpointError, some
 from lowrank.layers.experts import STACKS
 from lowrank.merge.disk.adapters import Adapter, Contribution, ExpertRows
+from lowrank.merge.disk.whole_stacks import whole_stack_changes
 from lowrank.modelfiles.base import BaseFiles
-from lowrank.modelfiles.experts import StackInFiles
+from lowrank.modelfiles.experts import StackInFiles, WholeStack
+
+InFiles = StackInFiles | WholeStack
 
 
-def with_experts(base: BaseFiles, files: AdapterFiles, stacks: Mapping[str, StackInFiles]) -> AdapterFiles:
+def with_experts(base: BaseFiles, files: AdapterFiles, stacks: Mapping[str, InFiles]) -> AdapterFiles:
     """The adapter's files with the factors of stacks under the paths of these, as far as the base has such stacks.
 
     Raises CheckpointError where which is which cannot be told, and for a base that stores its experts otherwise.
     """
     if not files.config.lora.target_parameters:
         return files
-    names = [name for name in STACKS if any(path.endswith(f".{name}") for path in stacks)]
-    if not names:
+    known = {path.rpartition(".")[2] for path in stacks}
+    if not known:
         stored = [name for name in base.tensors if "expert" in name]
         raise CheckpointError(
-            f"{files.folder} adapts stacked experts, and {base.label} stores none one by one as transformers' table of "
-            f"conversions has them (but {some(stored, 2) or 'none at all'}): load the model and use merge_and_unload"
+            f"{files.folder} adapts stacked experts, and {base.label} has none in a layout that transformers' table of "
+            f"conversions knows (but {some(stored, 2) or 'none at all'}): load the model and use merge_and_unload"
         )
+    named = files.config.lora.target_parameters
+    said = {word.rpartition(".")[2] for word in named} if isinstance(named, tuple) else set()
+    names = [name for name in STACKS if name in known | said]
     roots = {path.rpartition(".")[0].rpartition(".")[2] for path in stacks}  # experts
     return told_apart(
         files,
@@ -38,19 +44,32 @@ def expert_changes(
     adapter: Adapter,
     places: Mapping[str, str],
     changed: MutableMapping[str, Contribution],
-    stacks: Mapping[str, StackInFiles],
+    stacks: Mapping[str, InFiles],
 ) -> list[str]:
-    """In place: every expert's tensors get their part of its stack's change. Returns the faults."""
+    """In place: the tensors of every stack's experts get their part of its change. Returns the faults."""
     faults = []
-    for path in adapter.files.experts:
-        stack = stacks.get(places.get(path, path))
+    found = {path: stacks.get(places.get(path, path)) for path in adapter.files.experts}
+    whole, wrong = whole_stack_changes(base, adapter, {p: s for p, s in found.items() if isinstance(s, WholeStack)})
+    for path, stack in found.items():
         if stack is None:
-            faults.append(f"{path}: the base stores no such experts one by one")
+            faults.append(_nowhere(base, path, places.get(path, path)))
+        elif isinstance(stack, WholeStack):
+            continue
         elif fault := _shape_fault(base, adapter.files, path, stack):
             faults.append(fault)
         else:
             changed.update(_contributions(base, adapter, path, stack))
-    return faults
+    changed.update(whole)
+    return faults + wrong
+
+
+def _nowhere(base: BaseFiles, path: str, place: str) -> str:
+    """One phrase for a stack that the base has not as a whole, in no layout that is known."""
+    root = place.rpartition(".")[0]
+    own = [name for name in base.tensors if name.startswith(f"{root}.")]
+    return f"{path}: the base has no such experts" + (
+        f", but {some(own, 2)}: not all of them, or a layout that is not known here" if own else ""
+    )
 
 
 def _sizes(base: BaseFiles, stack: StackInFiles) -> list[tuple[int, ...]]:

@@ -49,7 +49,8 @@ def distances(recipes: Sequence[Recipe], threads: int) -> dict[str, Apart]:
 
 def _distance(recipe: Recipe) -> Apart | None:
     stored = _trained_over(recipe)
-    if stored is None or recipe.source is None or recipe.replacement is not None:
+    stack = any(one.stack is not None for one in recipe.contributions)
+    if stored is None or recipe.source is None or recipe.replacement is not None or stack:
         return None
     original = whole(recipe.source)
     transposed = recipe.contributions[0].transposed

@@ -14,14 +14,14 @@ from lowrank.modelfiles.tensors import Shard, Source, StoredEntry
 
 
 class Repacked(Protocol):
-    """A merged weight that goes back into the base's stored form."""
+    """A merged weight that goes back into the base's stored form, or an expert's into the files' order of numbers."""
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors that hold it, by role, computed anew."""
         ...
 
-    def check(self, written: Tensor) -> None:
-        """Raise MergeError where its packed numbers are not what they should be."""
+    def check(self, written: Tensor) -> float | None:
+        """The share of ‖ΔW‖² that is left, unless the plan knows. Raises MergeError where a number is not right."""
         ...
 
 

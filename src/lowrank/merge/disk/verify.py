@@ -19,9 +19,10 @@ from torch import Tensor
 from lowrank.core.merging import row_blocks
 from lowrank.errors import MergeError
 from lowrank.files.regular import read_into
-from lowrank.files.safetensors import DTYPES, READABLE, Entry, read_layout
+from lowrank.files.safetensors import DTYPES, READABLE, read_layout
 from lowrank.merge.disk.exact import ExactRows
 from lowrank.merge.disk.recipe import Recipe, ResultFile
+from lowrank.merge.disk.stack_recipes import matrices
 from lowrank.merge.disk.stored_rows import read_rows
 from lowrank.modelfiles.blocks import Workspace, opened
 from lowrank.modelfiles.bytes import CHUNK
@@ -50,7 +51,7 @@ class Findings:
 class _Check:
     file: ResultFile
     recipe: Recipe
-    entry: Entry
+    offset: int
 
 
 def verify_files(
@@ -67,11 +68,19 @@ def verify_files(
         written = read_layout(folder / file.name)
         if written.entries != file.layout.entries:
             raise MergeError(f"verification: {file.name} does not hold the tensors it should, the result is discarded")
-    checks = [_Check(f, r, e) for f in files for r, e in zip(f.recipes, f.layout.entries, strict=True) if r.nbytes]
     findings, lock = Findings(), threading.Lock()
-    run_tasks(checks, lambda: _Verifier(folder, full, findings, lock).do, threads, meanwhile)
-    findings.surviving = {c.recipe.name: findings.surviving[c.recipe.name] for c in checks if c.recipe.contributions}
+    run_tasks(_checks(files), lambda: _Verifier(folder, full, findings, lock).do, threads, meanwhile)
+    names = [check.recipe.name for check in _checks(files)]
+    findings.surviving = {name: findings.surviving[name] for name in names if name in findings.surviving}
     return findings
+
+
+def _checks(files: Iterable[ResultFile]) -> Iterator[_Check]:
+    """Every tensor, of a stack that is merged every matrix."""
+    for file in files:
+        for recipe, entry in zip(file.recipes, file.layout.entries, strict=True):
+            for matrix, start in matrices(recipe) if recipe.nbytes else ():
+                yield _Check(file, matrix, entry.offset + start)
 
 
 class _Verifier:
@@ -105,7 +114,7 @@ class _Verifier:
             _, old = self._workspace.take("old", (count,), torch.uint8)
             _, new = self._workspace.take("new", (count,), torch.uint8)
             read_into(source, old, start + offset, path)
-            read_into(result, new, check.entry.offset + offset, path)
+            read_into(result, new, check.offset + offset, path)
             if old != new:
                 raise MergeError(f"verification: {check.recipe.name} should be the base's own and is not")
             compared += count
@@ -114,7 +123,10 @@ class _Verifier:
 
     def _repacked(self, check: _Check, result: int) -> None:
         assert check.recipe.repacked is not None
-        check.recipe.repacked.check(self._written(check, result, slice(0, check.recipe.matrix[0])))
+        share = check.recipe.repacked.check(self._written(check, result, slice(0, check.recipe.matrix[0])))
+        if share is not None:
+            with self._lock:
+                self._findings.surviving[check.recipe.name] = share
 
     def _convert(self, check: _Check, source: int, result: int) -> None:
         for rows in chain.from_iterable(_pieces(check.recipe, self._full)):
@@ -150,7 +162,7 @@ class _Verifier:
     def _written(self, check: _Check, result: int, rows: slice) -> Tensor:
         dtype, columns = READABLE[check.recipe.dtype], check.recipe.matrix[1]
         block, memory = self._workspace.take("written", (rows.stop - rows.start, columns), dtype)
-        offset = check.entry.offset + rows.start * columns * dtype.itemsize
+        offset = check.offset + rows.start * columns * dtype.itemsize
         read_into(result, memory, offset, self._folder / check.file.name)
         return block
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank.core.finite import all_finite
 from lowrank.core.merging import Change, merge_block, row_blocks
-from lowrank.errors import MergeError
 from lowrank.files.safetensors import READABLE
-from lowrank.merge.disk.changes import compute_dtype, make_changes
+from lowrank.merge.disk.changes import check_finite, compute_dtype, make_changes
 from lowrank.merge.disk.recipe import Recipe, ResultFile
+from lowrank.merge.disk.stack_recipes import matrices
 from lowrank.merge.disk.stored_rows import read_rows
 from lowrank.modelfiles.blocks import Workspace, opened
 from lowrank.modelfiles.bytes import clone, move, write_from
@@ -62,7 +61,7 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Blocks of rows of one tensor to compute and write."""
+    """Blocks of rows of one tensor, or of one matrix of a stack, to compute and write."""
 
     file: ResultFile
     recipe: Recipe
@@ -111,10 +110,10 @@ def _in_step(moves: list[Move], merges: list[Rows]) -> list[Move | Rows]:
 
 def _merges(file: ResultFile) -> Iterator[Rows]:
     for recipe, entry in zip(file.recipes, file.layout.entries, strict=True):
-        if not recipe.moved and recipe.nbytes:
-            changes, blocks = Changes(recipe), tuple(row_blocks(*recipe.matrix))
+        for matrix, start in () if recipe.moved or not recipe.nbytes else matrices(recipe):
+            changes, blocks = Changes(matrix), tuple(row_blocks(*matrix.matrix))
             for first in range(0, len(blocks), BLOCKS_AT_ONCE):
-                yield Rows(file, recipe, entry.offset, changes, blocks[first : first + BLOCKS_AT_ONCE])
+                yield Rows(file, matrix, entry.offset + start, changes, blocks[first : first + BLOCKS_AT_ONCE])
 
 
 def _moves(file: ResultFile) -> Iterator[Move]:
@@ -199,20 +198,6 @@ class _Writer:
             wide, _ = self._workspace.take("wide", tuple(stored.shape), torch.promote_types(torch.float32, dtype))
             stored = merge_block(stored.to(dtype), changes, rows, wide)
         return rounded.copy_(stored), memory
-
-
-def check_finite(recipe: Recipe, stored: Tensor, rounded: Tensor) -> None:
-    """Raise MergeError where the result has values that are not finite; a converted tensor may keep the base's own."""
-    if not rounded.is_floating_point() or all_finite(rounded):
-        return
-    if not all_finite(stored):
-        if not recipe.contributions:
-            return
-        raise MergeError(
-            f"{recipe.name} of the base holds values that are not finite, so nothing can be merged into it"
-        )
-    what = "the merged values" if recipe.contributions else "its values"
-    raise MergeError(f"{recipe.name}: {what} do not fit into {recipe.dtype}, whose largest number they exceed")
 
 
 class Syncer:
