@@ -1,13 +1,19 @@
 """Every form a file may have gives the same rows; folders and several files; bad rows are counted or left out."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from chat_templates import byte_tokenizer
 from lowrank.data.dataset import read_dataset
+from lowrank.data.readers import plain
+from lowrank.data.readers.record import Record
+from lowrank.data.recipe import Recipe
 from lowrank.data.settings import DataSettings
 from lowrank.data.sources import TEST, VALID, has_part
+from lowrank.data.tokens import encode
 from lowrank.errors import DataError, LowrankWarning
 
 ROWS = [{"prompt": 'é, "x"\none', "completion": "ü"}, {"prompt": "b", "completion": "c"}]
@@ -65,6 +71,33 @@ def test_rows_of_json_know_their_lines(tmp_path):
 def test_plain_text_is_one_row(tmp_path):
     (tmp_path / "d.txt").write_text("one\ntwo\n")
     assert fields(read_dataset(tmp_path / "d.txt", DataSettings())) == [{"text": "one\ntwo\n"}]
+
+
+def test_long_plain_text_is_rows_that_go_on(tmp_path, monkeypatch):
+    """Parts end with a line, are the whole together, know their lines; bos and eos stand at the ends of the file."""
+    monkeypatch.setattr(plain, "PART", 80)
+    lines = [f"line {n} of a text, \n" + "\n" * (n % 3) for n in range(30)]
+    text = "\n \n" + "".join(lines) + " \n" * 90
+    (tmp_path / "d.txt").write_text(text)
+    data = read_dataset(tmp_path / "d.txt", DataSettings())
+    parts = [row.fields["text"] for row in data.rows]
+    assert "".join(parts) == text and len(parts) > 5
+    assert all(part.endswith("\n") and after[0] == "l" for part, after in pairwise(parts))
+    assert [row.line for row in data.rows] == [1 + "".join(parts[:n]).count("\n") for n in range(len(parts))]
+    found = encode(data, byte_tokenizer(), Recipe("text", "", 10**6)).examples
+    (whole,) = byte_tokenizer()([text + "</s>"], add_special_tokens=False)["input_ids"]
+    assert [token for example in found for token in example.ids] == whole
+
+
+@pytest.mark.parametrize("text", ["x" * 500, "word " * 100, " " * 500, "\n" * 200 + "x", "x" + " " * 300])
+def test_plain_text_without_lines_is_whole_too(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(plain, "PART", 40)
+    (tmp_path / "d.txt").write_text(text)
+    rows = [found for found in plain.read_plain(tmp_path / "d.txt", True).records if isinstance(found, Record)]
+    assert "".join(row.fields["text"] for row in rows).strip() == text.strip()
+    ends = ([True] + [False] * len(rows))[: len(rows)]
+    assert [row.begins for row in rows] == ends and [row.ends for row in rows] == ends[::-1]
+    assert all(len(row.fields["text"]) <= max(80, text.count(" ") + 1, text.count("\n") + 1) for row in rows)
 
 
 def test_a_folder_has_parts(tmp_path):

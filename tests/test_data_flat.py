@@ -19,7 +19,7 @@ from lowrank.data.cache import spool
 from lowrank.data.cache.spool import NAME
 from lowrank.data.dataset import read_dataset, split
 from lowrank.data.packing import pack
-from lowrank.data.readers import arrow, json_rows, window
+from lowrank.data.readers import arrow, json_rows, plain, window
 from lowrank.data.recipe import Recipe
 from lowrank.data.settings import DataSettings
 from lowrank.data.survey import survey
@@ -67,6 +67,11 @@ def as_csv(file, count):
         out.writelines(f"{row['prompt']},{row['completion']},{row['more']}\n" for row in rows(count))
 
 
+def as_txt(file, count):
+    with file.open("w") as out:
+        out.writelines(f"{row['prompt']}\n" for row in rows(count))
+
+
 def as_parquet(file, count):
     import pyarrow
     from pyarrow import parquet
@@ -74,7 +79,7 @@ def as_parquet(file, count):
     parquet.write_table(pyarrow.Table.from_pylist(list(rows(count))), file, row_group_size=100)
 
 
-WRITE = {"a.jsonl": as_jsonl, "a.json": as_json, "a.csv.gz": as_csv, "a.parquet": as_parquet}
+WRITE = {"a.jsonl": as_jsonl, "a.json": as_json, "a.csv.gz": as_csv, "a.parquet": as_parquet, "a.txt": as_txt}
 
 
 def peak(file, cache):
@@ -102,6 +107,7 @@ def peak(file, cache):
 def test_four_times_the_rows_are_held_in_the_same_memory(name, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(window, "PIECE", 1 << 14)
     monkeypatch.setattr(arrow, "ROWS", 50)
+    monkeypatch.setattr(plain, "PART", 1 << 14)
     monkeypatch.setattr(kept_rows, "CHARACTERS", 1 << 16)
     monkeypatch.setattr(kept_rows, "PART_CHARACTERS", 1 << 16)
     files = [tmp_path / f"{count}-{name}" for count in (300, 301, 1200)]

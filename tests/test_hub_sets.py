@@ -1,6 +1,7 @@
 """Whole data sets of the Hub: through `datasets`, from its cache, as files that our own readers read."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -85,6 +86,17 @@ def test_the_real_package_reads_its_cache_alike(cache, monkeypatch):
         files_of("org/none", (TRAIN,))
     with pytest.raises(DataError, match="cannot load a set of this name"):
         files_of("org/talks:other", (TRAIN,))
+
+
+def test_a_run_keeps_the_commit_and_another_one_in_the_cache_is_not_taken_for_it(cache, stub):
+    """Offline, `datasets` gives what it has, whatever revision is asked for."""
+    assert hub.pinned("org/talks:main", read_dataset("org/talks:main", DataSettings()).file) == f"org/talks@{SHA}:main"
+    assert prompts(TRAIN) == [row.fields["prompt"] for row in read_dataset(f"org/talks@{SHA}", DataSettings()).rows]
+    other = "b" * 40
+    with pytest.raises(DataError, match=f"org/talks@{other}: .* the cache of datasets has it at {SHA} only"):
+        files_of(f"org/talks@{other}", (TRAIN,))
+    shutil.copytree(cache, cache.parent / other)
+    assert files_of(f"org/talks@{other}", (TRAIN,)) == [cache.parent / other / "talks-train.arrow"]
 
 
 def test_without_the_package_it_is_said_how_to_have_it(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowrank import LoraConfig, inject, train
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, LowrankWarning
 from lowrank.train.auto_rate import auto_rate
 from lowrank.train.config_file import resolve
 from lowrank.train.evaluation import Scores
@@ -63,6 +63,14 @@ def test_a_run_out_of_patience_stops_and_saves_its_best(home, tmp_path):
     assert again.best[1].loss == min(losses)
     weights = [(tmp_path / one / "adapter_model.safetensors").read_bytes() for one in "ab"]
     assert weights[0] == weights[1]
+
+
+def test_rows_to_evaluate_that_are_trained_on_too_are_warned_of(home, tmp_path):
+    rows = completion_rows(24)
+    file = write_jsonl(tmp_path / "held.jsonl", [{"prompt": "the dog is", "completion": "red"}, *rows[3:5]])
+    said = r"held.jsonl: 2 of the 3 rows to evaluate are trained on too \(.*held.jsonl:2, .*held.jsonl:3\)"
+    with pytest.warns(LowrankWarning, match=said):
+        train.run(settings(home, tmp_path / "run", steps=1, eval_data=str(file)))
 
 
 def test_patience_needs_evaluations(home, tmp_path):

@@ -26,6 +26,7 @@ NOT_WANTED = ("*/*", "consolidated*.safetensors")  # other formats' folders, and
 _WORD = r"[A-Za-z0-9][\w.-]*"
 _ID = re.compile(rf"(?P<repo>{_WORD}/{_WORD})(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:]+))?", re.ASCII)
 _FILE_NAME = re.compile(r"\.[A-Za-z]\w*$")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SNAPSHOT = re.compile(r"(?:models|datasets)--(?P<owner>.+?)--(?P<name>.+)")
 
 
@@ -126,8 +127,21 @@ def origin(path: str | os.PathLike[str]) -> HubId | None:
 
 def pinned(name: str, path: Path) -> str:
     """`name` with the commit that was found for it at `path`, where it is a name on the Hub; else as it is."""
-    found = origin(path) if hub_id(name) else None
+    wanted = hub_id(name)
+    found = origin(path) if wanted else None
+    if wanted and found is None and (commit := commit_of_set(path)):
+        found = wanted._replace(revision=commit)
     return name if found is None else str(found)
+
+
+def commit_of_set(file: Path) -> str | None:
+    """The commit of a data set whose rows `datasets` keeps in `file`: the name of its folder, where that is one."""
+    return file.parent.name if file.suffix == ".arrow" and is_commit(file.parent.name) else None
+
+
+def is_commit(revision: str) -> bool:
+    """Whether it names a commit whole: nothing else ever has that name."""
+    return _COMMIT.fullmatch(revision) is not None
 
 
 def _fetched(wanted: HubId, fetch: Callable[[], str], kind: type[Exception], what: str) -> str:

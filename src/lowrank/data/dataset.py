@@ -41,6 +41,11 @@ class Dataset:
         """Whether rows of the files are conversations, which a chat template writes."""
         return self.some_speak or self.kind == "chat"
 
+    @property
+    def file(self) -> Path:
+        """The first file."""
+        return self.rows.files[0] if isinstance(self.rows, StoredRows) else self.path
+
     def place(self, row: Row) -> str:
         """file:line, as editors and compilers say it."""
         return f"{row.path or self.path}:{row.line}"

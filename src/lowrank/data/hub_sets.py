@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.errors import DataError
-from lowrank.hub import HubId
+from lowrank.hub import HubId, commit_of_set, is_commit
 from lowrank.stages import stage
 
 
@@ -39,8 +39,19 @@ def files_of_set(wanted: HubId, parts: Sequence[str], part_of: dict[str, str]) -
     for part in parts:
         for name, rows in splits.items():
             if part_of.get(name) == part:
-                return [Path(file["filename"]) for file in rows.cache_files]
+                return [_of_commit(Path(file["filename"]), wanted) for file in rows.cache_files]
     raise DataError(f"{wanted}: the data set has no split for {' or '.join(parts)}, only {', '.join(splits)}")
+
+
+def _of_commit(file: Path, wanted: HubId) -> Path:
+    """The file as it was at the commit that is asked for: offline, `datasets` gives the latest that it has."""
+    found = commit_of_set(file)
+    if wanted.revision is None or not is_commit(wanted.revision) or found in (None, wanted.revision):
+        return file
+    asked = file.parent.with_name(wanted.revision) / file.name
+    if not asked.is_file():
+        raise DataError(f"{wanted}: there is no such file here, and the cache of datasets has it at {found} only")
+    return asked
 
 
 def _why(error: Exception) -> str:

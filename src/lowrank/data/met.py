@@ -1,9 +1,11 @@
 """Rows to evaluate that are trained on too: what is measured on them is memory."""
 
+import warnings
 from dataclasses import dataclass
 
+from lowrank.data.cache.rows import StoredRows
 from lowrank.data.dataset import Dataset
-from lowrank.data.rows import Row
+from lowrank.errors import LowrankWarning, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +19,20 @@ class Met:
 
 def met_in_training(rows: Dataset, evaluated: Dataset) -> Met:
     """Which rows to evaluate say the same as one that is trained on, whatever their files and lines."""
-    known = {_said(row) for row in rows.rows}
-    met = tuple(evaluated.place(row) for row in evaluated.rows if _said(row) in known)
+    assert isinstance(rows.rows, StoredRows) and isinstance(evaluated.rows, StoredRows)
+    asked = list(evaluated.rows.said())
+    known = {*asked}.intersection(rows.rows.said())  # what is trained may be much: of it nothing is held
+    met = tuple(evaluated.place(evaluated.rows[at]) for at, said in enumerate(asked) if said in known)
     return Met(str(evaluated.path), len(evaluated.rows), met)
 
 
-def _said(row: Row) -> int:
-    """64 bits that rows share which say the same: a set of them may hold millions."""
-    return hash((tuple(sorted(row.fields.items())), repr(row.chat), repr(row.rejected)))
+def warn_of_met(rows: Dataset, evaluated: Dataset) -> None:
+    """Warn (LowrankWarning) where rows to evaluate are trained on too."""
+    met = met_in_training(rows, evaluated)
+    if met.at:
+        warnings.warn(
+            f"{met.source}: {len(met.at):,} of the {met.count:,} rows to evaluate are trained on too "
+            f"({some(met.at)}): what is measured on them is memory",
+            LowrankWarning,
+            stacklevel=2,
+        )

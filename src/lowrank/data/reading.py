@@ -145,7 +145,7 @@ def _row(record: Record, shape: Shape, columns: dict[str, str]) -> Row:
         return Row(record.line, chat=content, path=record.path)
     if isinstance(content, Preference):
         return Row(record.line, chat=content.chosen, path=record.path, rejected=content.rejected)
-    return Row(record.line, content, path=record.path)
+    return Row(record.line, content, path=record.path, begins=record.begins, ends=record.ends)
 
 
 def _lack(record: Record, shape: Shape, columns: dict[str, str]) -> str:

@@ -45,7 +45,7 @@ class Row:
     """One checked row: the line it starts at, and its fields by meaning (prompt, completion, text, label...).
 
     chat: the conversation, where the row is one; rejected: the other one, where `chat` is preferred to it. path: the
-    file it stands in, where the data set has several.
+    file it stands in, where the data set has several. begins, ends: whether its text does, which may be a part of one.
     """
 
     line: int
@@ -53,6 +53,8 @@ class Row:
     chat: Conversation | None = None
     path: Path | None = None
     rejected: Conversation | None = None
+    begins: bool = True
+    ends: bool = True
 
 
 class RowError(Exception):

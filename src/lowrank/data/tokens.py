@@ -1,7 +1,7 @@
 """Rows to token ids, and which of the tokens are trained.
 
 completion      [bos] + tokens(template with the prompt) + tokens(completion) + [eos]; trained: the completion and eos
-text            [bos] + tokens(text) + [eos]; trained: all
+text            [bos] + tokens(text) + [eos]; trained: all (the parts of a long text have bos and eos at its ends)
 chat            tokens(the chat template's text); trained: what the assistant says, each time to its end token
 classification  the tokenizer's own form of a text or a pair; trained: the label, a class
 regression      the same; trained: the label, a number
@@ -111,10 +111,12 @@ def _preferences(data: Dataset, tokenizer: Any, recipe: Recipe, tally: Tally) ->
 def _texts(data: Dataset, tokenizer: Any, recipe: Recipe, tally: Tally) -> list[Example]:
     bos = _bos(tokenizer)
     texts = [row.fields["text"] for row in data.rows]
-    rows = [
-        _ended(_begun(ids, bos), text, tokenizer) for ids, text in zip(_plain(tokenizer, texts), texts, strict=True)
-    ]
-    return _fitted(data, [Example(ids, ids) for ids in rows], recipe, bos, tally)
+    rows = []
+    for row, text, ids in zip(data.rows, texts, _plain(tokenizer, texts), strict=True):
+        begun = _begun(ids, bos) if row.begins else ids
+        whole = _ended(begun, text, tokenizer) if row.ends else begun
+        rows.append(Example(whole, whole))
+    return _fitted(data, rows, recipe, bos, tally)
 
 
 def _fitted(data: Dataset, whole: list[Example], recipe: Recipe, bos: list[int], tally: Tally) -> list[Example]:

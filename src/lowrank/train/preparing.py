@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lowrank.checkpoint.outputs import Inputs
 from lowrank.data.dataset import Dataset, read_dataset, split
+from lowrank.data.met import warn_of_met
 from lowrank.data.recipe import Recipe
 from lowrank.data.sources import TEST, VALID, has_part
 from lowrank.data.tokens import Encoded, encode
@@ -79,6 +80,8 @@ def prepare(settings: TrainSettings) -> Prepared:
     labels = labels_of(base, rows)
     loaded = load(base, rows.kind, labels, settings, settings.modules_to_save)
     recipe = recipe_of(settings, rows, labels, loaded)
+    if held_out and processes.is_first():
+        warn_of_met(rows, held_out)
     with processes.first_ahead():
         data = encode(rows, loaded.tokenizer, recipe)
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
@@ -121,7 +124,7 @@ def read_rows(settings: RunSettings) -> tuple[Dataset, Dataset | None]:
 
 def _sources(settings: TrainSettings, base: Path, rows: Dataset, held_out: Dataset | None) -> dict[str, str]:
     """What was trained on what, names on the Hub with the commit that was found for them."""
-    found = {"model": pinned(settings.model, base), "data": pinned(settings.data, rows.path)}
+    found = {"model": pinned(settings.model, base), "data": pinned(settings.data, rows.file)}
     if settings.eval_data is not None and held_out is not None:
-        found["eval_data"] = pinned(settings.eval_data, held_out.path)
+        found["eval_data"] = pinned(settings.eval_data, held_out.file)
     return found

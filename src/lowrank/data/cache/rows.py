@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -43,6 +43,13 @@ class StoredRows(Sequence[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         return (self[at] for at in range(len(self)))
+
+    def said(self) -> Iterator[int]:
+        """Of every row 64 bits that rows share which say the same, whatever their files and lines; no row is made."""
+        for place in self.places:
+            batch, row = self.table.find(int(place))
+            text = batch.column(0)[row].as_py()
+            yield hash(repr(replace(self.odd[int(place)], line=0, path=None)) if text is None else _words(text))
 
     def parts(self) -> Iterator[list[Row]]:
         """All rows in order, some at a time: few where they are long."""
@@ -127,7 +134,15 @@ class Packer:
 
 def _text(row: Row, file: int | None) -> str | None:
     """The row as JSON; None where that would not give it back as it is."""
-    value = [row.line, row.fields, _said(row.chat), file, _said(row.rejected)]
+    value = [
+        dict(sorted(row.fields.items())),
+        _said(row.chat),
+        _said(row.rejected),
+        row.begins,
+        row.ends,
+        row.line,
+        file,
+    ]
     try:
         text = json.dumps(value)
     except TypeError:
@@ -143,6 +158,11 @@ def _is_plain(chat: Conversation | None) -> bool:
     return not chat.tools and all(type(value) is str for m in chat.messages for value in m.fields.values())
 
 
+def _words(text: str) -> str:
+    """What a row's JSON says, without its last two values: the line, and the file."""
+    return text.rsplit(", ", 2)[0]
+
+
 def _said(chat: Conversation | None) -> list[Any] | None:
     if chat is None:
         return None
@@ -150,8 +170,9 @@ def _said(chat: Conversation | None) -> list[Any] | None:
 
 
 def _row(text: str, files: Sequence[Path]) -> Row:
-    line, fields, chat, file, rejected = json.loads(text)
-    return Row(line, fields, _heard(chat), None if file is None else files[file], _heard(rejected))
+    fields, chat, rejected, begins, ends, line, file = json.loads(text)
+    path = None if file is None else files[file]
+    return Row(line, fields, _heard(chat), path, _heard(rejected), begins, ends)
 
 
 def _heard(value: list[Any] | None) -> Conversation | None:

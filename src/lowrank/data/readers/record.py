@@ -8,11 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row as its file has it: the line it starts at (or its number, where there are no lines), fields by name."""
+    """One row as its file has it: the line it starts at (or its number, where there are no lines), fields by name.
+
+    begins, ends: whether a text does so with this row, which may be a part of it.
+    """
 
     path: Path
     line: int
     fields: dict[str, Any]
+    begins: bool = True
+    ends: bool = True
 
     @property
     def place(self) -> str:
