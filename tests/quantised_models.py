@@ -1,14 +1,24 @@
 """Quantised layers and models for tests, and bitsandbytes' own dense copy of their weights as the oracle."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import lowrank
 import models
+from lowrank import LoraConfig
+from lowrank.injection.adapters import lora_layers
 
 SCHEMES = ("nf4", "nf4 double", "fp4", "int8")
+CHECKPOINTS: dict[str, dict[str, Any]] = {  # by scheme, what transformers is told
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+    "nf4 double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
 
 
 def quantised_linear(scheme: str, k: int, d: int, dtype: torch.dtype, weight: Tensor | None = None) -> Any:
@@ -81,3 +91,32 @@ def quantise(model: nn.Module, scheme: str) -> nn.Module:
 def llama(scheme: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A small quantised Llama whose rows fill their blocks, without which bitsandbytes' own layers err with AVX-512."""
     return quantise(models.causal("llama", hidden_size=64, intermediate_size=128).to(dtype), scheme)
+
+
+def checkpoint(root: Path, scheme: str) -> Path:
+    """In `root`: a checkpoint as transformers writes it, quantised, under `base`, the model before under `float`."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    models.causal("llama", hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(root / "float")
+    told = BitsAndBytesConfig(**CHECKPOINTS[scheme])
+    model = AutoModelForCausalLM.from_pretrained(root / "float", dtype=torch.bfloat16, quantization_config=told)
+    model.save_pretrained(root / "base", max_shard_size="40kB")
+    return root
+
+
+def load(folder: Path) -> Any:
+    """The model in a folder, in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+def adapted(folder: Path, out: Path, size: float = 0.1, **options: Any) -> Any:
+    """The model in a folder with a trained adapter, which is saved to `out`."""
+    model = load(folder)
+    lowrank.inject(model, LoraConfig(**({"r": 4, "lora_alpha": 6} | options)))
+    for _, layer in lora_layers(model):
+        for tensor in layer.factors("default").trainable():
+            tensor.data += size * torch.randn_like(tensor)
+    lowrank.save_adapter(model, out)
+    return model

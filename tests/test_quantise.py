@@ -21,8 +21,8 @@ from lowrank.errors import CheckpointError, ConfigError, LowrankWarning
 from lowrank.injection.adapters import lora_layers
 from lowrank.injection.quantise import what_is_held
 from lowrank.train.evaluator import evaluate
-from lowrank.train.held import load_held
-from lowrank.train.models import find_model
+from lowrank.train.held import load_held, load_held_judge
+from lowrank.train.models import find_model, head_modules, load_judge
 from lowrank.train.settings import EvalSettings, TrainSettings
 from lowrank.train.trainer import run
 from quantised_models import dequantised, oracle
@@ -71,7 +71,7 @@ def test_every_round_of_loftq_leaves_less(form):
     weight, rank, scale = torch.randn(64, 128), 8, 2.0
 
     def held(matrix):
-        return held_as(matrix, form, torch.float32)
+        return held_as(matrix, form, torch.float32).matrix()
 
     left = [(weight - held(weight)).norm()]
     for rounds in (1, 2, 5):
@@ -138,11 +138,16 @@ def test_a_base_that_loftq_moved_is_made_again_for_its_adapter(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", LowrankWarning)  # none says that W0 differs
         evaluate(EvalSettings(**asked, quantise="nf4", double=True))
-    with pytest.raises(ConfigError, match=r"that LoftQ moved, and .* is not quantised here: say --quantise"):
+    with pytest.raises(ConfigError, match=r"that LoftQ moved, and here is not quantised .*: say --quantise"):
         evaluate(EvalSettings(**asked))
-    tensors = load_file(tmp_path / "run" / "loftq.safetensors")
+    rows, on = str(tmp_path / "rows.jsonl"), str(tmp_path / "on")
+    how = {"quantise": "nf4", "double": True, "init_from": str(tmp_path / "run")}
+    run(TrainSettings(model="nano", data=rows, out=on, steps=1, batch_size=2, **how))
+    moved = [load_file(tmp_path / name / "loftq.safetensors") for name in ("run", "on")]
+    assert moved[0].keys() == moved[1].keys() and all(torch.equal(moved[0][n], moved[1][n]) for n in moved[0])
+    tensors = moved[0]
     save_file({name: t[:-1].clone() for name, t in tensors.items()}, tmp_path / "run" / "loftq.safetensors")
-    with pytest.raises(CheckpointError, match=r"loftq.safetensors does not fit .*q_proj: copy the adapter again"):
+    with pytest.raises(CheckpointError, match=r"loftq.safetensors does not fit .*_proj: copy the adapter again"):
         evaluate(EvalSettings(**asked, quantise="nf4", double=True))
 
 
@@ -158,6 +163,28 @@ def test_a_model_quantised_as_it_is_read_is_the_one_that_was_quantised_afterward
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert [type(m).__name__ for m in model.modules()] == [type(m).__name__ for m in wanted.modules()]
     assert "quantization_config" not in model.config.to_dict()
+
+
+@pytest.mark.parametrize("labels", [("no", "yes"), ()], ids=["two labels", "a number"])
+@pytest.mark.parametrize("pooler", ["in the files", "new"])
+def test_a_classifier_quantised_as_it_is_read_is_the_one_that_was_quantised_afterwards(tmp_path, labels, pooler):
+    """Its head, and a pooler that the files lack, start from the same random numbers, and stay as they are."""
+    plain: Any = models.build("AutoModelForSequenceClassification", "bert", num_labels=3)
+    (plain if pooler == "in the files" else plain.bert).save_pretrained(tmp_path / "base")
+    if pooler == "new":
+        tensors = load_file(tmp_path / "base" / "model.safetensors")
+        tensors = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+        save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    asked = EvalSettings(model="m", data="d", quantise="nf4", double=True)
+    torch.manual_seed(3)
+    model, fresh = load_held_judge(tmp_path / "base", labels, asked, torch.float32, torch.device("cpu"), [])
+    torch.manual_seed(3)
+    wanted, also = load_judge(tmp_path / "base", labels, torch.float32)
+    assert fresh == also and ("bert.pooler.dense" in fresh) is (pooler == "new")
+    held = lowrank.quantise(wanted, "nf4", double=True, skip=head_modules(wanted, also))
+    assert held == what_is_held(model) and held.layers == (13 if pooler == "in the files" else 12)
+    one, other = model.state_dict(), wanted.state_dict()
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_gpt2_s_conv1d_is_quantised_as_it_is_read_adapted_and_merged(tmp_path):
@@ -178,6 +205,9 @@ def test_gpt2_s_conv1d_is_quantised_as_it_is_read_adapted_and_merged(tmp_path):
     again = copy.deepcopy(model)
     with pytest.warns(LowrankWarning, match="apart from what was trained"):
         lowrank.merge_and_unload(again, onto="original", original=tmp_path / "base")
+    float_model = copy.deepcopy(plain)
+    with pytest.warns(LowrankWarning, match=r"W0 differs by \d\.\d%"):  # of its own rows, not of its columns
+        lowrank.load_adapter(float_model, tmp_path / "adapter")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     name = "transformer.h.0.mlp.c_fc.weight"
     assert type(again.transformer.h[0].mlp.c_fc).__name__ == "Conv1D" and name in report.apart

@@ -15,51 +15,27 @@ import quantised_models
 from lowrank import LoraConfig
 from lowrank.errors import CheckpointError, LowrankWarning, MergeError
 from lowrank.injection.adapters import lora_layers
+from lowrank.train.models import load_causal
+from quantised_models import load
 
 bnb = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SCHEMES: dict[str, dict[str, Any]] = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
-    "nf4 double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-    "int8": {"load_in_8bit": True},
-}
 IDS = torch.arange(24).view(2, 12)
 TARGETS = ["q_proj", "down_proj", "lm_head"]
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
+@pytest.fixture(scope="module", params=quantised_models.CHECKPOINTS)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as transformers writes it, quantised, in two shards, and the float model beside it."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    root = tmp_path_factory.mktemp("quantised")
-    plain = models.causal("llama", hidden_size=64, intermediate_size=128).to(torch.bfloat16)
-    plain.save_pretrained(root / "float")
-    model = AutoModelForCausalLM.from_pretrained(
-        root / "float", dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(**SCHEMES[request.param])
-    )
-    model.save_pretrained(root / "base", max_shard_size="40kB")
+    """A quantised checkpoint in two shards, and the float model beside it."""
+    root = quantised_models.checkpoint(tmp_path_factory.mktemp("quantised"), request.param)
     assert len(list((root / "base").glob("*.safetensors"))) > 1
     return root
 
 
-def load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-
-
 def adapted(base: Path, out: Path, size: float = 0.1, **options: Any) -> Any:
     """The model with a trained adapter, which is saved to `out`."""
-    model = load(base / "base")
-    lowrank.inject(model, LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": TARGETS} | options)))
-    for _, layer in lora_layers(model):
-        for tensor in layer.factors("default").trainable():
-            tensor.data += size * torch.randn_like(tensor)
-    lowrank.save_adapter(model, out)
-    return model
+    return quantised_models.adapted(base / "base", out, size, **({"target_modules": TARGETS} | options))
 
 
 def same(one: Any, other: Any) -> bool:
@@ -237,6 +213,12 @@ def test_damaged_quantised_weights_are_said_in_a_sentence(base, tmp_path):
             tensors[name] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
 
         faults.append((strange, "its quant_state says nothing that can be meant of shape, blocksize"))
+
+        def unknown(tensors: dict[str, torch.Tensor]) -> None:
+            name = next(name for name in tensors if name.startswith(f"{weight}.quant_state"))
+            tensors[f"{name.rpartition('__')[0]}__nf9"] = tensors.pop(name)
+
+        faults.append((unknown, rf"weight {weight} cannot be read: its four-bit kind 'nf9' is not known, only nf4 and"))
     else:
         faults.append((without, "stored as I8, a form that is not read here"))
     for number, (change, sentence) in enumerate(faults):
@@ -244,6 +226,21 @@ def test_damaged_quantised_weights_are_said_in_a_sentence(base, tmp_path):
         with pytest.raises((CheckpointError, MergeError), match=sentence):
             lowrank.merge_checkpoint(damaged, tmp_path / "adapter", tmp_path / "out")
         assert not (tmp_path / "out").exists()
+        if "not read here" not in sentence:
+            with pytest.raises(CheckpointError, match=sentence):  # before transformers reads past the scales' end
+                load_causal(damaged, torch.bfloat16)
+
+
+def test_a_method_that_nobody_knows_is_named_before_the_model_is_loaded(base):
+    folder = base / "base"
+    said = json.loads((folder / "config.json").read_text())
+    try:
+        for method in ("superquant", 7):
+            (folder / "config.json").write_text(json.dumps(said | {"quantization_config": {"quant_method": method}}))
+            with pytest.raises(CheckpointError, match=rf"quantised by '?{method}'?, a method that"):
+                load_causal(folder, torch.bfloat16)
+    finally:
+        (folder / "config.json").write_text(json.dumps(said))
 
 
 def test_layers_without_an_adapter_are_not_repacked_while_the_model_has_one():

@@ -17,6 +17,7 @@ from lowrank.checkpoint.companion import Companion
 from lowrank.checkpoint.each_expert import read_each_expert
 from lowrank.checkpoint.keys import Key
 from lowrank.checkpoint.outputs import claimed
+from lowrank.checkpoint.stored_base import together
 from lowrank.checkpoint.target import Target
 from lowrank.core.combination import WITH_DENSITY, WITHOUT_RANK, Method, Options, Term, find_method
 from lowrank.core.truncation import check_rank
@@ -187,6 +188,10 @@ def _content(
     origin["lora_dropout"] = 0.0
     fingerprints = [content.companion.base for content in contents]
     agreed = fingerprints[0] if all(f == fingerprints[0] for f in fingerprints) else None
+    held = [content.companion.stored for content in contents]
+    if (stored := together(held, targets)) is None and any(held):
+        forms = sorted({"numbers" if base is None else base.form for base in held})
+        notes.append(f"the adapters were trained over different bases, held in {' and in '.join(forms)}: none is kept")
     saved = sorted({name for content in contents for name in content.modules_to_save})
     names = union_of_names(contents)
     content = AdapterContent(
@@ -196,7 +201,7 @@ def _content(
         full,
         tuple(saved),
         contents[0].bias,
-        companion=Companion(base=agreed),
+        companion=Companion(base=agreed, stored=stored),
         singles=contents[0].singles,
     )
     return content, tuple(notes)

@@ -12,13 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lowrank.checkpoint import companion, config_file
+from lowrank.checkpoint import companion, config_file, loftq_file
 from lowrank.checkpoint.atomic import write_folder
 from lowrank.checkpoint.companion import Companion
 from lowrank.checkpoint.config_file import AdapterConfig
 from lowrank.checkpoint.describe import describe
 from lowrank.checkpoint.keys import MAGNITUDE, TOKENS, Key, full_key, low_rank_key
 from lowrank.checkpoint.layout import file_rank, magnitude_shape, pair_roles, to_file
+from lowrank.checkpoint.loftq_file import Off, read_off
 from lowrank.checkpoint.one_scale import common_scale, folded
 from lowrank.checkpoint.read import SAFETENSORS, AdapterFiles
 from lowrank.checkpoint.restack import file_paths, restacked
@@ -45,7 +46,7 @@ class AdapterContent:
 
     names: which modules it adapts, in the words of its config; origin: the fields of ORIGIN; full: tensors kept whole;
     rows: {path: rows of its table}, which `origin` names (trainable_token_indices); singles: {path of a single expert:
-    path of the stack that it is written in}.
+    path of the stack that it is written in}; off: what LoftQ took off the base (`checkpoint.loftq_file`).
     """
 
     targets: Mapping[str, Target]
@@ -57,6 +58,7 @@ class AdapterContent:
     companion: Companion = field(default_factory=Companion)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     singles: Mapping[str, str] = field(default_factory=dict)
+    off: Mapping[str, Off] = field(default_factory=dict)
 
 
 class FileTargets(Mapping[str, Target]):
@@ -125,9 +127,10 @@ def content_of(files: AdapterFiles) -> AdapterContent:
         full={key: tensor for key, tensor in files.full.items() if not (key.of_base and key.name == "weight")},
         modules_to_save=tuple(lora.modules_to_save),
         bias=lora.bias,
-        companion=Companion(base=files.companion.base),
+        companion=Companion(base=files.companion.base, stored=files.companion.stored),
         rows=files.rows,
         singles=files.singles,
+        off=read_off(files.folder),
     )
 
 
@@ -182,7 +185,8 @@ def write_adapter(folder: Path, content: AdapterContent, dtype: torch.dtype | No
             SAFETENSORS: _serialise(tensors),
             companion.NAME: content.companion.to_bytes(),
             config_file.NAME: _config(content, scale),
-        },
+        }
+        | ({loftq_file.NAME: loftq_file.as_bytes(content.off)} if content.off else {}),
     )
 
 

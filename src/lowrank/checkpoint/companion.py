@@ -5,7 +5,8 @@
      "fused": {path: {"names": ["q", "v"], "rows": [[start, width, stride, count], ...]}},
      "start": [path, ...],
      "scales": {path: s},
-     "stored": {"form": ..., "dtype": ..., "block": 64, "probe": {path: [..]}, "plain": [path, ...]}}
+     "stored": {"form": ..., "dtype": ..., "block": 64, "probe": {path: [..]}, "plain": [path, ...],
+                "rest": [path, ...]}}
 
 fused: modules of which only some rows are adapted, which the weights file holds padded with zeros.
 start: modules whose file factors are [A; A_start] and [B, −B_start], because training did not start at ΔW = 0.
@@ -109,8 +110,8 @@ def _stored(stored: dict[str, Any]) -> StoredBase:
     block = stored.get("block")
     if block is not None and _checked(block, int, "block") not in BLOCKS:
         raise ValueError(f"{block} numbers cannot share a scale in any form")
-    plain = _items(stored.get("plain", []), str, "plain")
-    return StoredBase(short(_checked(stored.get("form"), str, "form"), 80), dtype, probe, block, tuple(plain))
+    plain, rest = (tuple(_items(stored.get(key, []), str, key)) for key in ("plain", "rest"))
+    return StoredBase(short(_checked(stored.get("form"), str, "form"), 80), dtype, probe, block, plain, rest)
 
 
 def _fingerprint(base: dict[str, Any]) -> Fingerprint:

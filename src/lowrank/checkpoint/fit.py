@@ -83,7 +83,8 @@ def _full_faults(files: AdapterFiles, key: Key, modules: Mapping[str, nn.Module]
     if module is None or key.name not in own_tensors(module):
         names = [f"{path}.{name}".removeprefix(".") for path, m in modules.items() for name in own_tensors(m)]
         return [f"unexpected {written}{suggestion(_full_name(key, rename), names)}"]
-    got, wanted = list(files.full[key].shape), list(cast(Tensor, getattr(module, key.name)).shape)
+    own = frozen_shape(module) if key.name == "weight" else cast(Tensor, getattr(module, key.name)).shape
+    got, wanted = list(files.full[key].shape), list(own)
     return [] if got == wanted else [f"{written} has shape {got}, wanted {wanted}"]
 
 

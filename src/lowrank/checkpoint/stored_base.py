@@ -4,7 +4,7 @@
 first block of some of the adapted weights. On loading, what the model at hand has in their place is compared with them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from lowrank.core.stored.of_module import is_readable, stored_weight
 
 MODULES, NUMBERS = 4, 64  # so many weights, and so many numbers of each
 MOVED = "_lowrank_moved"  # on a module: what LoftQ's rounds took off W0 before it was quantised
+BY_LOFTQ = ", moved by LoftQ"  # behind the form's name
 ALIKE = 1e-6  # relative; less is a rounding of dtypes
 
 
@@ -22,7 +23,8 @@ ALIKE = 1e-6  # relative; less is a rounding of dtypes
 class StoredBase:
     """form: as `Stored.form` says it; dtype: of the matrix as it is read; probe: {module: the first numbers of W0}.
 
-    block: how many numbers share a scale, where the form has blocks; plain: adapted modules that were not quantised.
+    block: how many numbers share a scale, where the form has blocks; plain: adapted modules that were not quantised;
+    rest: quantised modules that are not adapted.
     """
 
     form: str
@@ -30,16 +32,29 @@ class StoredBase:
     probe: dict[str, tuple[float, ...]] = field(default_factory=dict)
     block: int | None = None
     plain: tuple[str, ...] = ()
+    rest: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For `lowrank.json`."""
         blocks = {} if self.block is None else {"block": self.block}
-        return {"form": self.form, "dtype": self.dtype, "probe": self.probe, "plain": list(self.plain)} | blocks
+        modules = {"plain": list(self.plain), "rest": list(self.rest)}
+        return {"form": self.form, "dtype": self.dtype, "probe": self.probe} | modules | blocks
+
+    @property
+    def quantised(self) -> str:
+        """The form before LoftQ moved it."""
+        return self.form.removesuffix(BY_LOFTQ)
+
+    @property
+    def moved(self) -> bool:
+        """Whether LoftQ's further rounds moved the base for this adapter."""
+        return self.form.endswith(BY_LOFTQ)
 
     def renamed(self, rename: Callable[[str], str]) -> "StoredBase":
         """The same for a model whose paths differ."""
         probe = {rename(path): numbers for path, numbers in self.probe.items()}
-        return replace(self, probe=probe, plain=tuple(rename(path) for path in self.plain))
+        plain, rest = (tuple(rename(path) for path in paths) for paths in (self.plain, self.rest))
+        return replace(self, probe=probe, plain=plain, rest=rest)
 
     def differences(self, model: nn.Module) -> list[str]:
         """One sentence where the model holds other numbers than those that the adapter was trained over."""
@@ -70,8 +85,11 @@ class StoredBase:
         return share if share > ALIKE else 0.0
 
 
-def stored_base(modules: Iterable[tuple[str, nn.Module]]) -> StoredBase | None:
-    """What is to be remembered of adapted modules; None where none of them is in a stored form."""
+def stored_base(modules: Iterable[tuple[str, nn.Module]], rest: Iterable[str] = ()) -> StoredBase | None:
+    """What is to be remembered of adapted modules; None where none of them is in a stored form.
+
+    rest: the paths of quantised modules that are not adapted.
+    """
     all_modules = list(modules)
     found = [(path, stored_weight(module)) for path, module in all_modules if is_readable(module)]
     if not found:
@@ -82,10 +100,25 @@ def stored_base(modules: Iterable[tuple[str, nn.Module]]) -> StoredBase | None:
     probe = {path: tuple(stored.rows(slice(0, 1)).flatten()[:NUMBERS].double().tolist()) for path, stored in chosen}
     first = found[0][1]
     moved = any(MOVED in module.__dict__ for _, module in all_modules)
-    form = first.form + (", moved by LoftQ" if moved else "")
+    form = first.form + (BY_LOFTQ if moved else "")
     block = getattr(first, "block", None)
     size = block if isinstance(block, int) else None
-    return StoredBase(form, str(first.dtype).removeprefix("torch."), probe, size, plain)
+    return StoredBase(form, str(first.dtype).removeprefix("torch."), probe, size, plain, tuple(rest))
+
+
+def together(bases: Sequence[StoredBase | None], adapted: Collection[str]) -> StoredBase | None:
+    """What is to be remembered of an adapter made of several, which adapts `adapted`: their base, where it is one.
+
+    None where they were trained over different forms, or over bases that LoftQ moved, each its own.
+    """
+    first = bases[0]
+    if first is None or len({None if base is None else (base.form, base.dtype, base.block) for base in bases}) > 1:
+        return None
+    if first.moved and len(bases) > 1:
+        return None
+    known = [base for base in bases if base is not None]
+    plain, rest = (tuple(dict.fromkeys(p for b in known for p in getattr(b, key))) for key in ("plain", "rest"))
+    return replace(first, plain=plain, rest=tuple(path for path in rest if path not in adapted))
 
 
 def _form(module: nn.Module) -> str:
@@ -99,4 +132,5 @@ def _first(module: nn.Module) -> Tensor | None:
     weight = module._parameters.get("weight")
     if weight is None or not weight.is_floating_point() or weight.dim() != 2 or weight.is_meta:
         return None
-    return weight.detach()[0, :NUMBERS].double().cpu()
+    row = weight.detach()[:, 0] if getattr(module, "transposed", False) else weight.detach()[0]  # Conv1D has W0ᵀ
+    return row[:NUMBERS].double().cpu()

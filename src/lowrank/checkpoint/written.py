@@ -20,7 +20,7 @@ from lowrank.checkpoint.read import SAFETENSORS
 from lowrank.checkpoint.stored_base import stored_base
 from lowrank.checkpoint.write_config import config_bytes
 from lowrank.core.factors import LoraFactors
-from lowrank.core.stored.of_module import frozen_shape
+from lowrank.core.stored.of_module import frozen_shape, is_readable
 from lowrank.errors import CheckpointError, some
 from lowrank.injection.adapters import lora_layers, override_modules, row_layers
 from lowrank.injection.config import LoraConfig
@@ -29,6 +29,7 @@ from lowrank.injection.presence import injected_paths, settle
 from lowrank.injection.state import require_adapter
 from lowrank.injection.targets import named_targets
 from lowrank.injection.token_rows import leading, said_indices
+from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer
 from lowrank.layers.overrides import override_tensors, own_tensors
 from lowrank.layers.stack import ExpertStack
@@ -169,7 +170,10 @@ def _companion(model: nn.Module, parts: dict[str, _Part], config: LoraConfig) ->
             {path: part.described for path, part in parts.items()},
             {path: part.factors.scale for path, part in parts.items()},
         ),
-        stored=stored_base((path, part.layer) for path, part in sorted(parts.items())),
+        stored=stored_base(
+            ((path, part.layer) for path, part in sorted(parts.items())),
+            sorted(path for path, module in base_modules(model) if path not in parts and is_readable(module)),
+        ),
     )
 
 

@@ -66,7 +66,8 @@ def merge(
     threads
         Threads to merge with, 16 at most; as many as cores where not given
     onto
-        Of a quantised base: 16bit (plain weights), quantised (its own form again), original (--model is unquantised)
+        Of a quantised base: 16bit (plain weights, as training saw them), quantised (its own form again), original (the
+        weights before they were quantised, of an unquantised --model)
     anyway
         Merge onto quantised though less than half of the change survives
     """

@@ -9,6 +9,7 @@ from torch import nn
 
 from lowrank.core.factors import LoraFactors
 from lowrank.core.init import find_init
+from lowrank.core.stored.of_module import is_stored
 from lowrank.core.token_rows import TokenRows
 from lowrank.errors import ConfigError, LowrankWarning
 from lowrank.injection.adapters import switch
@@ -31,6 +32,7 @@ from lowrank.injection.undo import or_as_it_was
 from lowrank.layers.base import LoraLayer, extend
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import add_override, own_tensors
+from lowrank.layers.quantised import LoraQuantised
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -110,6 +112,8 @@ def attach(
         for path, owned in rows.items():
             extend(modules[path], _kind(modules[path])).add_rows(adapter_name, owned)
         for path, names in overrides.items():
+            if "weight" in names and is_stored(modules[path]):
+                extend(modules[path], LoraQuantised)  # which computes with numbers too
             add_override(modules[path], adapter_name, names)
         state.configs[adapter_name] = config
         record(state, modules)

@@ -3,8 +3,8 @@
 from torch import nn
 
 from lowrank.core.scaling import lora_scale
-from lowrank.core.stored.of_module import frozen_shape
-from lowrank.errors import ConfigError, TargetError
+from lowrank.core.stored.of_module import frozen_shape, is_stored
+from lowrank.errors import ConfigError, TargetError, some
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.fused import equal_thirds_of, part_rows
 from lowrank.injection.left_out import emptied, left_out
@@ -44,7 +44,8 @@ def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
     _check_dora(config, entries, modules)
     biases = _biases(modules, config, set(targets), set(saved))
     rows = plan_rows(model, modules, config, targets, saved)
-    full = [p.numel() for module in saved.values() for p in module.parameters()]
+    packed = _packed(saved)
+    full = [packed.get(id(p), ("", p.numel()))[1] for module in saved.values() for p in module.parameters()]
     full += [len(entry.indices) * entry.d for entry in rows]
     full += [p.numel() for names in biases.values() for p in names]
     line, missed = left_out(model, modules, targets, output_heads(model, modules)) if means_all(config) else ("", None)
@@ -57,6 +58,7 @@ def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
             *sharing_warnings(modules, set(targets)),
             *row_warnings(modules, rows, config),
             *emptied(config, modules, targets),
+            *_held_as_numbers(packed),
             *([missed] if missed else []),
         ),
         left_out=line,
@@ -65,6 +67,27 @@ def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
         dora=config.use_dora,
         rows=rows,
     )
+
+
+def _packed(saved: dict[str, nn.Module]) -> dict[int, tuple[str, int]]:
+    """{id of a weight in a stored form: (its module's path, how many numbers it is)} in modules to save in full."""
+    found = {}
+    for root, module in saved.items():
+        for path, inner in module.named_modules(prefix=root):
+            if is_stored(inner):
+                try:
+                    found[id(inner._parameters["weight"])] = path, frozen_shape(inner).numel()
+                except TargetError as error:
+                    raise TargetError(f"modules_to_save: {path}: {error}") from error
+    return found
+
+
+def _held_as_numbers(packed: dict[int, tuple[str, int]]) -> list[str]:
+    if not packed:
+        return []
+    paths, numbers = zip(*packed.values(), strict=True)
+    copies = f"{'is' if len(paths) == 1 else 'are'} quantised; what the adapter trains of it in full is numbers"
+    return [f"modules_to_save: {some(paths)} {copies}, {sum(numbers):,} of them"]
 
 
 def _entry(

@@ -18,6 +18,7 @@ from lowrank.layers.base import LoraLayer, extend, lora_mixin
 from lowrank.layers.embedding import LoraEmbedding
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import CHILD, override_tensors, overrides_of
+from lowrank.layers.quantised import LoraQuantised
 from lowrank.layers.stack import ExpertStack
 
 
@@ -36,7 +37,8 @@ def _place(modules: dict[str, nn.Module], path: str) -> Place:
     weight = modules[path]._parameters.get("weight")
     if isinstance(stack := modules[path], ExpertStack):
         return Place(stack.experts, stack.child, stack, None)
-    return Place(modules[parent] if parent else None, leaf, modules[path], None if weight is None else weight.shape)
+    shape = None if weight is None or isinstance(modules[path], LoraQuantised) else weight.shape  # packed, or numbers
+    return Place(modules[parent] if parent else None, leaf, modules[path], shape)
 
 
 def set_trainable(module: nn.Module, name: str, trained: bool) -> None:

@@ -139,6 +139,10 @@ class LoraLayer(RowedLayer):
         """Whether the adapter has factors or rows here."""
         return adapter in self.adapter_names or adapter in self.row_names
 
+    def is_needed(self) -> bool:
+        """Whether the plain class could not compute with what is in the module, though no adapter has factors here."""
+        return False
+
     def change(self, adapter: str, weighting: float = 1.0, weight: Tensor | None = None) -> Change:
         """ΔW of one adapter, ready to be merged; weight: W0 as `dense` gives it, read anew where not given."""
         weight = self.dense(self) if weight is None else weight
@@ -264,7 +268,7 @@ def let_go(layer: LoraLayer, adapters: Collection[str]) -> None:
     """In place: forget the factors and rows of `adapters`; a layer that has no others is the plain module again."""
     layer.remove_rows(adapters)
     layer.remove_factors(adapters)
-    if not layer.adapter_names and not layer.row_names:
+    if not layer.adapter_names and not layer.row_names and not layer.is_needed():
         restore(layer)
 
 

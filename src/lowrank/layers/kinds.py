@@ -50,7 +50,7 @@ def kind_of(module: nn.Module) -> type[LoraLayer] | None:
 
     A linear map whose weight is stored in another form than numbers is of a kind of its own.
     """
-    if isinstance(module, nn.Linear) and is_stored(module):
+    if isinstance(module, LoraQuantised) or (isinstance(module, nn.Linear) and is_stored(module)):
         return LoraQuantised
     if isinstance(module, ExpertStack):
         return kind_of_stack(module)

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lowrank.core.stored.of_module import is_stored, stored_weight
+
 CHILD = "lowrank_overrides"
 BASE = ""  # the owner's name of the original tensors; no adapter can be called so
 
@@ -47,7 +49,12 @@ def overrides_of(module: nn.Module) -> Overrides | None:
 
 
 def own_tensors(module: nn.Module) -> list[str]:
-    """The names of the tensors a module itself holds: parameters and persistent buffers."""
+    """The names of the tensors a module itself holds: parameters and persistent buffers.
+
+    Of one whose weight is in a stored form, weight and bias: the scales are part of the weight.
+    """
+    if is_stored(module):
+        return [name for name in ("weight", "bias") if module._parameters.get(name) is not None]
     buffers = [n for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set]
     return [n for n, p in module._parameters.items() if p is not None] + buffers
 
@@ -60,13 +67,14 @@ def _table(module: nn.Module, name: str) -> dict[str, Tensor | None]:
 def add_override(module: nn.Module, adapter: str, names: Iterable[str]) -> None:
     """In place: give `adapter` its own copy of the named tensors, equal to the originals, and wait with it.
 
-    Integer buffers are copied too; floating parameters of the copy require gradients once the adapter is trained.
+    The copy of a weight in a stored form is its matrix, as numbers. Integer buffers are copied too; floating parameters
+    of the copy require gradients once the adapter is trained.
     """
     overrides, names = overrides_of(module), tuple(names)
     before = BASE if overrides is None else overrides.in_place
     select_override(module, BASE)
     originals = {name: _table(module, name)[name] for name in names}
-    copies = {name: tensor.detach().clone() for name, tensor in originals.items() if tensor is not None}
+    copies = {name: _copy(module, name, tensor) for name, tensor in originals.items() if tensor is not None}
     if overrides is None:  # only now: where there is no memory for the copies, nothing has changed
         overrides = Overrides()
         module.add_module(CHILD, overrides)
@@ -76,6 +84,10 @@ def add_override(module: nn.Module, adapter: str, names: Iterable[str]) -> None:
         overrides.put(adapter, name, nn.Parameter(copies[name], False) if is_parameter else copies[name])
     overrides.owners[adapter] = names
     select_override(module, before)
+
+
+def _copy(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    return stored_weight(module).matrix() if name == "weight" and is_stored(module) else tensor.detach().clone()
 
 
 def select_override(module: nn.Module, owner: str) -> None:

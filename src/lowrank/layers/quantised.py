@@ -13,6 +13,7 @@ from lowrank.errors import TargetError
 from lowrank.kernels.autocast import cast_once
 from lowrank.kernels.frozen import frozen_linear
 from lowrank.layers.linear import LoraLinear
+from lowrank.layers.overrides import overrides_of
 
 
 class PackedWeight:
@@ -57,6 +58,11 @@ class LoraQuantised(LoraLinear):
         """W0 as numbers, (d, k), in the dtype of the form's own package."""
         weight = cls.frozen(module)
         return weight.matrix() if isinstance(weight, Stored) else weight.detach()
+
+    def is_needed(self) -> bool:
+        """Where an adapter owns the weight in full, as numbers."""
+        overrides = overrides_of(self)
+        return overrides is not None and any("weight" in names for names in overrides.owners.values())
 
     def held(self) -> Weight:
         """W0, or what reads it."""

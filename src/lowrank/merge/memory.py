@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lowrank.core.stored.of_module import is_readable
+from lowrank.core.stored.of_module import is_readable, is_stored
 from lowrank.errors import LowrankWarning, MergeError, some
 from lowrank.injection.adapters import check_release, drop, lora_layers, override_modules, switch
 from lowrank.injection.presence import record, settle
@@ -16,7 +16,8 @@ from lowrank.injection.state import AdapterState, check_unfolded, require_adapte
 from lowrank.injection.tied import part_tied_weights
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer, let_go
-from lowrank.layers.overrides import keep_override
+from lowrank.layers.overrides import keep_override, override_tensors
+from lowrank.layers.plain import become_linear
 from lowrank.layers.quantised import LoraQuantised
 from lowrank.merge.apart import Apart, apart_table
 from lowrank.merge.disk.report import survival_warnings
@@ -93,7 +94,7 @@ def merge_and_unload(
             left[path] = _fold(layer, own, id(layer.base_weight) in shared, plain, weight)
         if plain is not None:
             dequantise_rest(model, plain, weights)
-        _finish(model, names, drop_rest=adapters is None)
+        _finish(model, names, plain, drop_rest=adapters is None)
     if far:
         warnings.warn(apart_table(far), LowrankWarning, stacklevel=2)
     for text in survival_warnings(left, ", ".join(sorted(dtypes)), "model.float() before"):
@@ -194,6 +195,12 @@ def _check_onto(
         return original_weights(original, held)
     if onto == "16bit":
         return None
+    for name in names:
+        for path, module in override_modules(model, name):
+            if isinstance(module, LoraQuantised) and "weight" in override_tensors(module, name):
+                raise MergeError(
+                    f"onto quantised: adapter {name!r} brings {path} in full, and it is quantised: merge onto 16bit"
+                )
     stored = quantised_layers(list(lora_layers(model)))
     if not stored:
         raise MergeError("onto quantised: no adapted layer of this model is quantised; leave `onto` out")
@@ -232,12 +239,15 @@ def _fold(
     return left
 
 
-def _finish(model: nn.Module, names: tuple[str, ...], drop_rest: bool) -> None:
+def _finish(model: nn.Module, names: tuple[str, ...], plain: torch.dtype | None, drop_rest: bool) -> None:
     """In place: full copies become the model's own; merged adapters are forgotten, and all others where asked."""
     state = require_state(model)
     for name in names:
         for _, module in list(override_modules(model, name)):
             keep_override(module, name)
+            if isinstance(module, LoraQuantised) and not is_stored(module):
+                weight = module.dense(module)
+                become_linear(module, weight.to(plain or weight.dtype))
         del state.configs[name]
     active = tuple(name for name in state.active if name in state.configs)
     trained = tuple(name for name in state.trained if name in state.configs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank.files.regular import TruncatedError, read_into
 from lowrank.files.safetensors import READABLE
-from lowrank.modelfiles.tensors import Source, StoredEntry
+from lowrank.modelfiles.tensors import MadeWhole, Source, StoredEntry
 
 CACHE_LINE = 64  # bytes; arithmetic is slower where a tensor does not begin with one
 
@@ -42,13 +42,21 @@ class Workspace:
 
 @contextmanager
 def opened(source: Source | None) -> Iterator[int]:
-    """A read-only descriptor of the source's file; -1 where there is no source."""
+    """A read-only descriptor of the source's file, -1 where there is none; what is made as a whole stays that long."""
+    kept = hold(source)
     descriptor = -1 if source is None else os.open(source.shard.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         yield descriptor
     finally:
+        del kept
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def hold(source: Source | None) -> object:
+    """What keeps a weight that is made as a whole from being made again for its next rows; None for all others."""
+    form = source.entry.form if source is not None and isinstance(source.entry, StoredEntry) else None
+    return form.hold() if isinstance(form, MadeWhole) else None
 
 
 def read_entry_rows(

@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 
 from lowrank.checkpoint.fusions import Turn
-from lowrank.core.stored import Stored
 from lowrank.modelfiles.blocks import some_rows
 from lowrank.modelfiles.tensors import Source
-
-STACK = "one expert of a stack is read here, and not written"
 
 
 def turned_shape(shape: tuple[int, ...], turn: Turn) -> tuple[int, int]:
@@ -64,15 +61,3 @@ class RowsOfExpert:
         """Rows of these, (n', m), new memory."""
         start = self.within.start
         return self.expert.matrix[start + rows.start : start + rows.stop].clone(memory_format=torch.contiguous_format)
-
-    def stored(self) -> Stored | None:
-        """None: it is a part of a stack."""
-        return None
-
-    def parts_of(self, stored: Stored) -> dict[str, Tensor]:
-        """It is read, and not written."""
-        raise NotImplementedError(STACK)
-
-    def assembled(self, parts: dict[str, Tensor]) -> Stored:
-        """It is read, and not written."""
-        raise NotImplementedError(STACK)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -36,8 +36,22 @@ class Form(Protocol):
         """Rows of the weight as a matrix of stored rows, (n', m), new memory."""
         ...
 
-    def stored(self) -> Stored | None:
-        """What reads the whole, where that is one matrix: new tensors, mapped from the files."""
+
+@runtime_checkable
+class MadeWhole(Form, Protocol):
+    """A form whose rows are there only when all are."""
+
+    def hold(self) -> object:
+        """What keeps all rows, from the first that is read, until it is let go."""
+        ...
+
+
+@runtime_checkable
+class PackedForm(Form, Protocol):
+    """A form of one matrix, into which another can be put."""
+
+    def stored(self) -> Stored:
+        """What reads the whole: new tensors, mapped from the files."""
         ...
 
     def parts_of(self, stored: Stored) -> dict[str, Tensor]:

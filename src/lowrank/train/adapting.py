@@ -9,7 +9,7 @@ from lowrank.data.names import read_targets
 from lowrank.hub import local_folder
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
-from lowrank.train.loftq import rounds_of, start
+from lowrank.train.loftq import move_base, rounds_of, start
 from lowrank.train.models import checkpoint_activations
 from lowrank.train.settings import TargetSettings, TrainSettings
 from lowrank.train.task import Loaded
@@ -50,7 +50,9 @@ def adapt(loaded: Loaded, settings: TrainSettings, base: Path) -> str:
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
     if settings.init_from is not None:
-        load_adapter(model, local_folder(settings.init_from), trainable=True)
+        before = local_folder(settings.init_from)
+        move_base(model, base, before)
+        load_adapter(model, before, trainable=True)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return f"on from {settings.init_from}: {trained:,} trained parameters"
     if not settings.full:

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lowrank.checkpoint.loftq_file import Off, read_off, unfit, write_off
 from lowrank.checkpoint.stored_base import MOVED
-from lowrank.core.init.loftq import loftq, taken_off
+from lowrank.core.init.loftq import loftq, moved, taken_off
 from lowrank.core.stored import Stored, requantise
 from lowrank.core.stored.of_module import stored_weight
 from lowrank.errors import CheckpointError, ConfigError, some
-from lowrank.files.safetensors import read_tensors
 from lowrank.injection.adapters import lora_layers
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.plain import put_stored
@@ -26,7 +26,6 @@ from lowrank.merge.onto import stored_layers
 from lowrank.merge.originals import original_weights
 from lowrank.stages import stage
 
-FILE = "loftq.safetensors"  # {path.a: A, path.b: s·B}
 INIT = re.compile(r"loftq(?:_([1-9]\d{0,2}))?")
 
 
@@ -66,21 +65,15 @@ def _quantised(matrix: Tensor, like: Stored) -> Tensor:
     return requantise(matrix, like).matrix(torch.float32)
 
 
-def _move(layer: nn.Module, weight: Tensor, held: Stored, off: tuple[Tensor, Tensor]) -> None:
+def _move(layer: nn.Module, weight: Tensor, held: Stored, off: Off) -> None:
     """In place: the layer holds Q(W0 − B·A), off = (A, B), and remembers what was taken off."""
-    a, b = off
-    put_stored(layer, requantise(torch.addmm(weight, b, a, alpha=-1), held))
+    put_stored(layer, moved(weight, held, off))
     layer.__dict__[MOVED] = off
 
 
 def save_moved(model: nn.Module, folder: Path) -> None:
     """Write what was taken off before the last quantising into the adapter's folder; nothing where nothing was."""
-    from safetensors.torch import save_file
-
-    moved = {path: module.__dict__[MOVED] for path, module in base_modules(model) if MOVED in module.__dict__}
-    tensors = {f"{path}.{name}": t.cpu() for path, off in moved.items() for name, t in zip("ab", off, strict=True)}
-    if tensors:
-        save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    write_off(folder, {path: m.__dict__[MOVED] for path, m in base_modules(model) if MOVED in m.__dict__})
 
 
 @torch.no_grad()
@@ -89,20 +82,17 @@ def move_base(model: nn.Module, base: Path, adapter: Path) -> None:
 
     Raises CheckpointError for a file that does not fit, ConfigError where the adapter's layers are not quantised here.
     """
-    if not (adapter / FILE).exists():
+    if not (off := read_off(adapter)):
         return
-    tensors = read_tensors(adapter / FILE)
-    paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-    layers = {path: layer for path, layer in stored_layers(model).items() if path in paths}
-    if missing := [path for path in paths if path not in layers]:
+    layers = {path: layer for path, layer in stored_layers(model).items() if path in off}
+    if missing := [path for path in off if path not in layers]:
         raise ConfigError(
-            f"{adapter} was trained over four or eight bits that LoftQ moved, and {some(missing)} is not quantised "
-            "here: say --quantise as in the training"
+            f"{adapter} was trained over four or eight bits that LoftQ moved, and here is not quantised "
+            f"{some(missing)}: say --quantise as in the training"
         )
     weights = original_weights(base, layers)
     for path, layer in layers.items():
-        weight = weights(path).float()
-        a, b = (tensors.get(f"{path}.{name}") for name in "ab")
-        if a is None or b is None or (b.shape[0], a.shape[1], b.shape[1:]) != (*weight.shape, a.shape[:1]):
-            raise CheckpointError(f"{adapter / FILE} does not fit {path}: copy the adapter again")
+        weight, (a, b) = weights(path).float(), off[path]
+        if (b.shape[0], a.shape[1]) != tuple(weight.shape):
+            raise CheckpointError(unfit(adapter, path))
         _move(layer, weight, stored_weight(layer), (a.to(weight), b.to(weight)))

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from lowrank import launch
-from lowrank.errors import CheckpointError, ConfigError, LowrankWarning
+from lowrank.errors import CheckpointError, ConfigError, LowrankWarning, short
 from lowrank.files.json_file import read_object
 from lowrank.hub import EVERYTHING, local_folder
+from lowrank.modelfiles.base import read_base
 from lowrank.train.settings import MachineSettings
 
 LONGEST = 512  # tokens, where neither the user nor the model says less
@@ -84,6 +85,27 @@ def quantiser_in(folder: Path) -> bool:
     return _read_config(folder).get("quantization_config") is not None
 
 
+def check_stored(folder: Path) -> None:
+    """Raise CheckpointError for a quantised model by a method that nobody here reads, and for one of damaged parts.
+
+    transformers tells neither in a sentence, and computes with scales that are too few.
+    """
+    said = _read_config(folder).get("quantization_config")
+    if said is None:
+        return
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = said.get("quant_method") if isinstance(said, dict) else said
+    known = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes", None}  # the oldest files say no method
+    if not isinstance(method, str | None) or method not in known:
+        raise CheckpointError(
+            f"model {folder}: config.json says that it is quantised by {short(repr(method), 60)}, a method that "
+            "transformers does not know: give the model that it was made from"
+        )
+    if any(folder.glob("*.safetensors")):
+        read_base(folder)  # whose parts are missing, or do not fit, is said
+
+
 def load_causal(folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
     """The causal language model in a folder. Raises CheckpointError for other models and damaged files.
 
@@ -92,6 +114,7 @@ def load_causal(folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     _check_causal(folder)
+    check_stored(folder)
     with _loading(folder, "not loadable as a causal language model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, **OFFLINE, **options
@@ -104,22 +127,26 @@ def load_causal(folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
     return _checked(model, info, folder)
 
 
-def load_judge(folder: Path, labels: Sequence[str], dtype: torch.dtype) -> tuple[nn.Module, tuple[str, ...]]:
+def load_judge(
+    folder: Path, labels: Sequence[str], dtype: torch.dtype, **options: Any
+) -> tuple[nn.Module, tuple[str, ...]]:
     """(model, modules that start new) of a sequence classifier with these labels; without any, one that says a number.
 
-    A head for other labels is replaced by a new one, made from torch's random state. The modules that start new are
-    found by what the files lack; they must be trained and saved in full.
+    options: of transformers' from_pretrained. A head for other labels is replaced by a new one, made from torch's
+    random state. The modules that start new are found by what the files lack; they must be trained and saved in full.
     """
     from transformers import AutoModelForSequenceClassification
 
+    check_stored(folder)
     with _loading(folder, "not loadable as a sequence classifier"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             str(folder),
             dtype=dtype,
-            **_answers(labels),
+            **answers_of(labels),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **OFFLINE,
+            **options,
         )
     fresh = {str(key) for key in info["missing_keys"]} | {_key(item) for item in info["mismatched_keys"]}
     inside = [key for key in fresh if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]
@@ -130,7 +157,7 @@ def load_judge(folder: Path, labels: Sequence[str], dtype: torch.dtype) -> tuple
     return _checked(model, info, folder), tuple(sorted({key.rpartition(".")[0] for key in fresh}))
 
 
-def _answers(labels: Sequence[str]) -> dict[str, Any]:
+def answers_of(labels: Sequence[str]) -> dict[str, Any]:
     """What a config says of the answers of a classifier, or of a regressor."""
     if not labels:
         return {"num_labels": 1, "problem_type": "regression"}

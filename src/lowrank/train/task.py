@@ -13,14 +13,13 @@ from lowrank.data.preference import one_behind_the_other
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import JUDGES, PER_TOKEN, Kind
 from lowrank.data.tokens import Example
-from lowrank.errors import CheckpointError, ConfigError
-from lowrank.injection.quantise import quantise, what_is_held
+from lowrank.errors import CheckpointError
 from lowrank.stages import stage
 from lowrank.train.answers import answers
 from lowrank.train.ends import end_tokens
 from lowrank.train.evaluation import Measure, Written
 from lowrank.train.head import find_head
-from lowrank.train.held import load_held
+from lowrank.train.held import load_held, load_held_judge
 from lowrank.train.losses import loss_of
 from lowrank.train.metrics import FIGURES, Figures, of_classes_with_f1
 from lowrank.train.models import (
@@ -85,8 +84,7 @@ def load(
 ) -> Loaded:
     """The model and tokenizer of a folder, on the device and in the dtype asked for, quantised where that is asked for.
 
-    skip: modules that are not quantised, beside the heads. A language model is quantised as it is read; a model that
-    judges is loaded whole before, since which of its modules start new is known then.
+    skip: modules that are not quantised, beside the heads and what starts new.
     """
     device = device_of(settings)
     dtype = dtype_of(settings, device)
@@ -96,19 +94,15 @@ def load(
     fresh: tuple[str, ...] = ()
     held = settings if isinstance(settings, HeldSettings) and settings.quantise is not None else None
     if kind in JUDGES:
-        model, fresh = load_judge(folder, labels, dtype)
+        if held is None:
+            model, fresh = load_judge(folder, labels, dtype)
+        else:
+            model, fresh = load_held_judge(folder, labels, held, dtype, device, skip)
         heads = head_modules(model, fresh)
-    elif held is None:
-        model = load_causal(folder, dtype)
     else:
-        model = load_held(folder, held, dtype, device, skip)
+        model = load_causal(folder, dtype) if held is None else load_held(folder, held, dtype, device, skip)
     pad = pad_token(model, tokenizer)
     _check_vocabulary(folder, model, tokenizer)
-    if held is not None and held.quantise is not None and kind in JUDGES:
-        if what_is_held(model) is not None:
-            raise ConfigError(f"--quantise {held.quantise}: model {folder} comes quantised already; leave it out")
-        stage("quantising the model")
-        quantise(model, held.quantise, double=held.double, skip=(*skip, *heads), device=device)
     return Loaded(model.to(device), tokenizer, device, pad, heads, fresh)
 
 

@@ -5,6 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lowrank.core.merging import Change, merge_weight
+from lowrank.core.stored import Stored, requantise
+
 EXACT = 2048  # up to this side the decomposition is whole; noise has a flat spectrum, which sketches see badly
 ITERATIONS = 8
 
@@ -33,3 +36,9 @@ def taken_off(
         off = a, b * scale
         target = torch.addmm(weight, off[1], a, alpha=-1)
     return off
+
+
+def moved(weight: Tensor, held: Stored, off: tuple[Tensor, Tensor]) -> Stored:
+    """Q(W0 − B·A), which the further rounds freeze: weight W0 (d, k), off (A, s·B), held: a weight of the form."""
+    a, b = off
+    return requantise(merge_weight(weight.float(), (Change(b.to(a.dtype), a, -1.0),)), held)

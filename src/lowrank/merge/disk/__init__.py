@@ -2,6 +2,7 @@
 
 adapters    the adapters and their ΔW                       match       one adapter against the base
 requantised a merged weight that keeps a stored form        changes     ΔW of one tensor
+as_trained  a float base that is quantised again as in the training
 tie         what becomes of a shared tensor                 recipe      where a result's tensor comes from
 plan        all of it, before a byte is written             write       reading, arithmetic, writing, overlapped
 exact       the same rows in float64                        verify      before the result gets its name

@@ -21,6 +21,7 @@ from lowrank.modelfiles.experts import stacks_in_files
 from lowrank.modelfiles.names import resolve
 from lowrank.modelfiles.orientation import kinds_that_fit, shape_fault, stores_transposed
 from lowrank.modelfiles.quantised import unread_form
+from lowrank.modelfiles.tensors import StoredEntry
 from lowrank.modelfiles.tied import has_head, head_of, may_be_tied
 
 LARGEST_SCALE = torch.finfo(torch.float32).max
@@ -64,7 +65,7 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
         raise CheckpointError(
             f"{adapter.folder}: this adapter does not fit {base.label}: {some(faults, separator='; ')}"
         )
-    found.notes += _unadapted(base, adapter, found) + _another_base(base, adapter, found)
+    found.notes += _unadapted(base, adapter, found)
     return found
 
 
@@ -148,15 +149,17 @@ def _unadapted(base: BaseFiles, adapter: Adapter, found: Match) -> list[str]:
     return [f"{adapter.label}: target_modules names {some(missing, 1)} too, and the adapter's file has nothing for it"]
 
 
-def _another_base(base: BaseFiles, adapter: Adapter, found: Match) -> list[str]:
+def another_base(base: BaseFiles, adapter: Adapter, found: Match) -> list[str]:
     """A note where the adapter was trained over W0 in a stored form, and the base has other numbers."""
     stored = adapter.files.companion.stored
     share = distance_of_bases(base, adapter, found)
     if stored is None or not share:
         return []
+    quantised = any(isinstance(entry, StoredEntry) for _, entry in base.tensors.values())
+    remedy = "; LoftQ moved it: merge into the model that was quantised" if stored.moved and quantised else ""
     return [
         f"{adapter.label} was trained over a base held in {stored.form}, from which W0 here differs by {share:.1%}: "
-        "the merged answers are not quite those of the training"
+        f"the merged answers are not quite those of the training{remedy}"
     ]
 
 
@@ -165,5 +168,5 @@ def distance_of_bases(base: BaseFiles, adapter: Adapter, found: Match) -> float 
     stored = adapter.files.companion.stored
     if stored is None:
         return None
-    tensors = {one.path: found.heads.get(name, name) for name, one in found.changed.items()}
-    return stored.distance(lambda path: first_numbers(base, tensors.get(path)))
+    places = {one.path: (found.heads.get(name, name), one.transposed) for name, one in found.changed.items()}
+    return stored.distance(lambda path: first_numbers(base, *places[path]) if path in places else None)

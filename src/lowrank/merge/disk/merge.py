@@ -91,7 +91,8 @@ def merge_checkpoint(
         "reflink" (shared until one side is written) or "hardlink" (one file under two names: never edit it in place).
     threads: how many work at once, one for each core by default, 16 at most.
     onto: what becomes of a quantised base. "16bit": quantised weights are read as training saw them, and the result is
-        plain, in the dtype of the base's other weights. "quantised": merged weights go back into the base's own form;
+        plain, in the dtype of the base's other weights; those of a float base that `train --quantise` quantised are
+        quantised again, one at a time. "quantised": merged weights go back into the base's own form;
         before a byte is written the share of ‖ΔW‖² that survives that is computed, weight by weight, and MergeError
         shows it where it is less than half, unless `anyway`. "original": `base` is the unquantised model that the
         adapter's base was made from; the report says how far each weight is from the one that was trained.

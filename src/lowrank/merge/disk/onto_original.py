@@ -3,13 +3,13 @@
 import threading
 from collections.abc import Sequence
 
-import torch
-
+from lowrank.checkpoint.loftq_file import read_off
 from lowrank.checkpoint.stored_base import StoredBase
-from lowrank.core.stored.held_as import held_as
+from lowrank.core.stored.held_as import is_at_hand
 from lowrank.errors import MergeError
 from lowrank.merge.apart import ANOTHER, Apart, apart
 from lowrank.merge.disk.adapters import Adapter
+from lowrank.merge.disk.as_trained import MadeAgain
 from lowrank.merge.disk.changes import make_changes
 from lowrank.merge.disk.found import Match
 from lowrank.merge.disk.match import distance_of_bases
@@ -48,18 +48,17 @@ def distances(recipes: Sequence[Recipe], threads: int) -> dict[str, Apart]:
 
 
 def _distance(recipe: Recipe) -> Apart | None:
-    stored = _trained_over(recipe)
+    stored, first = _trained_over(recipe), recipe.contributions[0]
     stack = any(one.stack is not None for one in recipe.contributions)
     if stored is None or recipe.source is None or recipe.replacement is not None or stack:
         return None
-    original = whole(recipe.source)
-    transposed = recipe.contributions[0].transposed
-    held = held_as(original.t() if transposed else original, stored.form, getattr(torch, stored.dtype), stored.block)
-    if held is None:
+    if not is_at_hand(stored.quantised):
         return None
-    held = held.t().contiguous() if transposed else held
-    trained = tuple(one.change(recipe.shape, held) for one in recipe.contributions)
-    return apart(original, held, make_changes(recipe), trained)
+    off = read_off(first.adapter.folder).get(first.path) if stored.moved else None
+    form = MadeAgain({"weight": recipe.source}, stored, first.transposed, off)
+    original, over = whole(recipe.source), form.hold().matrix
+    trained = tuple(one.change(recipe.shape, over) for one in recipe.contributions)
+    return apart(original, over, make_changes(recipe), trained)
 
 
 def _trained_over(recipe: Recipe) -> StoredBase | None:

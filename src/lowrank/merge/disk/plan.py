@@ -11,9 +11,10 @@ from lowrank.core.token_rows import TokenRows
 from lowrank.errors import MergeError, some
 from lowrank.files.safetensors import DTYPE_NAMES, DTYPES, FLOATS, build_layout
 from lowrank.merge.disk.adapters import Adapter, Contribution
+from lowrank.merge.disk.as_trained import as_trained
 from lowrank.merge.disk.found import Match
 from lowrank.merge.disk.growth import longer
-from lowrank.merge.disk.match import match
+from lowrank.merge.disk.match import another_base, match
 from lowrank.merge.disk.onto_original import check_original
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.requantised import requantised_recipes, survey
@@ -83,8 +84,9 @@ def plan_merge(
     if onto == "quantised":
         return _requantised(base, adapters, matches, changed, replaced, ties, anyway)
     _check_all_read(base)
-    grown = longer(base, rows, changed, heads)
     plain = dtype or _commonest_float(base)
+    base, made = as_trained(base, adapters, matches) if onto == "16bit" else (base, [])
+    grown = longer(base, rows, changed, heads)
     recipes = {
         name: _recipe(
             name,
@@ -101,9 +103,9 @@ def plan_merge(
         recipes[head] = _recipe(head, Source(*base.tensors[embedding]), changed, replaced, dtype, rows)
     for name, tensor in replaced.items():
         if name not in recipes and name not in ties.dropped:
-            recipes[name] = _new(name, tensor, dtype or _commonest_float(base))
+            recipes[name] = _new(name, tensor, plain)
     files = _files(base, recipes, ties.heads)
-    notes = [note for found in matches for note in found.notes] + list(ties.notes)
+    notes = [*made, *_notes(base, adapters, matches), *ties.notes]
     replacing = frozenset(recipe.name for file in files for recipe in file.recipes if recipe.replacement is not None)
     words = next(((base.tensors[name][1].shape[0], length) for name, length in grown.items()), None)
     renamed = tuple(_renamings(adapters, matches))
@@ -140,9 +142,15 @@ def _requantised(
         if name not in recipes:
             recipes[name] = _new(name, tensor, _commonest_float(base))
     shares = survey(recipes, anyway)
-    notes = [note for found in matches for note in found.notes] + list(ties.notes)
+    notes = [*_notes(base, adapters, matches), *ties.notes]
     renamed = tuple(_renamings(adapters, matches))
     return MergePlan(_files(base, recipes, {}), ties.untie, renamed, tuple(notes), shares, frozenset(replaced))
+
+
+def _notes(base: BaseFiles, adapters: Sequence[Adapter], matches: Sequence[Match]) -> list[str]:
+    """What was found when the adapters were matched, and over which other numbers they were trained."""
+    found = [note for match in matches for note in match.notes]
+    return found + [n for pair in zip(adapters, matches, strict=True) for n in another_base(base, *pair)]
 
 
 def _changed(matches: Sequence[Match]) -> dict[str, tuple[Contribution, ...]]:

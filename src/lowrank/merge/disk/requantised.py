@@ -15,7 +15,7 @@ from lowrank.merge.disk.changes import compute_dtype, make_changes
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.merge.onto import require_survival
 from lowrank.modelfiles.base import BaseFiles, Source
-from lowrank.modelfiles.tensors import Form, StoredEntry
+from lowrank.modelfiles.tensors import Form, PackedForm, StoredEntry
 
 WIDEST_GAP = {"nf4": 0.31, "fp4": 0.34}  # between neighbouring numbers of the code, in parts of a block's scale
 
@@ -26,15 +26,13 @@ class Requantised:
 
     name: str
     sums: Recipe
-    form: Form
+    form: PackedForm
     small: dict[str, Tensor]
 
     @property
     def like(self) -> Stored:
         """The base's own."""
-        found = self.form.stored()
-        assert found is not None
-        return found
+        return self.form.stored()
 
     def total(self) -> Tensor:
         """W0 + Σ ΔW, (n, m) in float32, in the blocks and order of every merge."""
@@ -114,7 +112,7 @@ def requantised_recipes(
 def _weight(name: str, source: Source, form: Form, contributions: tuple[Contribution, ...]) -> Recipe:
     """The recipe of its packed numbers."""
     entry, part = source.entry, form.parts["weight" if "weight" in form.parts else next(iter(form.parts))]
-    if part.entry.dtype not in READABLE or form.stored() is None:
+    if part.entry.dtype not in READABLE or not isinstance(form, PackedForm):
         raise MergeError(f"onto quantised: {name} is in a form that is read here, and not written: merge onto 16bit")
     lazy = Requantised(name, Recipe(name, entry.dtype, entry.shape, source, None, contributions), form, {})
     return Recipe(part.entry.name, part.entry.dtype, part.entry.shape, part, repacked=lazy)

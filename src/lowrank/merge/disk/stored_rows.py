@@ -37,16 +37,15 @@ def _with_rows(block: Tensor, recipe: Recipe, rows: slice) -> Tensor:
     return block
 
 
-def first_numbers(base: BaseFiles, name: str | None) -> torch.Tensor | None:
-    """The first numbers of a tensor of the base, in float64; None where it is no matrix of numbers."""
-    if name is None:
-        return None
+def first_numbers(base: BaseFiles, name: str, transposed: bool) -> torch.Tensor | None:
+    """The first numbers of W0's first row, in float64; None where it is no matrix. transposed: W0ᵀ is stored."""
     source = Source(*base.tensors[name])
     if source.entry.dtype not in FLOATS or len(source.entry.shape) != 2:
         return None
     with opened(source) as descriptor:
-        row = read_entry_rows(source, descriptor, source.entry.shape[1], slice(0, 1), Workspace(), "first")
-        return row.flatten()[:NUMBERS].double()
+        rows = slice(0, min(NUMBERS, source.entry.shape[0]) if transposed else 1)
+        some = read_entry_rows(source, descriptor, source.entry.shape[1], rows, Workspace(), "first")
+        return (some[:, 0] if transposed else some[0, :NUMBERS]).double()
 
 
 def equals_stored(base: BaseFiles, name: str, tensor: Tensor) -> bool:

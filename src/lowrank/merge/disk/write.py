@@ -16,7 +16,7 @@ from lowrank.merge.disk.changes import check_finite, compute_dtype, make_changes
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.stack_recipes import matrices
 from lowrank.merge.disk.stored_rows import read_rows
-from lowrank.modelfiles.blocks import Workspace, opened
+from lowrank.modelfiles.blocks import Workspace, hold, opened
 from lowrank.modelfiles.bytes import clone, move, write_from
 from lowrank.modelfiles.pool import run_tasks
 
@@ -32,6 +32,7 @@ class Changes:
         self._recipe, self._lock = recipe, threading.Lock()
         self._made: tuple[Change, ...] | None = None
         self._packed: Tensor | None = None
+        self._kept: object = None
 
     def packed(self, recipe: Recipe) -> Tensor:
         """The packed numbers of a weight that goes back into a stored form, made once for all of its rows."""
@@ -45,6 +46,7 @@ class Changes:
         """One Change per contribution, in order."""
         with self._lock:
             if self._made is None:
+                self._kept = hold(self._recipe.source)
                 self._made = make_changes(self._recipe)
             return self._made
 

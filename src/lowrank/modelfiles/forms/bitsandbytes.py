@@ -115,13 +115,10 @@ def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -
             _add_four_bit(tensors, weight, kind, source, found)
         elif name.endswith(".SCB"):
             _add_int8(tensors, name.removesuffix(".SCB"), found)
-        elif name.endswith(".weight.absmax") and not _has_state(tensors, name.removesuffix(".absmax")):
-            refuse(name.removesuffix(".absmax"), "its part quant_state is missing: copy the model again")
+    lone = [name.removesuffix(".absmax") for name in tensors if name.endswith(".weight.absmax")]
+    if lost := [weight for weight in lone if weight not in found.weights]:
+        refuse(lost[0], "its part quant_state is missing: copy the model again")
     return found
-
-
-def _has_state(tensors: Mapping[str, Source], weight: str) -> bool:
-    return any(f"{weight}{STATE}{kind}" in tensors for kind in KINDS)
 
 
 def _add_four_bit(tensors: Mapping[str, Source], weight: str, kind: str, state: Source, found: Found) -> None:

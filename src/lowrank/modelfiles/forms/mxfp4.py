@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank.core.stored import Mxfp4, Stored
+from lowrank.core.stored import Mxfp4
 from lowrank.files.safetensors import FLOATS
 from lowrank.modelfiles.blocks import mapped_flat
 from lowrank.modelfiles.forms.found import Found, check_shape, part, refuse
@@ -24,18 +24,6 @@ class Mxfp4Form:
     parts: dict[str, Source]
     dtype: torch.dtype
     scheme: str = "MXFP4"
-
-    def stored(self) -> Stored | None:
-        """None: it is a stack."""
-        return None
-
-    def parts_of(self, stored: Stored) -> dict[str, Tensor]:
-        """It is read, and not written."""
-        raise NotImplementedError("MXFP4 is read here, and not written")
-
-    def assembled(self, parts: dict[str, Tensor]) -> Stored:
-        """It is read, and not written."""
-        raise NotImplementedError("MXFP4 is read here, and not written")
 
     def rows(self, rows: slice) -> Tensor:
         """Experts, (n', k·n)."""

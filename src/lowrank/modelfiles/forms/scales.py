@@ -64,18 +64,6 @@ class StackForm:
     dtype: torch.dtype
     scheme: str = "scaled"
 
-    def stored(self) -> Stored | None:
-        """None: it is a stack."""
-        return None
-
-    def parts_of(self, stored: Stored) -> dict[str, Tensor]:
-        """It is read, and not written."""
-        raise NotImplementedError("stacks of FP8 are read here, and not written")
-
-    def assembled(self, parts: dict[str, Tensor]) -> Stored:
-        """It is read, and not written."""
-        raise NotImplementedError("stacks of FP8 are read here, and not written")
-
     def rows(self, rows: slice) -> Tensor:
         """Experts, (n', d·k)."""
         numbers = mapped_flat(self.parts["weight"]).view(self.parts["weight"].entry.shape)
