@@ -167,3 +167,11 @@ def test_an_adapter_of_another_program_is_loaded_in_its_place(tmp_path):
     view.load_adapter(tmp_path, "second")
     view.delete_adapter("second")
     assert list(view.peft_config) == ["default"]
+
+
+def test_zeros_third_stage_is_refused():
+    """DeepSpeed marks the parameters that it takes apart; it is no dependency."""
+    _, view = both()
+    view.lm_head.weight.ds_id = 3
+    with pytest.raises(LowrankError, match=r"ZeRO stage 3 .* use stage 1 or 2, or FSDP2"):
+        view.train()

@@ -28,6 +28,7 @@ from lowrank.injection.adapters import (
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.saving import BaseIsThere, is_of_adapters
 from lowrank.injection.state import require_state, unwrapped
+from lowrank.integrations.sharding import check_sharding
 from lowrank.layers.base import PREFIX
 from lowrank.merge.memory import merge_and_unload, merged, unload
 
@@ -65,7 +66,11 @@ class AdaptedModel(peft.PeftModel):  # type: ignore[misc]  # peft has no types
         return model
 
     def train(self, mode: bool = True) -> "AdaptedModel":
-        """As every module's, for both objects."""
+        """As every module's, for both objects; what cannot be trained or saved as it was set up is said here at last.
+
+        Raises LowrankError where accelerate would save shards of an adapter, and under ZeRO's third stage.
+        """
+        check_sharding(self)
         self.base_model.training = mode
         super().train(mode)
         return self
