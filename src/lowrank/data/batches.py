@@ -18,7 +18,7 @@ WINDOW = 50  # batches sorted by length together: long enough to pad little, sho
 class Batch:
     """Rows padded on the right to the longest. labels: (rows, length), or (rows,) for classification.
 
-    inputs: input_ids, attention_mask and perhaps token_type_ids, each (rows, length). Where rows are packed,
+    inputs: input_ids, perhaps attention_mask and token_type_ids, each (rows, length). Where rows are packed,
     position_ids that restart stand instead of the mask: transformers tells packed rows apart by them, and only where
     there is no mask.
     """
@@ -28,8 +28,11 @@ class Batch:
     tokens: int  # without padding
 
 
-def collate(examples: Sequence[Example], pad: int, device: torch.device, per_token: bool) -> Batch:
-    """One batch on `device`. What the pad token is does not matter: it is masked and never trained."""
+def collate(examples: Sequence[Example], pad: int, device: torch.device, per_token: bool, masked: bool = True) -> Batch:
+    """One batch on `device`. What the pad token is does not matter: it is never trained.
+
+    masked: whether the model is told what is padding, which a causal one need not know, since it comes after the row.
+    """
     length = max(len(example.ids) for example in examples)
     sizes = [len(example.ids) for example in examples]
 
@@ -39,7 +42,7 @@ def collate(examples: Sequence[Example], pad: int, device: torch.device, per_tok
     inputs = {"input_ids": padded([e.ids for e in examples], pad)}
     if any(len(example.starts) > 1 for example in examples):
         inputs["position_ids"] = torch.tensor([positions(example, length) for example in examples]).to(device)
-    else:
+    elif masked:
         inputs["attention_mask"] = padded([[1] * size for size in sizes], 0)
     types = [example.type_ids for example in examples if example.type_ids is not None]
     if types:

@@ -19,6 +19,7 @@ from lowrank.train.evaluation import Measure
 from lowrank.train.head import AGREE, Head
 from lowrank.train.losses import NextToken
 from lowrank.train.positions import trained_positions
+from lowrank.train.row_attention import attend_by_rows
 from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
 
@@ -38,6 +39,8 @@ def packed(
     head = measure.loss.head if isinstance(measure.loss, NextToken) else None
     assert isinstance(found.examples, Packs)
     check_apart(loaded.model, found.examples, measure, head)
+    if len(several := found.examples.shared):
+        attend_by_rows(loaded.model, measure.collate([found.examples[int(several[-1])]]), head)
     return found, settings
 
 

@@ -31,6 +31,7 @@ from lowrank.train.models import (
     load_tokenizer,
     pad_token,
 )
+from lowrank.train.padding import sees_padding, unsuspected
 from lowrank.train.settings import HeldSettings, MachineSettings
 from lowrank.train.text_metrics import of_answers
 
@@ -51,14 +52,18 @@ class Loaded:
 
         metrics: by name, what they are scored by beside the usual (`train.text_metrics`).
 
-        Whether the model's head can be run alone, some positions at a time, is tried here.
+        Whether the model's head can be run alone, some positions at a time, and whether it needs a mask of what is
+        padding, is tried here.
         """
 
         kind = recipe.kind
 
+        masked = kind in JUDGES or sees_padding(self.model)
+        pad = self.pad if masked else unsuspected(self.model)
+
         def together(examples: Sequence[Example]) -> Batch:
             rows = one_behind_the_other(examples) if kind == "preference" else examples
-            return collate(rows, self.pad, self.device, kind not in JUDGES)
+            return collate(rows, pad, self.device, kind not in JUDGES, masked)
 
         head = None if kind in JUDGES else find_head(self.model)
         classes = kind == "classification"
