@@ -15,16 +15,6 @@ def own_class(model: nn.Module) -> type[nn.Module]:
     return rest[0] if first.__name__ == "FSDPModule" and rest else type(model)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """True for a DTensor."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or for a DTensor its shards gathered: a collective call, which every process has to make."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
 def whole_factors(factors: LoraFactors, values: Values) -> LoraFactors:
     """The same factors of whole tensors; `factors` themselves where they are."""
     got = {name: values(parameter).detach() for name, parameter in factors.named_parameters()}

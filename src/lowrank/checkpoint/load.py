@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lowrank.checkpoint.expert_files import with_stacks
 from lowrank.checkpoint.fingerprint import fingerprint
 from lowrank.checkpoint.fit import fit_faults
-from lowrank.checkpoint.gather import is_sharded, whole
 from lowrank.checkpoint.idle import base_tensor, changes_nothing
 from lowrank.checkpoint.keys import B_BIAS, Key
 from lowrank.checkpoint.loaded_config import loaded_config
@@ -24,6 +23,7 @@ from lowrank.checkpoint.single_experts import with_single_experts
 from lowrank.checkpoint.sound import tensor_faults
 from lowrank.checkpoint.unanswered import unanswered
 from lowrank.core.factors import LoraFactors
+from lowrank.core.shards import is_sharded, whole
 from lowrank.core.stored import dense
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.core.token_rows import TokenRows

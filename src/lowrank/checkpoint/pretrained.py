@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lowrank.checkpoint.atomic import write_folder
-from lowrank.checkpoint.gather import Values, whole
+from lowrank.checkpoint.gather import Values
 from lowrank.checkpoint.save import warn_of_peft
 from lowrank.checkpoint.written import adapter_files, serialise
+from lowrank.core.shards import whole
 from lowrank.errors import CheckpointError
 from lowrank.injection.adapters import adapter_configs
 from lowrank.injection.saving import adapter_state

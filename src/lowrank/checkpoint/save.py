@@ -10,11 +10,11 @@ from torch import nn
 
 from lowrank.checkpoint import companion, config_file
 from lowrank.checkpoint.atomic import write_folder
-from lowrank.checkpoint.gather import is_sharded
 from lowrank.checkpoint.one_scale import Scales
 from lowrank.checkpoint.peft_rules import TRIED, peft_faults
 from lowrank.checkpoint.read import SAFETENSORS
 from lowrank.checkpoint.written import adapter_files
+from lowrank.core.shards import is_sharded
 from lowrank.errors import CheckpointError, LowrankWarning
 from lowrank.injection.adapters import lora_layers
 from lowrank.injection.saving import adapter_state

@@ -12,7 +12,7 @@ from lowrank.checkpoint.companion import Companion, Fused
 from lowrank.checkpoint.describe import unsaid
 from lowrank.checkpoint.expert_files import owner_of, parameter_names, wrapped_paths
 from lowrank.checkpoint.fingerprint import fingerprint
-from lowrank.checkpoint.gather import Values, whole, whole_factors
+from lowrank.checkpoint.gather import Values, whole_factors
 from lowrank.checkpoint.keys import MAGNITUDE, TOKENS, full_key, low_rank_key
 from lowrank.checkpoint.layout import file_rank, magnitude_shape, pair_roles, to_file
 from lowrank.checkpoint.one_scale import Scales, folded, written_scales
@@ -20,6 +20,7 @@ from lowrank.checkpoint.read import SAFETENSORS
 from lowrank.checkpoint.stored_base import stored_base
 from lowrank.checkpoint.write_config import config_bytes
 from lowrank.core.factors import LoraFactors
+from lowrank.core.shards import whole
 from lowrank.core.stored.of_module import frozen_shape, is_readable
 from lowrank.errors import CheckpointError, some
 from lowrank.injection.adapters import lora_layers, override_modules, row_layers

@@ -10,7 +10,7 @@ from lowrank.cli.flags import given
 from lowrank.data.settings import DataSettings
 from lowrank.errors import ConfigError
 from lowrank.train.config_file import resolve
-from lowrank.train.settings import AdapterSettings, HeldSettings, LoopSettings, TrainSettings
+from lowrank.train.settings import AdapterSettings, LoopSettings, ShardSettings, TrainSettings
 from lowrank.train.state.settings import CheckpointSettings
 
 command = App(
@@ -26,6 +26,8 @@ Examples with your own:
       --targets all-linear --rank 8 --lr 3e-3 --batch-size 32
   lowrank train --model org/name@main --data org/set:train.jsonl --out runs/hub
   lowrank train --resume runs/e2e
+  torchrun --nproc-per-node 4 -m lowrank train --shard --model llama-70b/ \\
+      --data rows.jsonl --out runs/large
 
 Flags beat the lines of --config, which beat the defaults.
 PEFT loads what is saved.""",
@@ -43,7 +45,7 @@ def train(
     adapter: Annotated[AdapterSettings | None, Parameter(name="*", group=Group("The adapter", sort_key=1))] = None,
     rows: Annotated[DataSettings | None, Parameter(name="*", group=Group("The data", sort_key=2))] = None,
     loop: Annotated[LoopSettings | None, Parameter(name="*", group=Group("The training", sort_key=3))] = None,
-    machine: Annotated[HeldSettings | None, Parameter(name="*", group=Group("The machine", sort_key=4))] = None,
+    machine: Annotated[ShardSettings | None, Parameter(name="*", group=Group("The machine", sort_key=4))] = None,
     keeping: Annotated[
         CheckpointSettings | None, Parameter(name="*", group=Group("Stopping and going on", sort_key=5))
     ] = None,

@@ -10,6 +10,7 @@ from lowrank.core.factors import LoraFactors
 from lowrank.core.finite import named
 from lowrank.core.init import Init, Site, embedding
 from lowrank.core.rows import RowBlock
+from lowrank.core.shards import whole
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.plan import PlanEntry
 from lowrank.layers.embedding import LoraEmbedding
@@ -47,7 +48,7 @@ def create_factors(entry: PlanEntry, module: nn.Module, config: LoraConfig, init
 
 def _of_every_expert(entry: PlanEntry, module: nn.Module, config: LoraConfig, init: Init) -> LoraFactors:
     """A (E, r, k) and B (E, d, r), every expert's pair as `init` starts it from that expert's own W0."""
-    weight = entry.kind.dense(module)
+    weight = whole(entry.kind.dense(module))
     with named(entry.path):
         starts = [init(_sites(entry, matrix.t() if entry.kind.transposed else matrix)[0]) for matrix in weight.unbind()]
     a, b = torch.stack([start.a for start in starts]), torch.stack([start.b for start in starts])
@@ -58,7 +59,7 @@ def _of_every_expert(entry: PlanEntry, module: nn.Module, config: LoraConfig, in
 def _norms(matrix: Tensor, factors: LoraFactors) -> Tensor:
     """DoRA's magnitude at step 0: ‖W0 + ΔW‖ of every row, (d,), so that the gain is exactly 1."""
     a, b = factors.effective()
-    return row_norms(matrix, a.detach(), b.detach(), factors.scale)
+    return row_norms(whole(matrix), a.detach(), b.detach(), factors.scale)
 
 
 def _sites(entry: PlanEntry, matrix: Tensor) -> list[Site]:
@@ -72,5 +73,6 @@ def _sites(entry: PlanEntry, matrix: Tensor) -> list[Site]:
 
 
 def _rows(matrix: Tensor, part: RowBlock | None, dtype: torch.dtype) -> Tensor:
+    matrix = whole(matrix)
     rows = matrix if part is None else matrix[part.indices().to(matrix.device)]
     return rows.to(dtype)

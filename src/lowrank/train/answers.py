@@ -11,8 +11,10 @@ from torch import nn
 from lowrank.data.batches import chunks
 from lowrank.data.tokens import IGNORED, Example
 from lowrank.stages import stage
+from lowrank.train.lockstep import idle_passes
 from lowrank.train.models import quiet
-from lowrank.train.processes import gathered, share
+from lowrank.train.processes import gathered, largest, share
+from lowrank.train.sharding import is_in_parts
 
 ROOM = 8  # tokens that an answer may have beyond twice those of the longest reference
 
@@ -46,10 +48,13 @@ def answers(
         asked.setdefault(prompt, []).append(reference)
     written: list[tuple[tuple[int, ...], str]] = []
     of_a_length = [list(group) for _, group in groupby(sorted(asked, key=len), key=len)]
-    for prompts in share([part for group in of_a_length for part in chunks(group, batch_size)]):
+    parts = [part for group in of_a_length for part in chunks(group, batch_size)]
+    for prompts in share(parts):
         stage("writing answers", len(written), len(asked))
         longest = max(len(reference) for prompt in prompts for reference in asked[prompt])
         written += zip(prompts, _texts(model, tokenizer, pad, ends, prompts, 2 * longest + ROOM), strict=True)
+    for _ in range(idle_passes(model, len(parts))):
+        _texts(model, tokenizer, pad, ends, parts[0][:1], 1)
     found = {tuple(prompt): text for part in gathered(written) for prompt, text in part}
     return [
         Answer(found[prompt], tuple(dict.fromkeys(_text(tokenizer, ids) for ids in references)))
@@ -76,7 +81,7 @@ def _texts(
     from transformers import GenerationConfig
 
     positions = getattr(model.config, "max_position_embeddings", None)
-    room = length if positions is None else min(length, positions - len(prompts[0]))
+    room = length if positions is None else min(length, _room(model, positions - len(prompts[0])))
     how = GenerationConfig(
         max_new_tokens=max(1, room),
         do_sample=False,
@@ -87,6 +92,11 @@ def _texts(
     with quiet():
         found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how)
     return (_text(tokenizer, row) for row in found[:, ids.shape[1] :])
+
+
+def _room(model: nn.Module, own: int) -> int:
+    """Tokens that may be written: where every forward is one of all processes, until the last of them has ended."""
+    return -largest(-own) if is_in_parts(model) else own
 
 
 def _text(tokenizer: Any, ids: Any) -> str:

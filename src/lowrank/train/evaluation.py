@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowrank.data.batches import Batch, chunks
 from lowrank.data.examples import Example, lengths_of
 from lowrank.stages import stage
+from lowrank.train.lockstep import idle_passes
 from lowrank.train.loss import LossOf
 from lowrank.train.metrics import Counted, Figures
 from lowrank.train.processes import gathered_tensors, share, summed, summed_float
@@ -86,6 +87,8 @@ def score(model: nn.Module, examples: Sequence[Example], measure: Measure, batch
             tallies = {name: tallies[name] + new if tallies else new for name, new in loss.tallies.items()}
             for name, new in loss.rows.items():
                 rows.setdefault(name, []).append(new)
+        for _ in range(idle_passes(model, math.ceil(len(examples) / batch_size))):
+            measure.loss(model, measure.collate([examples[by_length[0]]]))
         written = measure.written(model, examples, batch_size) if measure.written else {}
     finally:
         model.train(was_training)

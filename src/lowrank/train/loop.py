@@ -17,6 +17,7 @@ from lowrank.injection.dead import complaint, without_gradient
 from lowrank.stages import stage
 from lowrank.train.culprits import culprits, named
 from lowrank.train.evaluation import Measure, score
+from lowrank.train.lockstep import idle_passes
 from lowrank.train.loop_state import Interval, LoopState
 from lowrank.train.memory import peak_memory
 from lowrank.train.optimiser import Optimiser, factors_b
@@ -98,7 +99,9 @@ class Loop:
         rows = [self.examples[i] for i in numbers]
         own = share(rows)
         count = summed(self.measure.count(own))
-        total = summed_float(self._backward(own, count))
+        total = self._backward(own, count)
+        self._idle(rows)
+        total = summed_float(total)
         add_up(state.optimiser.parameters)
         if state.step == 0 and (dead := without_gradient(self.model)):
             raise LowrankError(complaint(dead))
@@ -130,6 +133,12 @@ class Loop:
             torch.autograd.backward(loss.total / count)
             totals.append(loss.total.detach())
         return float(torch.stack(totals).sum()) if totals else 0.0  # more processes than rows
+
+    def _idle(self, rows: Sequence[Example]) -> None:
+        """Passes that change no gradient, where other processes wait for this one, which has none of the rows left."""
+        for _ in range(idle_passes(self.model, len(rows), self.settings.micro_batch or self.settings.batch_size)):
+            loss = self.measure.loss(self.model, self.measure.collate(rows[:1]))
+            torch.autograd.backward(loss.total * 0.0)
 
     def _diverged(self, numbers: Sequence[int], rows: Sequence[Example], loss: float, norm: float) -> NoReturn:
         what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"

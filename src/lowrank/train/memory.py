@@ -1,4 +1,4 @@
-"""How much memory a run has taken so far at its height."""
+"""How much memory a run has taken so far at its height, and how much there is."""
 
 import sys
 from pathlib import Path
@@ -13,6 +13,11 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return _linux() if STATUS.exists() else _elsewhere()
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that a GPU has; None for a CPU, whose processes share what there is."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
 def _linux() -> int:

@@ -1,7 +1,7 @@
 """Finding a model, and loading it and its tokenizer from a folder: never with code that came with the model."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,13 @@ from lowrank.train.settings import MachineSettings
 
 LONGEST = 512  # tokens, where neither the user nor the model says less
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
+
+Loader = Callable[[Any], Any]  # from an auto class of transformers to what loads models of it
+
+
+def as_it_is(auto: Any) -> Any:
+    """The auto class itself."""
+    return auto
 
 
 def find_model(name: str, files: Sequence[str] = EVERYTHING) -> Path:
@@ -106,17 +113,17 @@ def check_stored(folder: Path) -> None:
         read_base(folder)  # whose parts are missing, or do not fit, is said
 
 
-def load_causal(folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
+def load_causal(folder: Path, dtype: torch.dtype, load: Loader = as_it_is, **options: Any) -> nn.Module:
     """The causal language model in a folder. Raises CheckpointError for other models and damaged files.
 
-    options: of transformers' from_pretrained.
+    load: what is to load it in the place of transformers' class; options: of transformers' from_pretrained.
     """
     from transformers import AutoModelForCausalLM
 
     _check_causal(folder)
     check_stored(folder)
     with _loading(folder, "not loadable as a causal language model"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = load(AutoModelForCausalLM).from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, **OFFLINE, **options
         )
     if info["missing_keys"]:
@@ -128,7 +135,7 @@ def load_causal(folder: Path, dtype: torch.dtype, **options: Any) -> nn.Module:
 
 
 def load_judge(
-    folder: Path, labels: Sequence[str], dtype: torch.dtype, **options: Any
+    folder: Path, labels: Sequence[str], dtype: torch.dtype, load: Loader = as_it_is, **options: Any
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """(model, modules that start new) of a sequence classifier with these labels; without any, one that says a number.
 
@@ -139,7 +146,7 @@ def load_judge(
 
     check_stored(folder)
     with _loading(folder, "not loadable as a sequence classifier"):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = load(AutoModelForSequenceClassification).from_pretrained(
             str(folder),
             dtype=dtype,
             **answers_of(labels),

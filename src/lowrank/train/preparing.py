@@ -17,6 +17,7 @@ from lowrank.train.adamw import check_optimizer
 from lowrank.train.adapting import adapt, lora_config
 from lowrank.train.asked import check_kind
 from lowrank.train.auto_rate import SOURCE, auto_rate
+from lowrank.train.dealt_out import is_dealt_out, whole_of
 from lowrank.train.evaluation import Measure
 from lowrank.train.loop import Loop, steps_of
 from lowrank.train.models import device_of, find_model
@@ -72,13 +73,15 @@ def prepare(settings: TrainSettings) -> Prepared:
     check_sinks(settings.log_to)
     check_optimizer(settings.optimizer, device_of(settings))
     base = find_model(settings.model)
+    dealt_out = is_dealt_out(settings, base)
     if not settings.full:
         lora_config(settings, ())  # what is wrong with it should be said before minutes of reading
     with processes.first_ahead():  # it fills the cache for all
         rows, held_out = read_rows(settings)
     check_kind(settings, rows)
     labels = labels_of(base, rows)
-    loaded = load(base, rows.kind, labels, settings, settings.modules_to_save)
+    whole = whole_of(settings, rows.kind) if dealt_out else None
+    loaded = load(base, rows.kind, labels, settings, settings.modules_to_save, whole)
     recipe = recipe_of(settings, rows, labels, loaded)
     if held_out and processes.is_first():
         warn_of_met(rows, held_out)

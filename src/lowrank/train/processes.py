@@ -38,7 +38,7 @@ def joined(device: str | None = None) -> Iterator[None]:
     gpu = torch.cuda.is_available() and device != "cpu"
     if gpu:
         torch.cuda.set_device(launch.number_here() % torch.cuda.device_count())
-    with _told():
+    with told():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     try:
         yield
@@ -84,7 +84,7 @@ def first_ahead() -> Iterator[None]:
 def wait() -> None:
     """Until every process is here."""
     if grouped():
-        with _told():
+        with told():
             distributed.all_reduce(torch.zeros(1))
 
 
@@ -135,7 +135,7 @@ def same_everywhere(tensors: Sequence[Tensor]) -> None:
     """In place: the first process's values, in all."""
     if grouped():
         for tensor in tensors:
-            with _told():
+            with told():
                 distributed.broadcast(tensor.data, 0)
 
 
@@ -166,19 +166,19 @@ def _gathered(payload: bytes) -> list[bytes]:
     padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
     padded[: len(own)] = own
     found = [torch.empty_like(padded) for _ in range(count())]
-    with _told():
+    with told():
         distributed.all_gather(found, padded)
     return [part[: int(size)].numpy().tobytes() for part, size in zip(found, sizes, strict=True)]
 
 
 def _sum(tensor: Tensor, how: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> Tensor:
-    with _told():
+    with told():
         distributed.all_reduce(tensor, how)
     return tensor
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """A group that broke, as a sentence."""
     try:
         yield

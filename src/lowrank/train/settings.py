@@ -167,6 +167,15 @@ class HeldSettings(MachineSettings):
         return self
 
 
+class ShardSettings(HeldSettings):
+    """Whether each of several processes holds all of the frozen weights."""
+
+    shard: bool | None = Field(
+        None,
+        description="Give every process a part of the frozen weights, gathered where they are used (FSDP2)",
+    )
+
+
 class RunSettings(DataSettings, StepSettings, MachineSettings):
     """What every kind of training needs."""
 
@@ -174,7 +183,7 @@ class RunSettings(DataSettings, StepSettings, MachineSettings):
     data: str = Field(description="A file of rows, several with commas, or a folder with train.*, valid.*, test.*")
 
 
-class TrainSettings(AdapterSettings, LoopSettings, RunSettings, HeldSettings, CheckpointSettings):
+class TrainSettings(AdapterSettings, LoopSettings, RunSettings, ShardSettings, CheckpointSettings):
     """Everything `lowrank.train.run` needs. `model`, `data` and `out` are required."""
 
     out: str = Field(description="The folder to make: adapter, log and resolved settings")
@@ -203,6 +212,10 @@ class TrainSettings(AdapterSettings, LoopSettings, RunSettings, HeldSettings, Ch
             faults.append("lr_ratio is between an adapter's B and A, and full has none: leave it out")
         if self.full and self.quantise:
             faults.append("full trains every weight, and quantised ones are frozen: leave quantise out")
+        if self.full and self.shard:
+            faults.append("shard deals out frozen weights, and full trains every weight: leave one of them out")
+        if self.quantise and self.shard:
+            faults.append("shard deals out rows of weights, which quantised ones have not: leave shard or quantise out")
         if self.init.startswith("loftq") and not self.quantise:
             faults.append("init loftq starts from what quantising takes off: say quantise too")
         if self.dtype == "float16":

@@ -2,6 +2,7 @@
 
 import warnings
 
+from lowrank.checkpoint.gather import own_class
 from lowrank.data.chat.dates import writes_date
 from lowrank.data.chat.template import template_hash
 from lowrank.data.dataset import Dataset
@@ -13,6 +14,7 @@ from lowrank.injection.quantise import what_is_held
 from lowrank.kernels.processor import warning_of_slow_products
 from lowrank.train import processes
 from lowrank.train.chunked import chunk_size
+from lowrank.train.dealt_out import said
 from lowrank.train.evaluation import Measure
 from lowrank.train.loss import LossOf
 from lowrank.train.losses import NextToken, squared_error
@@ -37,7 +39,7 @@ def summarise(
 ) -> list[tuple[str, str]]:
     """(what, value) pairs. Warns of what will probably not go as meant."""
     _warn(settings, rows, data, loaded)
-    kind = type(loaded.model).__name__
+    kind = own_class(loaded.model).__name__
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     lines = [
         ("model", f"{settings.model} ({kind}, {dtype}, {loaded.device})"),
@@ -50,7 +52,7 @@ def summarise(
         ("out", settings.out),
     ]
     if processes.grouped():
-        lines.insert(-2, ("processes", f"{processes.count()}, which share the rows of a step"))
+        lines.insert(-2, ("processes", said(settings, loaded.model)))
     if evaluated:
         held = f"{settings.eval_split:.0%} of the data, held out" if settings.eval_split else "the folder's own part"
         where = settings.eval_data or held
@@ -124,7 +126,7 @@ def _loss(loss: LossOf, loaded: Loaded, data: Encoded) -> str:
     if isinstance(loss, NextToken | PreferenceLoss):
         what = f"DPO, β {loss.beta:g}" if isinstance(loss, PreferenceLoss) else "next token"
         if loss.head is None:
-            return f"{what}, all logits at once: the head of {type(loaded.model).__name__} does not run alone"
+            return f"{what}, all logits at once: the head of {own_class(loaded.model).__name__} does not run alone"
         return f"{what}, at most {chunk_size(loss.head.vocabulary):,} positions before the head at once"
     if loss is squared_error:
         least, largest = data.between

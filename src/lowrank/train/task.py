@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lowrank.train.held import load_held, load_held_judge
 from lowrank.train.losses import loss_of
 from lowrank.train.metrics import FIGURES, Figures, of_classes_with_f1
 from lowrank.train.models import (
+    as_it_is,
     device_of,
     dtype_of,
     head_modules,
@@ -33,6 +35,7 @@ from lowrank.train.models import (
 )
 from lowrank.train.padding import sees_padding, unsuspected
 from lowrank.train.settings import HeldSettings, MachineSettings
+from lowrank.train.sharding import Parts, Whole
 from lowrank.train.text_metrics import of_answers
 
 
@@ -86,10 +89,12 @@ def load(
     labels: Sequence[str],
     settings: MachineSettings,
     skip: Sequence[str] = (),
+    whole: Whole | None = None,
 ) -> Loaded:
     """The model and tokenizer of a folder, on the device and in the dtype asked for, quantised where that is asked for.
 
-    skip: modules that are not quantised, beside the heads and what starts new.
+    skip: modules that are not quantised, beside the heads and what starts new. whole: where this process loads its part
+    of the base alone, what is to be whole (`train.sharding`).
     """
     device = device_of(settings)
     dtype = dtype_of(settings, device)
@@ -97,15 +102,16 @@ def load(
     tokenizer = load_tokenizer(folder)
     heads: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
+    loader = as_it_is if whole is None else partial(Parts, device=device, whole=whole)
     held = settings if isinstance(settings, HeldSettings) and settings.quantise is not None else None
     if kind in JUDGES:
         if held is None:
-            model, fresh = load_judge(folder, labels, dtype)
+            model, fresh = load_judge(folder, labels, dtype, loader)
         else:
             model, fresh = load_held_judge(folder, labels, held, dtype, device, skip)
         heads = head_modules(model, fresh)
     else:
-        model = load_causal(folder, dtype) if held is None else load_held(folder, held, dtype, device, skip)
+        model = load_held(folder, held, dtype, device, skip) if held else load_causal(folder, dtype, loader)
     pad = pad_token(model, tokenizer)
     _check_vocabulary(folder, model, tokenizer)
     return Loaded(model.to(device), tokenizer, device, pad, heads, fresh)

@@ -88,7 +88,7 @@ def _run(
         found = prepare(settings)
         settings, loaded = found.settings, found.loaded
         made = made_of(found.base, settings, loaded.tokenizer, found.data.examples)
-        now = about(settings, found.steps, made, loaded.device)
+        now = about(settings, found.steps, made, loaded)
         if value is not None:
             check_same(settings.out, value.facts.about, now, value.facts.step)
         if processes.is_first():

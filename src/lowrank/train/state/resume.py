@@ -13,8 +13,10 @@ from lowrank.errors import CheckpointError, ConfigError, LowrankWarning, some
 from lowrank.train import processes
 from lowrank.train.config_file import read_yaml, resolve
 from lowrank.train.settings import TrainSettings
+from lowrank.train.sharding import is_in_parts
 from lowrank.train.state.settings import CheckpointSettings
 from lowrank.train.state.value import About
+from lowrank.train.task import Loaded
 
 # What changes no number of a step. Places may change, since what lies there is compared by its content.
 FREE = {
@@ -29,6 +31,7 @@ FREE = {
     "model",
     "data",
     "out",
+    "shard",
     *CheckpointSettings.model_fields,
 }
 BEFORE = {"optimizer": "adamw-unfused"}  # of a run that an older version began, where the default was another
@@ -44,15 +47,16 @@ def settings_of(folder: Path, changes: Mapping[str, object]) -> TrainSettings:
     return resolve(TrainSettings, flags, folder / SETTINGS)
 
 
-def about(settings: TrainSettings, steps: int, made_of: dict[str, str], device: torch.device) -> About:
+def about(settings: TrainSettings, steps: int, made_of: dict[str, str], loaded: Loaded) -> About:
     """What a run is, here and now."""
+    parts = ", each with a part of the base" if is_in_parts(loaded.model) else ""
     machine = {
         "lowrank": __version__,
         "torch": torch.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
-        "device": device.type,
-        "processes": str(processes.count()),
+        "device": loaded.device.type,
+        "processes": f"{processes.count()}{parts}",
     }
     return About(steps=steps, settings=dict(settings.resolved()), made_of=made_of, machine=machine)
 

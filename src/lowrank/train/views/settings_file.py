@@ -12,14 +12,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from lowrank.data.settings import DataSettings
-from lowrank.train.settings import AdapterSettings, HeldSettings, LoopSettings, TrainSettings
+from lowrank.train.settings import AdapterSettings, LoopSettings, ShardSettings, TrainSettings
 
 GROUPS: tuple[tuple[str, type[BaseModel] | None], ...] = (
     ("The run", None),  # what is in no other
     ("The adapter", AdapterSettings),
     ("The data", DataSettings),
     ("The training", LoopSettings),
-    ("The machine", HeldSettings),
+    ("The machine", ShardSettings),
 )
 HEAD = """\
 # Settings of `lowrank train --config FILE`. A line `#name: value` is a default; without its # it holds.
