@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,9 +41,10 @@ RUNS = {
     "new words": COMPLETIONS | {"trainable_tokens": "very,bad"},
     "preferences": COMPLETIONS | {"data": "better.jsonl", "eval_data": "better.jsonl"},
     "experts": COMPLETIONS | {"model": "experts", "expert_rank": 2},
+    "bfloat16": COMPLETIONS | {"dtype": "bfloat16"},
     "labels": {"model": "bert", "data": "labels.jsonl", "eval_split": 0.3, "targets": None},
 }
-WHOLE = ("experts", "a row a pass")  # also with two processes that hold the whole base each
+WHOLE = ("experts", "bfloat16")  # also with two processes that hold the whole base each
 BASES = ("llama", "tied", "experts")
 
 
@@ -51,7 +53,7 @@ def save_wide(folder):
     from transformers import LlamaForCausalLM
 
     config = llama_config(max_position_embeddings=64)
-    config.update({"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 16})
+    config.update({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 16})
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
 
@@ -118,27 +120,33 @@ class Gathered:
 
 def alive():
     """Bytes of all tensors that there are."""
-    tensors = [one for one in gc.get_objects() if torch.is_tensor(one)]
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
     tensors = [t.to_local() if is_sharded(t) else t for t in tensors]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
     return sum(storages.values())
 
 
+def anonymous():
+    """Bytes of this process's own memory, pages of mapped files apart."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+
 class Heights(SecondStep):
-    """The most bytes that were there while the base was loaded, and in a step."""
+    """What tensors take of the first process after a step, and its own memory at the most while the base is loaded."""
 
     def __init__(self):
         super().__init__()
-        self.began, self.loading, self.standing = alive(), 0, 0
+        self.tensors, self.own, self.loading, self.standing = alive(), anonymous(), 0, 0
         self.set, loader.set_param_for_module = loader.set_param_for_module, self.counted
 
     def counted(self, *args):
         self.set(*args)
-        self.loading = max(self.loading, alive() - self.began)
+        self.loading = max(self.loading, anonymous() - self.own)
 
     def stepped(self, step):
         if step == 1:
-            self.standing = alive() - self.began
+            self.standing = alive() - self.tensors
         super().stepped(step)
 
     def told(self):
@@ -166,10 +174,11 @@ def work(rank, count, port, home, out):
             names = {name for name, parameter in model.named_parameters() if is_sharded(parameter)}
             assert names == {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
             torch.save({name: whole(t) for name, t in model.state_dict().items()}, out / f"{name} {rank}.pt")
-        heights = Heights()
-        how = {"model": "wide", "data": "skill.jsonl", "batch_size": count, "gradient_checkpointing": True, "rank": 1}
+        heights = Heights() if Path("/proc/self/smaps_rollup").exists() else SecondStep()
+        how = COMPLETIONS | {"model": "wide", "batch_size": count, "gradient_checkpointing": True, "rank": 1}
         train.run(settings(home, out / "wide", shard=True, **how), heights)
-        (out / f"heights {rank}.json").write_text(json.dumps(heights.told()))
+        if rank == 0 and isinstance(heights, Heights):
+            (out / "heights.json").write_text(json.dumps(heights.told()))
         goes_on(home, out)
     os._exit(0)  # as `python -m lowrank` does
 
@@ -215,7 +224,7 @@ def check_equal(home, found, name):
     assert config == (found / name / "adapter_config.json").read_bytes()
 
 
-OF_ONE = [name for name in RUNS if name != "experts"]  # whose gradients are of the size of their rounding
+OF_ONE = [name for name in RUNS if name not in WHOLE]  # whose gradients are not of the size of their rounding
 
 
 @pytest.mark.parametrize("name", OF_ONE)
@@ -245,11 +254,11 @@ def test_what_is_loaded_in_parts_is_what_is_loaded_whole(home, two, name):
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says what memory is a process's own")
 def test_no_process_holds_the_whole_base(home, two):
     base = sum(p.nbytes for p in load_causal(home / "wide", torch.float32).parameters())
-    for rank in range(2):
-        heights = json.loads((two / f"heights {rank}.json").read_text())
-        assert heights["loading"] < 0.6 * base and heights["standing"] < 0.6 * base and heights["in a step"] < base
+    heights = json.loads((two / "heights.json").read_text())
+    assert heights["standing"] < 0.55 * base and heights["loading"] < 0.8 * base and heights["in a step"] < 0.8 * base
 
 
 def test_killed_and_gone_on_with_parts_gives_the_bytes_of_a_run_that_was_not(two):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lowrank.checkpoint.read import open_adapter
 from lowrank.core.shards import is_sharded
 from lowrank.data.rows import JUDGES, Kind
 from lowrank.errors import CheckpointError, ConfigError
@@ -82,6 +83,9 @@ def whole_of(settings: TrainSettings, kind: Kind) -> Whole:
         if settings.trainable_tokens:
             tables = model.get_input_embeddings(), model.get_output_embeddings()
             found += [path for path, module in model.named_modules() if any(module is table for table in tables)]
+        if settings.init_from is not None:
+            files = open_adapter(settings.init_from, allow_pickle=False)
+            found += [*(key.path for key in files.full), *files.rows]
         return found
 
     return names

@@ -6,8 +6,8 @@ is trained is in no group: adapters are put into a model that is in parts alread
 are left out, so that both are whole everywhere and are saved, resumed and added up as ever. Vectors (norms, biases)
 are left out too: they are small, and an adapter may own them.
 
-Nothing is ever read whole. transformers loads into a model on the meta device whose matrices are in parts already, and
-reads of every tensor the rows that are this process's.
+Nothing is ever held whole. transformers loads into a model on the meta device whose matrices are in parts already, and
+takes of every tensor the rows that are this process's; the files are mapped until these are copied.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -47,7 +47,6 @@ class Parts:
     def from_pretrained(self, folder: str, *, dtype: torch.dtype, **options: Any) -> Any:
         """As the auto class does. Raises ConfigError for a model in which no blocks are found."""
         from transformers import AutoConfig
-        from transformers.distributed import DistributedConfig
 
         config, options = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **{**OFFLINE, **options})
         with torch.device("meta"):
@@ -55,6 +54,8 @@ class Parts:
         plain = type(skeleton)
         if not hasattr(plain, "maybe_distribute_model"):
             raise ConfigError("--shard needs a transformers that loads models in parts: pip install -U transformers")
+        from transformers.distributed import DistributedConfig
+
         hooks = {
             "__module__": plain.__module__,
             "prepare_distribute_model": staticmethod(lambda how, device_map=None: (how, device_map, None)),
@@ -65,6 +66,8 @@ class Parts:
             **options,
         )  # fmt: skip
         model = found[0] if isinstance(found, tuple) else found
+        with torch.no_grad():
+            model._apply(Tensor.clone)  # what was loaded may be rows of a mapped file, which stays mapped as long
         model.config.__dict__.pop("distributed_config", None)
         model._is_fsdp_managed_module = True  # by which `generate` keeps processes in step
         return found

@@ -22,6 +22,7 @@ ELSEWHERE = (
     "cache",
     "log_every",
     "log_to",
+    "shard",
 )  # which change no weight
 
 
