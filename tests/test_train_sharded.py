@@ -215,7 +215,8 @@ def check_equal(home, found, name):
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (out, found / name))
     assert one.keys() == other.keys()
     for key, wanted in one.items():
-        assert (other[key] - wanted).abs().max() <= 2e-4 * wanted.abs().max(), key
+        # by norm: AdamW moves an entry whose gradient is all rounding as far as any other
+        assert (other[key] - wanted).norm() <= 1e-3 * wanted.norm(), key
     record, of_several = (json.loads((folder / "run.json").read_text()) for folder in (out, found / name))
     assert of_several["trained_tokens"] == record["trained_tokens"] and len(record["evaluations"]) == 3
     for scores, wanted in zip(of_several["evaluations"], record["evaluations"], strict=True):
