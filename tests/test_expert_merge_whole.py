@@ -218,5 +218,46 @@ def test_stacks_in_mxfp4_become_plain_with_the_bits_of_a_merge_in_memory(tmp_pat
     got = tensors(tmp_path / "out")
     for name, parameter in model.named_parameters():
         assert torch.equal(got[name], parameter), name
-    with pytest.raises(lowrank.LowrankError, match=r"onto quantised: .*a form that is read here, and not written"):
-        lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "no", onto="quantised")
+    report = lowrank.merge_checkpoint(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "packed", onto="quantised", verify="full"
+    )
+    again = tensors(tmp_path / "packed")
+    assert again.keys() == packed.keys() and report.repacked == 4 and min(report.surviving.values()) > 0.5
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 3:
+            assert torch.equal(again[name], packed[name])
+            continue
+        blocks, scales = again[f"{name}_blocks"], again[f"{name}_scales"]
+        step = torch.exp2(scales.float() - 127).repeat_interleave(32, 2).transpose(1, 2)  # a block's; its widest is 2
+        difference = (integration.convert_moe_packed_tensors(blocks, scales).float() - parameter.float()).abs()
+        assert (difference <= 2.05 * step).all() and difference.norm() < 0.2 * parameter.float().norm()
+
+
+@pytest.mark.parametrize("onto", ["16bit", "quantised"])
+def test_stacks_in_fp8_are_merged_into_and_go_back_into_their_blocks(onto: str, tmp_path: Path) -> None:
+    model = mixture("qwen3_moe").bfloat16()
+    files, largest = {}, torch.finfo(torch.float8_e4m3fn).max
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3:
+            scales = (parameter.detach().float().abs().amax((1, 2), keepdim=True) / largest).contiguous()
+            files[name], files[f"{name}_scale_inv"] = (parameter / scales).to(torch.float8_e4m3fn), scales
+            parameter.data = (files[name].float() * scales).bfloat16()
+        else:
+            files[name] = parameter.data.clone()
+    (tmp_path / "base").mkdir()
+    save_file(files, tmp_path / "base" / "model.safetensors")
+    model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    model.config.save_pretrained(tmp_path / "base")
+    del model.config.quantization_config
+    adapted(model)
+    lowrank.save_adapter(model, tmp_path / "adapter")
+    lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", onto=onto, verify="full")
+    lowrank.merge_and_unload(model)
+    got = tensors(tmp_path / "out")
+    assert got.keys() == (files.keys() if onto == "quantised" else dict(model.named_parameters()).keys())
+    for name, parameter in model.named_parameters():
+        if onto == "16bit" or parameter.dim() < 3:
+            assert torch.equal(got[name], parameter), name
+        else:
+            back = got[name].float() * got[f"{name}_scale_inv"]
+            assert (back - parameter).norm() < 0.05 * parameter.float().norm()

@@ -1,5 +1,6 @@
 """Where a tensor of a base lies: in a weight file as it is, or in a form that several tensors of the files make up."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -60,6 +61,24 @@ class PackedForm(Form, Protocol):
 
     def assembled(self, parts: dict[str, Tensor]) -> Stored:
         """What reads these parts, and of the others this weight's own."""
+        ...
+
+
+@runtime_checkable
+class PackedStack(Form, Protocol):
+    """A form of all experts' matrices, each of which another can take the place of.
+
+    transposed: whether a `Stored` of it is the transposed of the matrix that the files' tensor has.
+    """
+
+    transposed: bool
+
+    def unstacked(self, parts: Mapping[str, Tensor]) -> list[Stored]:
+        """What reads each expert, from these parts, and of the others this tensor's own."""
+        ...
+
+    def stacked(self, experts: Sequence[Stored]) -> dict[str, Tensor]:
+        """The parts of experts in this form, as the files have them."""
         ...
 
 

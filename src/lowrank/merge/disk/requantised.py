@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from lowrank.core.merging import merge_block, row_blocks
-from lowrank.core.stored import FourBit, Scaled, Stored, requantise
+from lowrank.core.stored import Stored, requantise
 from lowrank.errors import MergeError
 from lowrank.files.safetensors import READABLE
 from lowrank.merge.disk.adapters import Contribution
 from lowrank.merge.disk.changes import compute_dtype, make_changes
+from lowrank.merge.disk.grid import steps
 from lowrank.merge.disk.recipe import Recipe
+from lowrank.merge.disk.requantised_stack import RequantisedStack
 from lowrank.merge.onto import require_survival
 from lowrank.modelfiles.base import BaseFiles, Source
-from lowrank.modelfiles.tensors import Form, PackedForm, StoredEntry
-
-WIDEST_GAP = {"nf4": 0.31, "fp4": 0.34}  # between neighbouring numbers of the code, in parts of a block's scale
+from lowrank.modelfiles.tensors import Form, PackedForm, PackedStack, StoredEntry
 
 
 @dataclass(eq=False)
@@ -61,7 +61,7 @@ class Requantised:
     def check(self, written: Tensor) -> None:
         """Raise MergeError where the packed numbers that were written are not W0 + ΔW within a step of the form."""
         total, stored = self.total(), self.like_written(written)
-        step = _steps(stored)
+        step = steps(stored)
         for rows in row_blocks(*self.sums.matrix):
             if not bool(((stored.rows(rows, torch.float32) - total[rows]).abs() <= step[rows] + 1e-6).all()):
                 raise MergeError(f"verification: {self.name} is not W0 + ΔW within a step of its quantiser")
@@ -69,20 +69,6 @@ class Requantised:
     def like_written(self, written: Tensor) -> Stored:
         """The stored form that the written parts make up."""
         return self.form.assembled({**self.small, "weight": written})
-
-
-def _steps(stored: Stored) -> Tensor:
-    """How far a number may be from the nearest of the form, row by row: (n, 1)."""
-    if isinstance(stored, FourBit):
-        largest = stored.scales(0, stored.shape.numel()).abs().max() * 1.05  # double quantisation moves it a little
-        return largest.mul(WIDEST_GAP[stored.kind] / 2 + 0.05).expand(stored.shape[0], 1)
-    largest = stored.matrix(torch.float32).abs().amax(1, keepdim=True)
-    if isinstance(stored, Scaled) and stored.numbers.dtype.is_floating_point:
-        kind = torch.finfo(stored.numbers.dtype)
-        return largest * kind.eps + float(stored.scales.float().max()) * kind.tiny * kind.eps
-    if isinstance(stored, Scaled):
-        return stored.scales.float().max().expand(stored.shape[0], 1)
-    return largest / 127
 
 
 def requantised_recipes(
@@ -111,11 +97,21 @@ def requantised_recipes(
 
 def _weight(name: str, source: Source, form: Form, contributions: tuple[Contribution, ...]) -> Recipe:
     """The recipe of its packed numbers."""
-    entry, part = source.entry, form.parts["weight" if "weight" in form.parts else next(iter(form.parts))]
-    if part.entry.dtype not in READABLE or not isinstance(form, PackedForm):
+    entry, part = source.entry, form.parts["weight"]
+    sums = Recipe(name, entry.dtype, entry.shape, source, None, contributions)
+    lazy: Requantised | RequantisedStack
+    if part.entry.dtype in READABLE and isinstance(form, PackedForm):
+        lazy = Requantised(name, sums, form, {})
+    elif part.entry.dtype in READABLE and isinstance(form, PackedStack) and _as_in_files(contributions):
+        lazy = RequantisedStack(name, sums, form, {})
+    else:
         raise MergeError(f"onto quantised: {name} is in a form that is read here, and not written: merge onto 16bit")
-    lazy = Requantised(name, Recipe(name, entry.dtype, entry.shape, source, None, contributions), form, {})
     return Recipe(part.entry.name, part.entry.dtype, part.entry.shape, part, repacked=lazy)
+
+
+def _as_in_files(contributions: tuple[Contribution, ...]) -> bool:
+    """Whether the experts are merged in the order of the numbers that the files have."""
+    return all(one.stack is not None and not one.stack.turn for one in contributions)
 
 
 def survey(recipes: dict[str, Recipe], anyway: bool) -> dict[str, float]:
@@ -123,7 +119,8 @@ def survey(recipes: dict[str, Recipe], anyway: bool) -> dict[str, float]:
 
     Raises MergeError, with the table, where a weight keeps less than half.
     """
-    lazy = [recipe.repacked for recipe in recipes.values() if isinstance(recipe.repacked, Requantised)]
+    kinds = Requantised | RequantisedStack
+    lazy = [recipe.repacked for recipe in recipes.values() if isinstance(recipe.repacked, kinds)]
     if not lazy:
         raise MergeError("onto quantised: no weight that the adapter changes is quantised in this base; leave it out")
     try:

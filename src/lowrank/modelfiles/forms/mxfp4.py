@@ -1,14 +1,14 @@
 """gpt-oss's experts in files: `NAME_blocks` (E, n, k/32, 16) and `NAME_scales` (E, n, k/32) are NAME, (E, k, n)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank.core.stored import Mxfp4
+from lowrank.core.stored import Mxfp4, Stored
 from lowrank.files.safetensors import FLOATS
 from lowrank.modelfiles.blocks import mapped_flat
 from lowrank.modelfiles.forms.found import Found, check_shape, part, refuse
@@ -24,15 +24,24 @@ class Mxfp4Form:
     parts: dict[str, Source]
     dtype: torch.dtype
     scheme: str = "MXFP4"
+    transposed: bool = True
+
+    def unstacked(self, parts: Mapping[str, Tensor]) -> list[Stored]:
+        """Each expert's blocks, of the transposed."""
+        blocks, scales = (
+            (parts[role] if role in parts else mapped_flat(self.parts[role])).view(self.parts[role].entry.shape)
+            for role in ("weight", "scales")
+        )
+        return [Mxfp4(*one, self.dtype) for one in zip(blocks, scales, strict=True)]
+
+    def stacked(self, experts: Sequence[Stored]) -> dict[str, Tensor]:
+        """Blocks and scales of all."""
+        own = [expert for expert in experts if isinstance(expert, Mxfp4)]
+        return {"weight": torch.stack([e.blocks for e in own]), "scales": torch.stack([e.scales for e in own])}
 
     def rows(self, rows: slice) -> Tensor:
         """Experts, (n', k·n)."""
-        blocks, scales = (
-            mapped_flat(self.parts[role]).view(self.parts[role].entry.shape) for role in ("blocks", "scales")
-        )
-        return torch.stack(
-            [Mxfp4(blocks[e], scales[e], self.dtype).matrix().t().flatten() for e in range(rows.start, rows.stop)]
-        )
+        return torch.stack([expert.matrix().t().flatten() for expert in self.unstacked({})[rows]])
 
 
 def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -> Found:
@@ -42,13 +51,13 @@ def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -
         weight = name.removesuffix("_blocks")
         if weight == name or (f"{weight}_scales" not in tensors and method.get("quant_method") != "mxfp4"):
             continue
-        parts = {"blocks": tensors[name], "scales": part(tensors, f"{weight}_scales", weight, ("U8",))}
-        shape = parts["blocks"].entry.shape
-        if parts["blocks"].entry.dtype != "U8" or len(shape) != 4 or shape[3] != BLOCK_BYTES:
+        parts = {"weight": tensors[name], "scales": part(tensors, f"{weight}_scales", weight, ("U8",))}
+        shape = parts["weight"].entry.shape
+        if parts["weight"].entry.dtype != "U8" or len(shape) != 4 or shape[3] != BLOCK_BYTES:
             refuse(
                 weight, f"{name} is {parts['blocks'].entry.dtype} of shape {list(shape)}, wanted U8 (E, n, k/32, 16)"
             )
         check_shape(parts["scales"].entry, shape[:3])
         whole = (shape[0], math.prod(shape[2:]) * 2, shape[1])
-        found.add(weight, plain, whole, Mxfp4Form(parts, FLOATS[plain]), parts["blocks"])
+        found.add(weight, plain, whole, Mxfp4Form(parts, FLOATS[plain]), parts["weight"])
     return found

@@ -1,6 +1,6 @@
 """FP8 and int8 weights with scales beside them: `weight_scale_inv` by blocks, `weight_scale` by channel or group."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -63,13 +63,25 @@ class StackForm:
     grid: tuple[int, int]
     dtype: torch.dtype
     scheme: str = "scaled"
+    transposed: bool = False
+
+    def unstacked(self, parts: Mapping[str, Tensor]) -> list[Stored]:
+        """Each expert's numbers and scales."""
+        tensors = {role: mapped_flat(source) for role, source in self.parts.items() if role not in parts} | dict(parts)
+        numbers = tensors["weight"].view(self.parts["weight"].entry.shape)
+        both = zip(numbers, tensors["scale"].view(-1, *self.grid), strict=True)
+        return [Scaled(*one, self.block, self.dtype) for one in both]
+
+    def stacked(self, experts: Sequence[Stored]) -> dict[str, Tensor]:
+        """Numbers and scales of all."""
+        own = [expert for expert in experts if isinstance(expert, Scaled)]
+        numbers = torch.stack([expert.numbers.view(torch.uint8) for expert in own]).view(own[0].numbers.dtype)
+        scales = torch.stack([expert.scales for expert in own]).view(self.parts["scale"].entry.shape)
+        return {"weight": numbers, "scale": scales}
 
     def rows(self, rows: slice) -> Tensor:
         """Experts, (n', d·k)."""
-        numbers = mapped_flat(self.parts["weight"]).view(self.parts["weight"].entry.shape)
-        scales = mapped_flat(self.parts["scale"]).view(-1, *self.grid)
-        experts = (Scaled(numbers[e], scales[e], self.block, self.dtype) for e in range(rows.start, rows.stop))
-        return torch.stack([expert.matrix().flatten() for expert in experts])
+        return torch.stack([expert.matrix().flatten() for expert in self.unstacked({})[rows]])
 
 
 def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -> Found:
