@@ -77,7 +77,7 @@ def test_merged_onto_16bit_is_what_was_adapted_within_one_rounding(form):
     lowrank.merge_and_unload(model)
     layer = model["proj"]
     assert type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
-    half_ulp = torch.ldexp(torch.tensor(2.0**-24), torch.frexp(exact.float()).exponent)
+    half_ulp = torch.ldexp(torch.full(exact.shape, 2.0**-24), torch.frexp(exact.float()).exponent)
     sums = 2.0**-24 * 16 * (exact.abs() + 1)
     assert ((layer.weight.double() - exact).abs() <= half_ulp + sums).all()
     torch.testing.assert_close(layer(x), answer, rtol=0, atol=1e-4)

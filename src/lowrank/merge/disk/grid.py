@@ -15,7 +15,8 @@ def steps(stored: Stored) -> Tensor:
         largest = stored.scales(0, stored.shape.numel()).abs().max() * 1.05  # double quantisation moves it a little
         return largest.mul(WIDEST_GAP[stored.kind] / 2 + 0.05).expand(stored.shape[0], 1)
     if isinstance(stored, Mxfp4):  # 6 is the largest number, and those up to 8 become 6
-        return torch.ldexp(torch.tensor(2.0), stored.scales.int().amax(1, keepdim=True) - BIAS)
+        powers = stored.scales.int().amax(1, keepdim=True) - BIAS
+        return torch.ldexp(torch.full(powers.shape, 2.0, device=powers.device), powers)
     largest = stored.matrix(torch.float32).abs().amax(1, keepdim=True)
     if isinstance(stored, Scaled) and stored.numbers.dtype.is_floating_point:
         kind = torch.finfo(stored.numbers.dtype)
