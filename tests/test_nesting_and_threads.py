@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -334,3 +335,16 @@ def test_the_models_own_hooks_are_gone_after_unload_and_compile_sees_one_graph()
     assert not model._forward_hooks and not model._forward_pre_hooks and not model._forward_hooks_always_called
     torch._dynamo.reset()
     assert type(model) is Chain
+
+
+def test_a_compiled_model_and_a_plain_one_take_turns() -> None:
+    """In a thread where no adapted model has run: the compiler's guards must hold after the plain one has."""
+    torch._dynamo.reset()
+    model, x = chain("one")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    turns = (compiled, model, compiled, compiled)
+    with ThreadPoolExecutor(1) as fresh:
+        first, *others = fresh.submit(lambda: [each(x) for each in turns]).result()
+    for answer in others:
+        torch.testing.assert_close(answer, first)
+    torch._dynamo.reset()

@@ -35,7 +35,8 @@ MOVERS = ("accelerate", "deepspeed", "torch.distributed")  # they put weights fr
 
 
 class _Local(threading.local):
-    own: tuple[nn.Module | None, Any] = (None, None)
+    def __init__(self) -> None:  # in each thread: a compiler's guards are on what is there from the beginning
+        self.own: tuple[nn.Module | None, Any] = (None, None)
 
 
 _local = _Local()
