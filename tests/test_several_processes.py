@@ -24,7 +24,13 @@ from train_models import completion_rows, label_rows, save_bert, save_llama, wri
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 
 RUNS = {
-    "completions": {"model": "llama", "data": "skill.jsonl", "eval_data": "unseen.jsonl", "metrics": ("f1",)},
+    "completions": {
+        "model": "llama",
+        "data": "skill.jsonl",
+        "eval_data": "unseen.jsonl",
+        "metrics": ("f1",),
+        "sample_prompts": "the red",
+    },
     "a row a step": {"model": "llama", "data": "skill.jsonl", "batch_size": 1, "eval_data": "two.jsonl"},
     "packed": {"model": "llama", "data": "skill.jsonl", "pack": True, "max_length": 32, "eval_data": "unseen.jsonl"},
     "labels": {"model": "bert", "data": "labels.jsonl", "eval_split": 0.3, "targets": None},

@@ -15,13 +15,15 @@ from lowrank.cli.live import LiveRun
 from lowrank.cli.pulse import muted, spoke
 from lowrank.cli.say import say, say_part, styled
 from lowrank.data.rows import PER_TOKEN
+from lowrank.errors import short
 from lowrank.train.evaluation import Scores
 from lowrank.train.evaluator import EvalResult
 from lowrank.train.reporting import Progress as StepProgress
-from lowrank.train.reporting import Reporter
+from lowrank.train.reporting import Reporter, Sample
 from lowrank.train.result import TrainResult
 from lowrank.train.settings import EvalSettings, TrainSettings
 
+PROMPT, ANSWER = 60, 400  # characters of a sample that are shown; log.jsonl has it whole
 SHARES = ("accuracy", "exact_match")
 
 
@@ -75,6 +77,11 @@ class RunDisplay(Reporter):
         if self.bar is not None:
             self.bar.evaluation = f"step {step}: {describe(scores)}"
         self._lines([f"step {step}/{self.steps}  evaluation: {describe(scores)}"])
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """A line for each, above the bar."""
+        at = f"step {step}/{self.steps}"
+        self._lines([f"{at}  {short(one.prompt, PROMPT)} → {short(one.answer, ANSWER)}" for one in samples])
 
     def stopping(self, number: int) -> None:
         """By the system's own call: a signal may come in the middle of another print."""

@@ -66,6 +66,12 @@ def unescape(value: object) -> object:
     return whole(value.replace("\\n", "\n").replace("\\t", "\t")) if isinstance(value, str) else value
 
 
+def texts(value: object) -> object:
+    """One text as a tuple of one; each without halves of characters, and \\n in it a new line."""
+    every = [value] if isinstance(value, str) else value
+    return tuple(unescape(item) for item in every) if isinstance(every, list | tuple) else every
+
+
 def whole(value: object) -> object:
     """Text without halves of characters, which no tokenizer takes: a shell passes a byte that is not UTF-8 as one."""
     if isinstance(value, str) and any("\ud800" <= sign <= "\udfff" for sign in value):

@@ -6,11 +6,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from lowrank.data.names import split_names, split_pairs, split_tokens, unescape
+from lowrank.data.names import split_names, split_pairs, split_tokens, texts, unescape
 
 DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
 Tokens = Annotated[tuple[str, ...], BeforeValidator(split_tokens)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(texts)]
 Pairs = BeforeValidator(split_pairs)
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from lowrank.errors import CheckpointError
 
 
-def empty_model(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model's architecture on the meta device."""
+def empty_model(folder: Path, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
+    """The model's architecture on the meta device. attention: the implementation, as transformers names it."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -19,6 +19,8 @@ def empty_model(folder: Path, dtype: torch.dtype) -> nn.Module:
         raise CheckpointError(
             f"model {folder}: its config names no architecture of transformers {transformers.__version__}"
         )
+    if attention is not None:
+        config._attn_implementation = attention
     with torch.device("meta"):
         model: nn.Module = cls(config)
     return model.to(dtype)

@@ -88,6 +88,8 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "max_grad_norm": ("clip",),
     "adam_beta1": ("beta1",),
     "optim": ("optimizer",),
+    "attn_implementation": ("attention",),
+    "flash_attention": ("attention",),
     "adam_beta2": ("beta2",),
     "torch_dtype": ("dtype",),
     "bf16": ("dtype",),

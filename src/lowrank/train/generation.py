@@ -8,6 +8,7 @@ import torch
 
 from lowrank.checkpoint import load_adapter
 from lowrank.data.chat.encoding import chat_prompt
+from lowrank.data.chat.template import Messages
 from lowrank.data.recipe import Recipe, chat_template_of, date_of, read_recipe
 from lowrank.data.rows import JUDGES
 from lowrank.data.tokens import prompt_ids
@@ -63,7 +64,7 @@ class Writer:
         """How many tokens the model holds; more than anybody has, where it does not say."""
         return getattr(self.loaded.model.config, "max_position_embeddings", None) or 10**9
 
-    def ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def ids(self, messages: Messages) -> list[int]:
         """The tokens that the model reads before it answers the last message."""
         if self.recipe.chat_template:
             return chat_prompt(self.loaded.tokenizer, self.recipe, messages)

@@ -13,6 +13,7 @@ from lowrank.injection.targets import named_targets, output_heads
 from lowrank.layers.kinds import is_linear
 from lowrank.merge.onto import forget_quantiser
 from lowrank.modelfiles.base import read_base
+from lowrank.train.attention import attention_options
 from lowrank.train.models import OFFLINE, answers_of, head_modules, load_causal, load_judge, quantiser_in, quiet
 from lowrank.train.settings import HeldSettings
 
@@ -72,7 +73,8 @@ def _options(settings: HeldSettings, dtype: torch.dtype, device: torch.device, k
     }
     eight = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
     config = BitsAndBytesConfig(llm_int8_skip_modules=list(kept), **(eight if settings.quantise == "int8" else four))
-    return {"quantization_config": config, "device_map": {"": str(device)}}
+    own = attention_options(settings, device, dtype)
+    return {"quantization_config": config, "device_map": {"": str(device)}, **own}
 
 
 def _held(model: nn.Module) -> nn.Module:

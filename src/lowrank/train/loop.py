@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NoReturn
@@ -23,7 +23,7 @@ from lowrank.train.memory import peak_memory
 from lowrank.train.optimiser import Optimiser, factors_b
 from lowrank.train.patience import out_of_patience
 from lowrank.train.processes import add_up, share, summed, summed_float
-from lowrank.train.reporting import Progress, Reporter
+from lowrank.train.reporting import Progress, Reporter, Sample
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import LoopSettings, StepSettings
 from lowrank.train.watch import Watch
@@ -48,6 +48,7 @@ class Loop:
     settings: LoopSettings
     reporter: Reporter
     watch: Watch = field(default_factory=Watch)
+    samples: Callable[[], Sequence[Sample]] = tuple
     state: LoopState = field(init=False)
     steps: int = field(init=False)
 
@@ -169,10 +170,13 @@ class Loop:
         settings, state = self.settings, self.state
         scores = score(self.model, self.held_out, self.measure, settings.micro_batch or settings.batch_size)
         _check_evaluation(state.step, scores.loss, self.watch.saved())
+        written = self.samples()  # before the evaluation is done: a signal may end it here
         state.evaluations.append((state.step, scores))
         if (settings.keep == "best" or settings.patience) and state.best == (state.step, scores):
             state.best_weights = [p.detach().clone() for p in state.optimiser.parameters]
         self.reporter.evaluated(state.step, scores)
+        if written:
+            self.reporter.sampled(state.step, written)
 
     @torch.no_grad()
     def _restore_best(self) -> None:

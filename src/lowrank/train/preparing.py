@@ -1,12 +1,13 @@
 """From settings to a training that could begin: rows as tokens, the model, what of it is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank.checkpoint.outputs import Inputs
 from lowrank.data.dataset import Dataset, read_dataset, split
 from lowrank.data.met import warn_of_met
+from lowrank.data.prompts import read_prompts
 from lowrank.data.recipe import Recipe
 from lowrank.data.sources import TEST, VALID, has_part
 from lowrank.data.tokens import Encoded, encode
@@ -16,14 +17,16 @@ from lowrank.train import processes
 from lowrank.train.adamw import check_optimizer
 from lowrank.train.adapting import adapt, lora_config
 from lowrank.train.asked import check_kind
+from lowrank.train.attention import attention_options
 from lowrank.train.auto_rate import SOURCE, auto_rate
 from lowrank.train.dealt_out import is_dealt_out, whole_of
 from lowrank.train.evaluation import Measure
 from lowrank.train.loop import Loop, steps_of
-from lowrank.train.models import device_of, find_model
+from lowrank.train.models import device_of, dtype_of, find_model
 from lowrank.train.packing import packed
 from lowrank.train.recipes import labels_of, recipe_of
-from lowrank.train.reporting import Reporter
+from lowrank.train.reporting import Reporter, Sample
+from lowrank.train.samples import Samples
 from lowrank.train.settings import RunSettings, TrainSettings
 from lowrank.train.sinks.sink import check_sinks
 from lowrank.train.state.randomness import reseed
@@ -36,7 +39,7 @@ from lowrank.train.watch import Watch
 class Prepared:
     """settings: with names on the Hub pinned, and what was found out; base: the model's folder; adapted: in words.
 
-    sources: what was trained on what, for run.json.
+    samples: the answers to the user's prompts, now; sources: what was trained on what, for run.json.
     """
 
     settings: TrainSettings
@@ -48,6 +51,7 @@ class Prepared:
     loaded: Loaded
     adapted: str
     measure: Measure
+    samples: Callable[[], Sequence[Sample]]
     sources: Mapping[str, str]
 
     @property
@@ -62,7 +66,8 @@ class Prepared:
         if start is not None:
             lines.append(("goes on", f"after step {start:,}"))
         listener.started(lines, self.steps)
-        return Loop(loaded.model, data.examples, held.examples if held else [], measure, settings, listener, watch)
+        rows = held.examples if held else []
+        return Loop(loaded.model, data.examples, rows, measure, settings, listener, watch, self.samples)
 
 
 def prepare(settings: TrainSettings) -> Prepared:
@@ -71,7 +76,10 @@ def prepare(settings: TrainSettings) -> Prepared:
     Raises LowrankError for whatever is wrong with the settings, the data or the model.
     """
     check_sinks(settings.log_to)
-    check_optimizer(settings.optimizer, device_of(settings))
+    device = device_of(settings)
+    check_optimizer(settings.optimizer, device)
+    attention_options(settings, device, dtype_of(settings, device))
+    prompts = read_prompts(settings.sample_prompts)
     base = find_model(settings.model)
     dealt_out = is_dealt_out(settings, base)
     if not settings.full:
@@ -90,6 +98,7 @@ def prepare(settings: TrainSettings) -> Prepared:
         evaluated = encode(held_out, loaded.tokenizer, recipe) if held_out else None
     adapted = adapt(loaded, settings, base)
     processes.same_everywhere([p for p in loaded.model.parameters() if p.requires_grad])
+    samples = Samples(loaded, recipe, prompts, settings.sample_tokens) if prompts else tuple
     reseed(settings.seed, processes.number())
     measure = loaded.measure(recipe, settings.metrics)
     if settings.lr == "auto":
@@ -99,7 +108,7 @@ def prepare(settings: TrainSettings) -> Prepared:
         data, settings = packed(data, rows.kind, loaded, measure, recipe, settings)
     sources = _sources(settings, base, rows, held_out)
     settings = settings.model_copy(update=sources | {"chat_date": recipe.date or settings.chat_date})
-    return Prepared(settings, base, rows, recipe, data, evaluated, loaded, adapted, measure, sources)
+    return Prepared(settings, base, rows, recipe, data, evaluated, loaded, adapted, measure, samples, sources)
 
 
 def inputs_of(settings: RunSettings) -> Inputs:

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,14 @@ class Progress:
             "trained_tokens": self.trained,
             "memory_bytes": self.memory,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the model answers to one of the user's prompts. prompt: what was said last."""
+
+    prompt: str
+    answer: str
 
 
 def evaluation_json(step: int, scores: Scores) -> dict[str, Any]:
@@ -76,6 +84,9 @@ class Reporter:
 
     def evaluated(self, step: int, scores: Scores) -> None:
         """After an evaluation; step 0 is before training."""
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """After an evaluation with `sample_prompts`: what the model answers now."""
 
     def stopping(self, number: int) -> None:
         """From a signal's handler: the signal that came, after which the step is finished and a checkpoint written."""
@@ -124,6 +135,10 @@ class Log(Reporter):
         """A line with the evaluation's figures."""
         self._write(evaluation_json(step, scores))
 
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """A line with the prompts and their answers."""
+        self._write({"step": step, "samples": [asdict(sample) for sample in samples]})
+
 
 class Several(Reporter):
     """A reporter that passes everything on to others, in order."""
@@ -150,6 +165,11 @@ class Several(Reporter):
         """To all."""
         for reporter in self.reporters:
             reporter.evaluated(step, scores)
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """To all."""
+        for reporter in self.reporters:
+            reporter.sampled(step, samples)
 
     def stopping(self, number: int) -> None:
         """To all."""

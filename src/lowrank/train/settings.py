@@ -5,13 +5,14 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, field_validator, model_validator
 
 from lowrank.data.names import unescape, whole
-from lowrank.data.settings import DataSettings, Names, Pairs, Settings, Tokens
+from lowrank.data.settings import DataSettings, Names, Pairs, Settings, Texts, Tokens
 from lowrank.data.sources import VALID, has_part
 from lowrank.errors import ConfigError
 from lowrank.train.state.settings import CheckpointSettings
 
 MOST_STEPS, MOST_EPOCHS = 10**9, 10**6  # more is a slip, and would be waited for in vain
 LEAST_TEMPERATURE = 1e-3
+SAMPLE_TOKENS = 64
 
 
 class TargetSettings(Settings):
@@ -124,6 +125,12 @@ class LoopSettings(StepSettings):
     metrics: Names = Field(
         (), description="What evaluations give beside the usual, names with commas: bleu, chrf, f1, rouge"
     )
+    sample_prompts: Texts = Field(
+        (),
+        description="Have these answered at each evaluation: a text, or a file of prompts (a line each; jsonl with "
+        "prompt or messages); repeat the flag for several",
+    )
+    sample_tokens: int = Field(SAMPLE_TOKENS, ge=1, description="Tokens of such an answer at most")
     keep: Literal["last", "best"] = Field("last", description="Save the last weights, or those of the best evaluation")
     patience: int | None = Field(
         None, ge=1, description="Stop after so many evaluations without a lower loss, and save the best weights"
@@ -150,6 +157,9 @@ class MachineSettings(Settings):
         None, description="Of the frozen weights; float32 on a CPU and bfloat16 on a GPU where not given"
     )
     device: str | None = Field(None, description="cpu, cuda, cuda:1...; a GPU if there is one, where not given")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = Field(
+        None, description="How attention is computed; as transformers chooses (mostly sdpa) where not given"
+    )
 
 
 class HeldSettings(MachineSettings):
@@ -197,10 +207,11 @@ class TrainSettings(AdapterSettings, LoopSettings, RunSettings, ShardSettings, C
         if self.eval_data is not None and self.eval_split:
             faults.append("eval_data and eval_split cannot both be given")
         evaluated = self.eval_data is not None or bool(self.eval_split) or has_part(self.data, VALID)
-        asked = {"eval_rows", "eval_every", "metrics", "patience"} & self.model_fields_set
+        asked = {"eval_rows", "eval_every", "metrics", "patience", "sample_prompts"} & self.model_fields_set
         if not evaluated and (self.keep == "best" or any(getattr(self, name) not in (None, ()) for name in asked)):
             faults.append(
-                "keep, eval_rows, eval_every, metrics and patience need eval_data, eval_split or a folder with valid.*"
+                "keep, eval_rows, eval_every, metrics, patience and sample_prompts need eval_data, eval_split or a "
+                "folder with valid.*"
             )
         idle = self.model_fields_set & set(AdapterSettings.model_fields)
         if self.full and idle:
@@ -208,6 +219,8 @@ class TrainSettings(AdapterSettings, LoopSettings, RunSettings, ShardSettings, C
         if self.init_from is not None and (idle or self.full):
             said = "full" if self.full else ", ".join(sorted(idle))
             faults.append(f"init_from trains on what the adapter has, so {said} cannot be meant")
+        if self.sample_tokens != SAMPLE_TOKENS and not self.sample_prompts:
+            faults.append("sample_tokens is of the answers to sample_prompts: give them too")
         if self.full and self.lr_ratio != 1:
             faults.append("lr_ratio is between an adapter's B and A, and full has none: leave it out")
         if self.full and self.quantise:

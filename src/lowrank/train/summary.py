@@ -57,6 +57,8 @@ def summarise(
         held = f"{settings.eval_split:.0%} of the data, held out" if settings.eval_split else "the folder's own part"
         where = settings.eval_data or held
         lines.insert(-3, ("evaluation", f"{where}: {len(evaluated.examples):,} rows{_cut(evaluated)}"))
+    if settings.sample_prompts:
+        lines.insert(-3, ("samples", f"answers of up to {settings.sample_tokens} tokens at each evaluation"))
     if (form := what_is_held(loaded.model)) is not None:
         lines.insert(1, ("held in", str(form)))
     if loaded.fresh and not settings.full:

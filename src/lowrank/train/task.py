@@ -17,6 +17,7 @@ from lowrank.data.tokens import Example
 from lowrank.errors import CheckpointError
 from lowrank.stages import stage
 from lowrank.train.answers import answers
+from lowrank.train.attention import attention_options
 from lowrank.train.ends import end_tokens
 from lowrank.train.evaluation import Measure, Written
 from lowrank.train.head import find_head
@@ -98,6 +99,7 @@ def load(
     """
     device = device_of(settings)
     dtype = dtype_of(settings, device)
+    attention = attention_options(settings, device, dtype)
     stage("loading the model")
     tokenizer = load_tokenizer(folder)
     heads: tuple[str, ...] = ()
@@ -106,12 +108,14 @@ def load(
     held = settings if isinstance(settings, HeldSettings) and settings.quantise is not None else None
     if kind in JUDGES:
         if held is None:
-            model, fresh = load_judge(folder, labels, dtype, loader)
+            model, fresh = load_judge(folder, labels, dtype, loader, **attention)
         else:
             model, fresh = load_held_judge(folder, labels, held, dtype, device, skip)
         heads = head_modules(model, fresh)
+    elif held is None:
+        model = load_causal(folder, dtype, loader, **attention)
     else:
-        model = load_held(folder, held, dtype, device, skip) if held else load_causal(folder, dtype, loader)
+        model = load_held(folder, held, dtype, device, skip)
     pad = pad_token(model, tokenizer)
     _check_vocabulary(folder, model, tokenizer)
     return Loaded(model.to(device), tokenizer, device, pad, heads, fresh)

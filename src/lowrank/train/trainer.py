@@ -13,6 +13,7 @@ from torch import nn
 
 from lowrank.checkpoint import save_adapter
 from lowrank.checkpoint.outputs import Check, check_room, claimed
+from lowrank.data.prompts import prompt_files
 from lowrank.data.recipe import FILE
 from lowrank.errors import ConfigError, Diverged, LowrankError
 from lowrank.train import processes
@@ -126,7 +127,8 @@ def _claimed(settings: TrainSettings, check: Check) -> Iterator[Path]:
         processes.wait()
         yield Path(os.path.realpath(settings.out))
         return
-    with claimed(settings.out, {**inputs_of(settings), "adapter": settings.init_from}, check) as folder:
+    inputs = {**inputs_of(settings), "adapter": settings.init_from} | prompt_files(settings.sample_prompts)
+    with claimed(settings.out, inputs, check) as folder:
         processes.wait()
         yield folder
 

@@ -19,6 +19,7 @@ from lowrank.study.estimate.rehearse import Rehearsed, rehearse
 from lowrank.study.estimate.settings import EstimateSettings
 from lowrank.train.adamw import bytes_of
 from lowrank.train.adapting import lora_config
+from lowrank.train.attention import attention_options
 from lowrank.train.config_file import check
 from lowrank.train.models import LONGEST, checkpoint_activations, device_of, dtype_of, find_model
 from lowrank.train.settings import AdapterSettings, TrainSettings
@@ -75,7 +76,10 @@ def estimate(settings: EstimateSettings) -> Estimate:
     dtype = dtype_of(settings, device)
     machine = machine_of(gpu, device)
     stage("building the model without weights")
-    model = empty_model(find_model(settings.model, JSON), dtype)
+    if gpu is None:
+        attention_options(settings, device, dtype)
+    plain_attention = "eager" if settings.attention == "eager" else None  # all others hold what is kept in pieces
+    model = empty_model(find_model(settings.model, JSON), dtype, plain_attention)
     length = _length(model, settings)
     parameters = sum(p.numel() for p in model.parameters())
     weights, copied = _weights(model, settings, dtype)

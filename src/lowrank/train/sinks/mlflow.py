@@ -18,6 +18,10 @@ class Mlflow:
         """The figures of a step."""
         self.module.log_metrics(dict(figures), step=step)
 
+    def write_text(self, step: int, text: str) -> None:
+        """A file of the run's."""
+        self.module.log_text(text, f"samples/step-{step}.txt")
+
     def close(self) -> None:
         """The run is complete."""
         self.module.end_run()

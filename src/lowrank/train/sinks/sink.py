@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from lowrank.errors import ConfigError, LowrankWarning, short
 from lowrank.train.evaluation import Scores
-from lowrank.train.reporting import Progress, Reporter
+from lowrank.train.reporting import Progress, Reporter, Sample
 
 SINKS = {  # name: what it imports; each is opened by `open_sink` in the file of its name
     "tensorboard": "torch.utils.tensorboard",
@@ -24,6 +24,9 @@ class Sink(Protocol):
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """The figures after a step, by names such as train/loss."""
+
+    def write_text(self, step: int, text: str) -> None:
+        """The answers to sample prompts after a step."""
 
     def close(self) -> None:
         """Nothing more will be written."""
@@ -56,6 +59,12 @@ class ToSink(Reporter):
     def evaluated(self, step: int, scores: Scores) -> None:
         """The evaluation's figures, as eval/NAME."""
         self._write(step, {f"eval/{name}": value for name, value in {"loss": scores.loss, **scores.figures}.items()})
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """The answers, as eval/samples."""
+        text = "\n\n".join(f"{one.prompt}\n→ {one.answer}" for one in samples)
+        if (sink := self.sink) is not None:
+            self._tried(lambda: sink.write_text(step, text))
 
     def close(self) -> None:
         """In the end, however that came."""

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 FOLDER = "tensorboard"
@@ -18,6 +19,11 @@ class TensorBoard:
         """A point in each curve, on disk before the run goes on."""
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def write_text(self, step: int, text: str) -> None:
+        """Shown as it is: indented, none of it is markdown."""
+        self.writer.add_text("eval/samples", indent(text, "    "), step)
         self.writer.flush()
 
     def close(self) -> None:

@@ -16,6 +16,10 @@ class Trackio:
         """The figures of a step."""
         self.module.log(dict(figures), step=step)
 
+    def write_text(self, step: int, text: str) -> None:
+        """Beside the figures of the step."""
+        self.module.log({"eval/samples": text}, step=step)
+
     def close(self) -> None:
         """The run is complete."""
         self.module.finish()

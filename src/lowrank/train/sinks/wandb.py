@@ -16,6 +16,10 @@ class Wandb:
         """The figures of a step."""
         self.run.log(dict(figures), step=step)
 
+    def write_text(self, step: int, text: str) -> None:
+        """Beside the figures of the step."""
+        self.run.log({"eval/samples": text}, step=step)
+
     def close(self) -> None:
         """The run is complete."""
         self.run.finish()

@@ -26,6 +26,8 @@ FREE = {
     "metrics",
     "log_every",
     "log_to",
+    "sample_prompts",
+    "sample_tokens",
     "cache",
     "device",
     "model",

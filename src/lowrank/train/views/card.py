@@ -23,6 +23,8 @@ ELSEWHERE = (
     "log_every",
     "log_to",
     "shard",
+    "sample_prompts",
+    "sample_tokens",
 )  # which change no weight
 
 
