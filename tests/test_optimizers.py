@@ -12,6 +12,8 @@ from torch import nn
 
 from lowrank import cli, train
 from lowrank.errors import CheckpointError, ConfigError
+from lowrank.study.estimate.estimate import estimate
+from lowrank.study.estimate.settings import EstimateSettings
 from lowrank.train.adamw import UPDATES, bytes_of, fresh, written
 from lowrank.train.optimiser import Optimiser
 from lowrank.train.settings import LoopSettings
@@ -165,3 +167,11 @@ def test_a_bitsandbytes_without_a_step_for_the_device_is_said(home, tmp_path, mo
     monkeypatch.setattr(bnb.optim.AdamW8bit, "step", step)
     with pytest.raises(ConfigError, match=r"has no such step on cpu \(no kernel for cpu\): upgrade it"):
         train.run(settings(home, tmp_path / "run", optimizer="adamw8bit"))
+
+
+def test_an_estimate_knows_of_it(wide):
+    asked = {"model": str(wide / "llama"), "targets": "all-linear", "rank": 16, "max_length": 16, "gpu": "L4"}
+    one, other = (estimate(EstimateSettings(**asked, optimizer=name)) for name in ("adamw", "adamw8bit"))
+    assert one.optimiser == 8 * one.trained
+    assert other.optimiser == (2 + 8 / 256) * one.trained
+    assert one.height - other.height == one.optimiser - other.optimiser
