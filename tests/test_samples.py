@@ -40,7 +40,10 @@ def samples_of(out):
     return {step: [(one["prompt"], one["answer"]) for one in told] for step, told in found.items()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"quantise": "nf4"}])
+PACKED = {"pack": True, "max_length": 40, "batch_size": 2}  # whose attention is another one
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"quantise": "nf4"}, PACKED])
 def test_a_training_does_not_see_them(home, tmp_path, changes):
     if "quantise" in changes:
         pytest.importorskip("bitsandbytes")
