@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="nee
 
 COMPLETIONS = {"model": "llama", "data": "skill.jsonl", "eval_data": "unseen.jsonl"}
 RUNS = {
-    "a row a pass": COMPLETIONS | {"micro_batch": 1, "metrics": ("f1",)},
+    "a row a pass": COMPLETIONS | {"micro_batch": 1, "metrics": ("f1",), "sample_prompts": ("the red", "what")},
     "a row a step": COMPLETIONS | {"batch_size": 1, "eval_data": "two.jsonl"},
     "packed and checkpointed": COMPLETIONS | {"pack": True, "max_length": 32, "gradient_checkpointing": True},
     "from the weights": COMPLETIONS | {"init": "pissa", "dora": True},
