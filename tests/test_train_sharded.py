@@ -17,14 +17,14 @@ from transformers import core_model_loading as loader
 from expert_models import mixture
 from lowrank import train
 from lowrank.core.shards import is_sharded, whole
-from lowrank.errors import LowrankWarning
+from lowrank.errors import LowrankWarning, ProcessLost
 from lowrank.kernels import order
 from lowrank.train import processes, sharding, trainer
 from lowrank.train.models import load_causal
 from lowrank.train.settings import TrainSettings
 from lowrank.train.state.keeper import Keeper
 from test_estimate import SecondStep
-from test_resume import made
+from test_resume import Killed, made
 from test_several_processes import free_port, join
 from train_models import completion_rows, label_rows, llama_config, save_bert, save_llama, tokenizer, write_jsonl
 
@@ -41,7 +41,7 @@ RUNS = {
     "new words": COMPLETIONS | {"trainable_tokens": "very,bad"},
     "preferences": COMPLETIONS | {"data": "better.jsonl", "eval_data": "better.jsonl"},
     "experts": COMPLETIONS | {"model": "experts", "expert_rank": 2},
-    "bfloat16": COMPLETIONS | {"dtype": "bfloat16"},
+    "bfloat16": COMPLETIONS | {"dtype": "bfloat16", "dropout": 0.2, "micro_batch": 1},
     "labels": {"model": "bert", "data": "labels.jsonl", "eval_split": 0.3, "targets": None},
 }
 WHOLE = ("experts", "bfloat16")  # also with two processes that hold the whole base each
@@ -82,7 +82,7 @@ def home(tmp_path_factory):
 
 
 def settings(home, out, **changes):
-    basic = {"targets": "all-linear", "steps": 4, "lr": 0.02, "batch_size": 5, "device": "cpu", "eval_every": 2}
+    basic = {"targets": "all-linear", "steps": 2, "lr": 0.02, "batch_size": 5, "device": "cpu", "eval_every": 2}
     places = {key: str(home / changes[key]) for key in ("model", "data", "eval_data") if key in changes}
     return TrainSettings(**{**basic, **changes, **places}, out=str(out))
 
@@ -91,7 +91,7 @@ class Gathered:
     """Counts the gathers of matrices, and refuses them where there must be none."""
 
     def __init__(self):
-        self.count = 0
+        self.count, self.last = 0, None
         self.forbidden = False
         sharding.Gather.__call__ = self.around(sharding.Gather.__call__)
         DTensor.full_tensor = self.around(DTensor.full_tensor)
@@ -103,6 +103,8 @@ class Gathered:
         def counted(*args, **options):
             assert not self.forbidden
             self.count += 1
+            if self.count == self.last:
+                raise Killed
             return gather(*args, **options)
 
         return counted
@@ -120,6 +122,7 @@ class Gathered:
 
 def alive():
     """Bytes of all tensors that there are."""
+    gc.collect()
     tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
     tensors = [t.to_local() if is_sharded(t) else t for t in tensors]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta}
@@ -180,7 +183,11 @@ def work(rank, count, port, home, out):
         if rank == 0 and isinstance(heights, Heights):
             (out / "heights.json").write_text(json.dumps(heights.told()))
         goes_on(home, out)
-    os._exit(0)  # as `python -m lowrank` does
+        gathered.last = gathered.count + 20 if rank == 0 else None
+        with pytest.raises((Killed, ProcessLost)) as end:
+            train.run(settings(home, out / "lost", shard=True, **COMPLETIONS))
+        (out / f"end {rank}").write_text(str(end.value))
+        os._exit(0)  # as `python -m lowrank` does
 
 
 def goes_on(home, out):
@@ -218,7 +225,7 @@ def check_equal(home, found, name):
         # by norm: AdamW moves an entry whose gradient is all rounding as far as any other
         assert (other[key] - wanted).norm() <= 1e-3 * wanted.norm(), key
     record, of_several = (json.loads((folder / "run.json").read_text()) for folder in (out, found / name))
-    assert of_several["trained_tokens"] == record["trained_tokens"] and len(record["evaluations"]) == 3
+    assert of_several["trained_tokens"] == record["trained_tokens"] and len(record["evaluations"]) == 2
     for scores, wanted in zip(of_several["evaluations"], record["evaluations"], strict=True):
         assert scores == pytest.approx(wanted, rel=1e-3)
     config = (out / "adapter_config.json").read_bytes()
@@ -270,3 +277,7 @@ def test_it_goes_on_with_one_process_that_holds_the_whole(two):
     with pytest.warns(LowrankWarning, match=r"processes 1 \(was 2, each with a part of the base\).*not bit for bit"):
         train.resume(two / "alone", shard=False)
     assert made(two / "alone")["run"]["trained_tokens"] == made(two / "killed")["run"]["trained_tokens"]
+
+
+def test_a_process_that_is_lost_in_a_gather_is_said(two):
+    assert "process 1 of 2, counted from 0, lost another one" in (two / "end 1").read_text()

@@ -70,7 +70,7 @@ def said(settings: TrainSettings, model: nn.Module) -> str:
         return f"{share} the whole base"
     size = sum(p.numel() * p.element_size() for p in model.parameters() if is_sharded(p))
     why = "" if settings.shard else ", more than one GPU has room for"
-    return f"{share} a part of the base (FSDP2; {size / 1e9:.2g} GB in all{why})"
+    return f"{share} a part of the base (FSDP2; {size / 1e9:,.1f} GB in all{why})"
 
 
 def whole_of(settings: TrainSettings, kind: Kind) -> Whole:

@@ -26,6 +26,7 @@ from lowrank.train.processes import add_up, share, summed, summed_float
 from lowrank.train.reporting import Progress, Reporter, Sample
 from lowrank.train.schedule import rate_factor
 from lowrank.train.settings import LoopSettings, StepSettings
+from lowrank.train.state.randomness import seeded
 from lowrank.train.watch import Watch
 
 
@@ -136,10 +137,11 @@ class Loop:
         return float(torch.stack(totals).sum()) if totals else 0.0  # more processes than rows
 
     def _idle(self, rows: Sequence[Example]) -> None:
-        """Passes that change no gradient, where other processes wait for this one, which has none of the rows left."""
+        """Passes that change nothing, where other processes wait for this one, which has none of the rows left."""
         for _ in range(idle_passes(self.model, len(rows), self.settings.micro_batch or self.settings.batch_size)):
-            loss = self.measure.loss(self.model, self.measure.collate(rows[:1]))
-            torch.autograd.backward(loss.total * 0.0)
+            with seeded(0):
+                loss = self.measure.loss(self.model, self.measure.collate(rows[:1]))
+                torch.autograd.backward(loss.total * 0.0)
 
     def _diverged(self, numbers: Sequence[int], rows: Sequence[Example], loss: float, norm: float) -> NoReturn:
         what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
