@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 from lowrank.layers.experts import STACKS
 
-PLAIN = re.compile(r"[\w.*]+")
+PLAIN = re.compile(r"(\w|\\?\.|\*)+")
+WORDS = re.compile(r"(\w|\\?\.)+")
 FUSED_BY = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])  # along the experts, and then the rows
 Turn = Literal["", "transposed", "transposed or not", "interleaved"]  # how files turn the matrices of a stack
 
@@ -40,12 +41,15 @@ class WholePart(NamedTuple):
 class Fusions:
     """renamings: what is renamed first; rules: (how the tensors of a stack's row blocks are called, the stack);
 
-    wholes: (how the tensors of all experts are called that are a stack's row blocks, the stack, how they are turned).
+    wholes: (how the tensors of all experts are called that are a stack's row blocks, the stack, how they are turned);
+    back: what undoes renamings of plain words; names: the sources of `rules` as the table writes them.
     """
 
     renamings: tuple[tuple[re.Pattern[str], str], ...]
     rules: tuple[tuple[tuple[re.Pattern[str], ...], str], ...]
     wholes: tuple[tuple[tuple[re.Pattern[str], ...], str, Turn], ...] = ()
+    back: tuple[tuple[str, str], ...] = ()
+    names: tuple[tuple[tuple[str, ...], str], ...] = ()
 
     def part(self, name: str) -> Part | None:
         """What the tensor of this name is, None where it is no single expert's that is fused."""
@@ -65,6 +69,19 @@ class Fusions:
                     return WholePart(match["before"] + target, number, len(sources), turn)
         return WholePart(name, 0, 1, "") if name.rpartition(".")[2] in STACKS else None
 
+    def single_names(self, stack: str) -> tuple[str, ...]:
+        """How checkpoints call the row blocks of one expert of the stack at a path, with * for its number; or ()."""
+        for sources, target in self.names:
+            if stack.endswith(target):
+                before = stack.removesuffix(target)
+                return tuple(self._as_stored(before + source) for source in sources)
+        return ()
+
+    def _as_stored(self, name: str) -> str:
+        for word, original in reversed(self.back):
+            name = name.replace(word, original)
+        return name
+
     def _renamed(self, name: str) -> str:
         for pattern, replacement in self.renamings:
             name = pattern.sub(replacement, name)
@@ -76,18 +93,24 @@ def fusions_of(config: object) -> Fusions:
     renamings: list[tuple[re.Pattern[str], str]] = []
     rules: list[tuple[tuple[re.Pattern[str], ...], str]] = []
     wholes: list[tuple[tuple[re.Pattern[str], ...], str, Turn]] = []
+    back: list[tuple[str, str]] = []
+    names: list[tuple[tuple[str, ...], str]] = []
     for model_type in _model_types(config):
         for entry in _entries(model_type):
             sources, targets = list(entry.source_patterns), list(entry.target_patterns)
             operations = [type(operation).__name__ for operation in getattr(entry, "operations", None) or ()]
             if not operations and len(sources) == len(targets) == 1:
                 renamings.append((re.compile(sources[0]), targets[0]))
+                if WORDS.fullmatch(sources[0]) and WORDS.fullmatch(targets[0]):
+                    back.append((targets[0], sources[0].replace("\\", "")))
             elif operations in FUSED_BY and len(targets) == 1 and all(map(PLAIN.fullmatch, sources)):
-                rules.append((tuple(map(_numbered, sources)), targets[0]))
+                plain = tuple(source.replace("\\", "") for source in sources)
+                rules.append((tuple(map(_numbered, plain)), targets[0]))
+                names.append((plain, targets[0]))
             elif len(targets) == 1 and targets[0].rpartition(".")[2] in STACKS and (turn := _turn(entry)) is not None:
                 named = tuple(re.compile(f"(?P<before>.*?){source}") for source in sources)
                 wholes.append((named, targets[0], turn))
-    return Fusions(tuple(renamings), tuple(rules), tuple(wholes))
+    return Fusions(tuple(renamings), tuple(rules), tuple(wholes), tuple(back), tuple(names))
 
 
 def _turn(entry: Any) -> Turn | None:

@@ -30,12 +30,13 @@ def restacked(targets: Mapping[str, Target], singles: Mapping[str, str]) -> dict
 
 def _stack(experts: list[Target]) -> Target:
     rank = max(len(one.a) for one in experts)
-    a = torch.stack([_padded(one.a, rank, 0) for one in experts])
-    b = torch.stack([_padded(one.b, rank, 1) for one in experts])
+    a = torch.stack([padded(one.a, rank, 0) for one in experts])
+    b = torch.stack([padded(one.b, rank, 1) for one in experts])
     return replace(experts[0], kind="experts", a=a, b=b)
 
 
-def _padded(tensor: Tensor, rank: int, along: int) -> Tensor:
+def padded(tensor: Tensor, rank: int, along: int) -> Tensor:
+    """The factor with zeros up to `rank` along one of its sides."""
     shape = list(tensor.shape)
     shape[along] = rank - shape[along]
     return torch.cat([tensor, tensor.new_zeros(shape)], dim=along)

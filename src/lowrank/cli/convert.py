@@ -12,7 +12,7 @@ from lowrank.cli.flags import AsJson
 from lowrank.cli.say import say_written
 from lowrank.errors import LowrankError
 
-Format = Literal["peft", "peft-bin", "loralib", "mlx", "gguf", "safetensors"]
+Format = Literal["peft", "peft-bin", "loralib", "mlx", "gguf", "vllm", "sglang", "safetensors"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 SWITCHES = {"true": True, "false": False}
 
@@ -58,9 +58,11 @@ def convert(
     out
         The folder or, for loralib and gguf, the file to make
     to
-        peft; peft-bin, for PEFT before 0.6; loralib; mlx; gguf; safetensors, for a whole model
+        peft; peft-bin, for PEFT before 0.6; loralib; mlx; gguf; vllm and sglang, PEFT's files as these servers read
+        experts; safetensors, for a whole model
     model
-        The base, its folder, its name on the Hub or "nano", of which gguf needs the config.json
+        The base, its folder, its name on the Hub or "nano", of which gguf needs the config.json, and so do
+        vllm and sglang where experts are adapted
     alpha
         The lora_alpha that a loralib file was trained with
     enable_lora

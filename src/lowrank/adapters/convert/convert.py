@@ -16,11 +16,13 @@ from lowrank.adapters.convert.model_pickles import has_pickles, unpickle_model
 from lowrank.adapters.convert.options import ConvertOptions, Read
 from lowrank.adapters.convert.partner import check_partner
 from lowrank.adapters.convert.repack import to_pickle, to_safetensors
+from lowrank.adapters.convert.serving import write_sglang, write_vllm
 from lowrank.adapters.convert.sound import check_sound
 from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, content_of, write_adapter
 from lowrank.checkpoint.config_file import NAME
+from lowrank.checkpoint.each_expert import read_each_expert
 from lowrank.checkpoint.outputs import Check, any_file, claimed, new_file, new_folder
-from lowrank.checkpoint.read import PICKLE, SAFETENSORS, read_adapter
+from lowrank.checkpoint.read import PICKLE, SAFETENSORS
 from lowrank.errors import CheckpointError, ConfigError
 from lowrank.hub import JSON, local_folder
 
@@ -30,7 +32,7 @@ Direct = Callable[[Path, Path, ConvertOptions], tuple[str, ...]]
 
 
 def _read_peft(source: Path, options: ConvertOptions) -> Read:
-    return Read(content_of(read_adapter(source, options.allow_pickle)))
+    return Read(content_of(read_each_expert(source, options.allow_pickle)))
 
 
 def _write_peft(content: AdapterContent, out: Path, options: ConvertOptions) -> tuple[str, ...]:
@@ -50,6 +52,8 @@ WRITERS: dict[str, Writer] = {
     "loralib": write_loralib,
     "mlx": write_mlx,
     "gguf": write_gguf,
+    "vllm": write_vllm,
+    "sglang": write_sglang,
 }
 DIRECT: dict[tuple[str, str], Direct] = {  # where nothing has to be understood, nothing is changed
     ("peft", "peft"): to_safetensors,
@@ -92,10 +96,12 @@ def convert_adapter(
     peft: a folder with `adapter_model.safetensors`; peft-bin: the same with the `.bin` of old versions; loralib: one
     file, `.bin` or `.safetensors`; mlx: a folder for mlx-lm; gguf: a file for llama.cpp; safetensors: a whole *model*
     folder with pickled weights, read in a process of its own. A folder of PEFT 0.2 with `enable_lora` is read too.
+    vllm, sglang: PEFT's format as these servers read it, with stacked experts in the layout that they want.
 
-    model: the base's folder, for GGUF; where it is given, every module must have the shape it has there; alpha,
-    enable_lora: what a loralib file does not say; dtype: of the factors written; allow_pickle: `.bin` files may be
-    read, by torch.load(weights_only=True) and never otherwise; force: a file at `out` that is no input may be replaced.
+    model: the base's folder, for GGUF and for experts; where it is given, every module must have the shape it has
+    there; alpha, enable_lora: what a loralib file does not say; dtype: of the factors written; allow_pickle: `.bin`
+    files may be read, by torch.load(weights_only=True) and never otherwise; force: a file at `out` that is no input may
+    be replaced.
 
     ΔW stays the same in every module; what a format cannot hold is refused. Raises ConfigError for arguments that
     cannot be meant and CheckpointError for files that cannot be read, written, or expressed.

@@ -23,6 +23,11 @@ def common_alpha(targets: Mapping[str, Target]) -> float:
 
 def refuse(content: AdapterContent, name: str, *, dora: bool, full: bool, conv: bool) -> None:
     """Raise CheckpointError for what a format called `name` has no place for; true: it has none."""
+    if content.singles:
+        raise CheckpointError(
+            f"an adapter that adapts stacked experts ({next(iter(content.singles.values()))}, ...) cannot be written "
+            f"as {name}: merge it into its base"
+        )
     kinds = {target.kind for target in content.targets.values()}
     if dora and any(target.magnitude is not None for target in content.targets.values()):
         raise CheckpointError(f"a DoRA adapter cannot be written as {name}, which knows no magnitudes")
