@@ -5,16 +5,18 @@ from dataclasses import replace
 
 from lowrank.checkpoint.expert_files import told_apart, wraps_of
 from lowrank.checkpoint.keys import A, B
-from lowrank.checkpoint.read import AdapterFiles, read_with_stacks
+from lowrank.checkpoint.read import AdapterFiles, Packing, read_with_stacks
 from lowrank.checkpoint.sound import rank_faults
 from lowrank.errors import CheckpointError
 from lowrank.injection.patterns import matches
 from lowrank.layers.experts import STACKS
 
 
-def read_each_expert(folder: str | os.PathLike[str], allow_pickle: bool = False) -> AdapterFiles:
-    """`read_adapter`, of an adapter of stacked experts too, each of which is a module."""
-    return with_each_expert(read_with_stacks(folder, allow_pickle))
+def read_each_expert(
+    folder: str | os.PathLike[str], allow_pickle: bool = False, packing: Packing | None = None
+) -> AdapterFiles:
+    """`read_adapter`, of an adapter of stacked experts too, each of which is a module. packing: of B, if not PEFT's."""
+    return with_each_expert(replace(read_with_stacks(folder, allow_pickle), packing=packing))
 
 
 def with_each_expert(files: AdapterFiles) -> AdapterFiles:
@@ -39,7 +41,8 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
                 f"{files.folder}: {path} has A {list(a.shape)} and B {list(b.shape)}, and adapter_config.json says "
                 f"rank {rank}, which makes no whole number of experts"
             )
-        of_b = b.unflatten(1, (rank, count))  # (d, r, E)
+        by_expert = files.packing == "by-expert"
+        of_b = b.unflatten(1, (count, rank)).mT if by_expert else b.unflatten(1, (rank, count))  # (d, r, E)
         for expert, one in enumerate(a.unflatten(0, (count, rank))):
             single = f"{root}.{expert}.{name}"
             singles[single] = path

@@ -104,7 +104,27 @@ def told_apart(
         for depth, name in enumerate(reversed(_meant(files, root, by_depth, stacks))):
             low_rank[f"{root}.{name}"] = files.low_rank[by_depth[depth]]
             experts[f"{root}.{name}"] = stacks[name]
-    return replace(files, low_rank=low_rank, experts=experts)
+    told = replace(files, low_rank=low_rank, experts=experts)
+    check_packing(told)
+    return told
+
+
+def check_packing(files: AdapterFiles) -> None:
+    """Raise CheckpointError for stacks of which the files do not tell how B is packed, where that makes a difference.
+
+    unsloth read B of its own trainings expert after expert for a while, and as PEFT does since; its files are the same.
+    """
+    marked = files.config.raw.get("auto_mapping")
+    if files.packing or not isinstance(marked, dict) or "unsloth_fixed" not in marked:
+        return
+    for path in files.experts:
+        rank = files.config.rank(path)
+        if rank > 1 and files.pair(path)[0].shape[0] > rank:
+            raise CheckpointError(
+                f"{files.folder} was written by unsloth, whose versions have packed B of stacked experts in two ways "
+                "that files do not tell apart: write it anew with `lowrank convert --experts-packed by-rank` (PEFT's "
+                "way, and that of new versions) or `by-expert`, and keep the one that answers as the training did"
+            )
 
 
 def _meant(files: AdapterFiles, root: str, by_depth: Mapping[int, str], stacks: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from lowrank.hub import local_folder
 
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+Packing = Literal["by-rank", "by-expert"]  # which varies fastest in B of a stack (d, r·E): the expert, or the rank
 KOHYA = (".lora_down.weight", ".lora_up.weight")
 
 
@@ -34,6 +36,7 @@ class AdapterFiles:
     trained, in the order of `row_indices`; companion: what lowrank itself saved beside PEFT's files.
     experts: {path: layer kind} of stacks of experts, once a model has told which these are (`checkpoint.expert_files`);
     singles: {path of a single expert: its stack's}, once each is a module of its own (`checkpoint.each_expert`).
+    packing: how B of stacks is packed, where a user has said so; PEFT's way, by-rank, otherwise.
     Tensors are read into memory, not mapped: a file that another program cuts short then does no harm.
     """
 
@@ -45,6 +48,7 @@ class AdapterFiles:
     experts: Mapping[str, str] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     singles: Mapping[str, str] = field(default_factory=dict)
+    packing: Packing | None = None
 
     def row_indices(self, path: str) -> tuple[int, ...]:
         """The rows of the table at `path` that the file holds; empty where the config does not say them."""

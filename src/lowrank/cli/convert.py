@@ -43,6 +43,7 @@ def convert(
     enable_lora: str | None = None,
     dtype: Dtype | None = None,
     allow_pickle: Annotated[bool, Parameter(negative="")] = False,
+    experts_packed: Literal["by-rank", "by-expert"] | None = None,
     force: Annotated[bool, Parameter(negative="")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -71,6 +72,8 @@ def convert(
         Of the factors written; as they are where not given
     allow_pickle
         Read .bin files, with weights_only
+    experts_packed
+        How stacked experts' B lies in the source, where its files do not tell: by-rank, as PEFT has it, or by-expert
     force
         Replace the file that --out names, where there is one and it is no input
     """
@@ -83,6 +86,7 @@ def convert(
         enable_lora=_switches(enable_lora),
         dtype=getattr(torch, dtype) if dtype else None,
         allow_pickle=allow_pickle,
+        experts_packed=experts_packed,
         force=force,
     )
     say_written(report, out, as_json)

@@ -3,8 +3,9 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 
@@ -22,7 +23,7 @@ from lowrank.checkpoint.adapter_folder import AdapterContent, AdapterPath, conte
 from lowrank.checkpoint.config_file import NAME
 from lowrank.checkpoint.each_expert import read_each_expert
 from lowrank.checkpoint.outputs import Check, any_file, claimed, new_file, new_folder
-from lowrank.checkpoint.read import PICKLE, SAFETENSORS
+from lowrank.checkpoint.read import PICKLE, SAFETENSORS, Packing
 from lowrank.errors import CheckpointError, ConfigError
 from lowrank.hub import JSON, local_folder
 
@@ -32,7 +33,13 @@ Direct = Callable[[Path, Path, ConvertOptions], tuple[str, ...]]
 
 
 def _read_peft(source: Path, options: ConvertOptions) -> Read:
-    return Read(content_of(read_each_expert(source, options.allow_pickle)))
+    files = read_each_expert(source, options.allow_pickle, options.packing)
+    if options.packing is not None and not files.singles:
+        raise ConfigError(f"{source} has no stacked experts: leave experts_packed out")
+    content = content_of(files)
+    if options.packing is not None:  # which made the mark that asks for it say nothing any more
+        content = replace(content, origin={**content.origin, "auto_mapping": None})
+    return Read(content)
 
 
 def _write_peft(content: AdapterContent, out: Path, options: ConvertOptions) -> tuple[str, ...]:
@@ -89,6 +96,7 @@ def convert_adapter(
     enable_lora: Sequence[bool] | None = None,
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
+    experts_packed: str | None = None,
     force: bool = False,
 ) -> ConvertReport:
     """Write to `out` the adapter in `source` in the format `to`; what `source` is, its files tell.
@@ -100,8 +108,9 @@ def convert_adapter(
 
     model: the base's folder, for GGUF and for experts; where it is given, every module must have the shape it has
     there; alpha, enable_lora: what a loralib file does not say; dtype: of the factors written; allow_pickle: `.bin`
-    files may be read, by torch.load(weights_only=True) and never otherwise; force: a file at `out` that is no input may
-    be replaced.
+    files may be read, by torch.load(weights_only=True) and never otherwise; experts_packed: how B (d, r·E) of stacked
+    experts lies, "by-rank", PEFT's way, in which the expert varies fastest, or "by-expert", in which the rank does: the
+    result is PEFT's; force: a file at `out` that is no input may be replaced.
 
     ΔW stays the same in every module; what a format cannot hold is refused. Raises ConfigError for arguments that
     cannot be meant and CheckpointError for files that cannot be read, written, or expressed.
@@ -109,7 +118,10 @@ def convert_adapter(
     if to not in FORMATS:
         raise ConfigError(f"format {to!r} is not known: choose one of {', '.join(FORMATS)}")
     base = None if model is None else local_folder(model, JSON)
-    place, options = local_folder(source), ConvertOptions(base, alpha, enable_lora, dtype, allow_pickle)
+    if experts_packed not in (None, *get_args(Packing)):
+        raise ConfigError(f'experts_packed must be "by-rank" or "by-expert", not {experts_packed!r}')
+    packing = cast(Packing | None, experts_packed)
+    place, options = local_folder(source), ConvertOptions(base, alpha, enable_lora, dtype, allow_pickle, packing)
     found = detect(place)
     _check_options(place, found, options)
     if (found, to) not in DIRECT and (found not in READERS or to not in WRITERS):
@@ -117,7 +129,7 @@ def convert_adapter(
     if endings := FILES.get(to):
         _check_ending(Path(out), to, endings)
     with claimed(out, {"source": place, "base model": base}, _check(to, force)) as target:
-        if direct := DIRECT.get((found, to)):
+        if (direct := DIRECT.get((found, to))) and packing is None:
             if base is not None and found in READERS:
                 check_partner(READERS[found](place, options).content, base)
             return ConvertReport(found, to, 0, direct(place, target, options))
@@ -134,6 +146,8 @@ def _check_options(source: Path, found: str, options: ConvertOptions) -> None:
     alpha = options.alpha
     if alpha is not None and not 0 < alpha < math.inf:
         raise ConfigError(f"alpha must be a finite number above 0, not {alpha!r}")
+    if found != "peft" and options.packing is not None:
+        raise ConfigError(f"{source} is {_described(found)}, which has no stacked experts: leave experts_packed out")
     if found != "loralib" and (alpha is not None or options.enable_lora is not None):
         raise ConfigError(f"{source} is {_described(found)}, which says its scale: leave alpha and enable_lora out")
 

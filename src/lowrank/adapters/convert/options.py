@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from lowrank.checkpoint.adapter_folder import AdapterContent
+from lowrank.checkpoint.read import Packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +15,8 @@ class ConvertOptions:
     """Each is None where it is not known or not wanted.
 
     model: folder of the base, of which GGUF needs the config; alpha, enable_lora: of a loralib file; dtype: of the
-    factors written; allow_pickle: whether `.bin` files may be read, by torch.load(weights_only=True).
+    factors written; allow_pickle: whether `.bin` files may be read, by torch.load(weights_only=True); packing: of
+    stacked experts' B.
     """
 
     model: Path | None = None
@@ -22,6 +24,7 @@ class ConvertOptions:
     enable_lora: Sequence[bool] | None = None
     dtype: torch.dtype | None = None
     allow_pickle: bool = False
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
