@@ -76,7 +76,9 @@ def test_experts_one_by_one_have_the_same_change_in_the_servers_words(family: st
             for word, rows in zip(words, matrix.chunk(len(words)), strict=True):
                 torch.testing.assert_close(got[f"{root}.{expert}.{word}"], rows)
                 count += 1
-    assert len(got) == count + 1 and set(config["target_modules"]) == {name.rpartition(".")[2] for name in got}
+    assert len(got) == count + 1
+    assert all(any(name.endswith(word) for word in config["target_modules"]) for name in got)
+    assert not any("shared_experts.up_proj".endswith(word) for word in config["target_modules"])
     if server == "sglang":
         tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
         assert {t.shape[0 if ".lora_A." in key else 1] for key, t in tensors.items()} == {config["r"]} == {3}

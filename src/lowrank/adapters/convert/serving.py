@@ -88,8 +88,12 @@ def _plain(stack: str, blocks: int) -> tuple[str, ...]:
 def _one_by_one(content: AdapterContent, names: Mapping[str, tuple[str, ...]], server: str) -> AdapterContent:
     """Every expert's row blocks as modules. names: {stack: how these are called, with * for the expert's number}."""
     targets = dict(_singles(content, names, server))
-    leaves = sorted({path.rpartition(".")[2] for path in targets})
-    return replace(content, targets=targets, singles={}, names={"target_modules": leaves}, companion=Companion())
+    said = content.names.get("target_modules")
+    others = [path for path in content.targets if path not in content.singles]
+    plain = said if isinstance(said, list) else [path.rpartition(".")[2] for path in others]
+    experts = [".".join(path.split(".")[-3:]) for path in targets if path not in content.targets]  # no shared ones
+    fields = {"target_modules": sorted({*plain, *experts})}
+    return replace(content, targets=targets, singles={}, names=fields, companion=Companion())
 
 
 def _singles(
