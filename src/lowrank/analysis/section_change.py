@@ -16,12 +16,12 @@ from lowrank.analysis.summary import size
 MOST_PANELS = 24
 
 
-def where_section(inspection: Inspection) -> Section:
-    """The size of every module's change."""
+def where_section(inspection: Inspection, layers: Sequence[Layer]) -> Section:
+    """The size of the change of these modules."""
     relative = inspection.base is not None
     how = "Each cell is one module; the darker (in a dark page the brighter), the more of it changed"
     figure = map_figure(
-        inspection.layers,
+        layers,
         "Size of the change, ‖ΔW‖/‖W0‖" if relative else "Size of the change, ‖ΔW‖",
         f"{how}." if relative else f"{how}; without the base, larger modules look more changed than small ones.",
         size,
@@ -29,17 +29,20 @@ def where_section(inspection: Inspection) -> Section:
     return Section("Where it changed", (figure,))
 
 
-def rank_section(layers: Sequence[Layer]) -> Section:
-    """What smaller ranks would keep, and the spectra that say so."""
-    most = max(layer.measure.rank for layer in layers)
+def rank_section(layers: Sequence[Layer], dense: Sequence[Layer]) -> Section:
+    """What smaller ranks would keep, and the spectra that say so; of single modules those of `dense` alone."""
+    title = "How much of the rank it uses"
+    if not dense:
+        return Section(title, (_energy(layers),))
+    most = max(layer.measure.rank for layer in dense)
     ranks = map_figure(
-        layers,
+        dense,
         f"Rank that keeps {SHARES[0]:.0%}",
         f"How many directions hold {SHARES[0]:.0%} of a module's ‖ΔW‖²; the scale ends at the rank that was given.",
         lambda layer: float(layer.measure.rank_for[SHARES[0]]),
         Scale(0.0, float(most)),
     )
-    return Section("How much of the rank it uses", (_energy(layers), ranks, _spectra(layers)))
+    return Section(title, (_energy(layers), ranks, _spectra(dense)))
 
 
 def _energy(layers: Sequence[Layer]) -> Figure:

@@ -5,6 +5,7 @@ from itertools import groupby
 from statistics import fmean, median
 
 from lowrank.analysis.compare import Comparison, Similarity
+from lowrank.analysis.experts import experts_in_words, kind_of_module
 from lowrank.analysis.inspection import Inspection, Layer
 from lowrank.analysis.measure import SHARES, mean_energy_kept
 from lowrank.analysis.places import natural
@@ -21,7 +22,7 @@ def summary(inspection: Inspection) -> list[str]:
     if inspection.changes_nothing:
         sentences.append("This adapter changes nothing: every ΔW is zero.")
     else:
-        sentences += [*_ranks(inspection), *_places(inspection)]
+        sentences += [*_ranks(inspection), *_places(inspection), *experts_in_words(inspection)]
     if inspection.base is not None and not inspection.changes_nothing:
         sentences += _against_base(inspection)
     if inspection.other is not None:
@@ -33,7 +34,7 @@ def _given(inspection: Inspection) -> Iterator[str]:
     measures = [layer.measure for layer in inspection.layers]
     ranks = span([m.rank for m in measures])
     scales = span([m.scale for m in measures])
-    names = sorted({layer.place.module for layer in inspection.layers}, key=natural)
+    names = sorted({kind_of_module(layer) for layer in inspection.layers}, key=natural)
     parameters = sum(m.parameters for m in measures)
     yield (
         f"Rank {ranks} was given to {count(len(measures), 'module')} ({some(names, 8)}) at scale {scales}: "
