@@ -74,11 +74,18 @@ def config_of(sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def make_base(folder: Path, sizes: dict[str, int], sparse: bool) -> None:
-    """A base of random weights, or one of zeros whose file takes no room."""
+    """A Llama of random weights, or one of zeros whose file takes no room."""
+    make_file(folder, tensors_of(sizes), config_of(sizes), sparse)
+
+
+def make_file(
+    folder: Path, tensors: list[tuple[str, str, tuple[int, ...]]], config: dict[str, Any], sparse: bool
+) -> None:
+    """A checkpoint of these tensors, (name, dtype, shape), in one file."""
     from lowrank.files.safetensors import build_layout
 
     folder.mkdir()
-    layout = build_layout(tensors_of(sizes), {"format": "pt"})
+    layout = build_layout(tensors, {"format": "pt"})
     torch.manual_seed(0)
     noise = torch.randn(2**22).mul_(0.02).bfloat16().view(torch.uint8).numpy().tobytes()
     with open(folder / "model.safetensors", "wb") as file:
@@ -90,7 +97,7 @@ def make_base(folder: Path, sizes: dict[str, int], sparse: bool) -> None:
         file.truncate(layout.size)
         file.flush()
         os.fsync(file.fileno())
-    (folder / "config.json").write_text(json.dumps(config_of(sizes), indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def make_adapter(folder: Path, sizes: dict[str, int], names: tuple[str, ...], rank: int = 16) -> None:
