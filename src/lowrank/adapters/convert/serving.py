@@ -89,9 +89,9 @@ def _one_by_one(content: AdapterContent, names: Mapping[str, tuple[str, ...]], s
     """Every expert's row blocks as modules. names: {stack: how these are called, with * for the expert's number}."""
     targets = dict(_singles(content, names, server))
     said = content.names.get("target_modules")
-    others = [path for path in content.targets if path not in content.singles]
+    others = dict.fromkeys(path for path in content.targets if path not in content.singles)
     plain = said if isinstance(said, list) else [path.rpartition(".")[2] for path in others]
-    experts = [".".join(path.split(".")[-3:]) for path in targets if path not in content.targets]  # no shared ones
+    experts = [".".join(path.split(".")[-3:]) for path in targets if path not in others]  # no shared ones
     fields = {"target_modules": sorted({*plain, *experts})}
     return replace(content, targets=targets, singles={}, names=fields, companion=Companion())
 
