@@ -37,7 +37,7 @@ COMMANDS = {
     "combine": "Make one adapter from several: their exact sum, or TIES, DARE and pruned merges.",
     "extract": "Make an adapter of what a tuned checkpoint has beyond its base.",
     "resize": "Give an adapter another rank.",
-    "convert": "Write an adapter in another program's format: loralib, mlx-lm, GGUF, old pickles.",
+    "convert": "Write an adapter in another program's format: mlx-lm, GGUF, vLLM, SGLang, loralib, old pickles.",
     "estimate": "Say what a training will take, memory by kind and time, before a weight is loaded.",
     "doctor": "What is installed, what runs fast here, and how a model's layers would be computed.",
 }
