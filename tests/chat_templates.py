@@ -46,9 +46,12 @@ INSTRUCTED = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
 )
-# channels that the model writes itself; the last answer ends in another token (gpt-oss's traits): history is rewritten
+# channels that the model writes itself, thoughts in the last answer alone, which ends in another token (gpt-oss's
+# traits): history is rewritten
 CHANNELS = (
-    "{% for m in messages %}{{ '<|start|>' + m.role }}{% if m.role == 'assistant' %}{{ '<|channel|>final' }}{% endif %}"
+    "{% for m in messages %}{{ '<|start|>' + m.role }}{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}"
+    "{{ '<|channel|>analysis<|message|>' + m.thinking + '<|end|><|start|>assistant' }}{% endif %}"
+    "{{ '<|channel|>final' }}{% endif %}"
     "{{ '<|message|>' + m.content + ('<|return|>' if loop.last and m.role == 'assistant' else '<|end|>') }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )

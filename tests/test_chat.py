@@ -15,6 +15,7 @@ from lowrank.cli import main
 from lowrank.cli.signals import Ended
 from lowrank.data.chat.ending import end_ids
 from lowrank.data.chat.template import ChatTemplate
+from lowrank.data.chat.thought import Hearing, frame_of
 from lowrank.data.recipe import Recipe
 from lowrank.errors import ConfigError, DataError, LowrankWarning
 from lowrank.train.settings import EvalSettings, GenerateSettings
@@ -62,6 +63,55 @@ def test_turns_are_written_whole_by_the_template(model, monkeypatch):
     assert seen == [served]
     talk.clear()
     assert talk.messages == [{"role": "system", "content": "be kind"}]
+
+
+THOUGHTFUL = {
+    "channels": ("<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>"),
+    "thinking": "<think>\n{}\n</think>\n\n{}<|im_end|>",
+}
+
+
+@pytest.mark.parametrize("name", THOUGHTFUL)
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 400])
+def test_an_answer_is_taken_apart_as_its_template_puts_it_together(name, size):
+    """However it comes in pieces, no mark of the template is shown, and what was shown is never taken back."""
+    template, begin, end = FAMILIES[name]
+    frame = frame_of(ChatTemplate(template, byte_tokenizer(template)))
+    assert frame is not None
+    whole = THOUGHTFUL[name].format("one < two\nthree", "four </ five")
+    for text, parts in [
+        (whole, ("one < two\nthree", "four </ five")),
+        (begin + "four" + end, ("", "four")),
+        (whole[: whole.index("three")], ("one < two", "")),
+        ("plain words", ("", "plain words")),
+    ]:
+        shown = []
+        heard = Hearing(frame, shown.append)
+        for at in range(0, len(text), size):
+            heard(text[at : at + size])
+        heard.end()
+        assert heard.apart() == parts
+        assert "".join(shown).rstrip() == "\n\n".join(filter(None, parts))
+
+
+@pytest.mark.parametrize("name", set(FAMILIES) - set(THOUGHTFUL))
+def test_a_template_that_writes_no_thoughts_frames_nothing(name):
+    assert frame_of(ChatTemplate(FAMILIES[name][0], byte_tokenizer(FAMILIES[name][0]))) is None
+
+
+def test_a_talk_in_channels_shows_words_and_remembers_what_was_said(tmp_path):
+    said = "assistant<|channel|>final<|message|>yo<|return|>"  # behind "<|start|>assistant", token by token
+    talk = Talk(asked(str(save_chain(tmp_path / "model", CHANNELS, said[8:])), max_new_tokens=20))
+    shown = []
+    assert talk.answer("a", shown.append) == "yo"
+    assert "".join(shown) == "yo"
+    assert talk.messages[-1] == {"role": "assistant", "content": "yo"}
+    thought = THOUGHTFUL["channels"].format("hm", "yo")
+    talk.writer.write(talk.writer.ids(talk.messages), None)
+    heard = talk.writer.hearing(None)
+    heard(thought)
+    talk._remember(talk.messages, heard)
+    assert talk.messages[-1] == {"role": "assistant", "content": "yo", "reasoning_content": "hm"}
 
 
 def test_the_oldest_exchanges_are_forgotten_where_the_model_is_full(tmp_path):

@@ -101,6 +101,20 @@ def test_thoughts_and_calls_are_trained_and_tool_answers_are_not():
     assert trained(tokenizer, data.examples[0]) == [called, "it is 42<|im_end|>"]
 
 
+def test_thoughts_in_a_channel_are_trained_where_they_are_written():
+    turns = [
+        ("user", "a"),
+        ("assistant", "b", {"thinking": "hm"}),
+        ("user", "c"),
+        ("assistant", "d", {"thinking": "oh"}),
+    ]
+    tokenizer = TOKENIZERS["channels"]
+    thought, between = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"
+    written = [thought + "hm" + between + "b<|return|>", thought + "oh" + between + "d<|return|>"]
+    assert all_trained(tokenizer, chat(*turns)) == written
+    assert "hm" not in tokenizer.decode(encoded(tokenizer, chat(*turns)).examples[1].ids)
+
+
 def test_an_empty_thought_is_trained_only_where_the_row_has_it():
     tokenizer = TOKENIZERS["thinking"]
     (example,) = encoded(tokenizer, chat(("user", "a"), ("assistant", "b"))).examples

@@ -193,7 +193,8 @@ def test_tokens_do_not_depend_on_parts_and_threads(kind, tmp_path, monkeypatch):
     template = MARKED if data.speaks else ""
     recipe = Recipe(kind, "{prompt} ->", 16, ("bad", "good"), chat_template=template)
 
-    def found(threads, rows):
+    def found(threads, rows, processes=1):
+        monkeypatch.setattr(encoding, "useful", lambda: processes)
         monkeypatch.setattr(encoding, "THREADS", threads)
         monkeypatch.setattr(kept_rows, "PART_ROWS", rows)
         made = encode(data, tokenizer(pad=True), recipe)
@@ -202,6 +203,7 @@ def test_tokens_do_not_depend_on_parts_and_threads(kind, tmp_path, monkeypatch):
 
     whole = found(1, 10_000)
     assert found(1, 7) == whole and len(whole[0]) >= 400
+    assert found(1, 64, processes=2) == found(1, 10, processes=5) == whole
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)  # threads take turns within a row
     try:

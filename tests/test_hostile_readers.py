@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_fresh_bytes(tmp_path):
         refused = case[0] == list(byte_formats.FORMATS).index("loralib") and b"lora_down" in case
         with pytest.raises(CheckpointError, match="kohya") if refused else nullcontext():
             byte_formats.ORDER[case[0]](case[1:])
-    assert byte_formats.fuzz_blind(1, 1000, 0, tmp_path) == 0
+    assert byte_formats.fuzz_blind(Namespace(minutes=1, cases=1000, seed=0, keep=tmp_path)) == 0
 
 
 def test_fresh_cases(seeds, tmp_path):

@@ -18,7 +18,6 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -41,8 +40,9 @@ else:
             importlib.import_module(f"lowrank.{module}")
 
 import readers  # noqa: E402
+import running  # noqa: E402
 import torch  # noqa: E402
-from fuzz import MEMORY_DISK, mutate_bytes  # noqa: E402
+from fuzz import mutate_bytes  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from lowrank.adapters.convert import loralib, mlx  # noqa: E402
@@ -56,7 +56,7 @@ from lowrank.checkpoint.read import read_pickle, read_safetensors  # noqa: E402
 from lowrank.errors import LowrankError  # noqa: E402
 from lowrank.injection.patterns import matches  # noqa: E402
 
-SCRATCH = Path(tempfile.mkdtemp(prefix="lowrank-fuzz-", dir=MEMORY_DISK))
+SCRATCH = Path(tempfile.mkdtemp(prefix="lowrank-fuzz-", dir=running.MEMORY_DISK))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 EXPRESSIONS = (rb".*\.q_proj", rb"(model|h)\.\d+\.(?:a|b[c-f]){1,3}$", rb"((\w|\.)+)+!")
 NAMES = ("model.layers.0.self_attn.q_proj", "h.1.attn.c_attn", "a" * 200)
@@ -161,25 +161,24 @@ def make_corpus() -> list[bytes]:
     return found + [number["expression"] + text for text in EXPRESSIONS]
 
 
-def fuzz_blind(minutes: float, cases: int, seed: int, keep: Path) -> int:
-    """Our own mutations of the corpus; how many findings there were."""
-    dice, corpus, seen, number = random.Random(seed), make_corpus(), set(), 0
-    case, end = SCRATCH / "case", time.monotonic() + 60 * minutes
-    while number < cases and time.monotonic() < end:
-        seed_case = dice.choice(corpus)
-        case.write_bytes(seed_case[1:])
+def fuzz_blind(asked: argparse.Namespace) -> int:
+    """Our own mutations of the corpus; how many findings there were, at most 100."""
+    dice, corpus = random.Random(asked.seed), make_corpus()
+
+    def case(folder: Path, _number: int) -> tuple[str | None, running.Keep]:
+        (file := folder / "case").write_bytes((sound := dice.choice(corpus))[1:])
         for _ in range(dice.choice([1, 1, 2, 4])):
-            dice.choice([mutate_bytes, readers.mutate_number])(case, dice)
-        fault = broken_promise(data := seed_case[:1] + case.read_bytes())
-        place = tuple((fault or "").strip().splitlines()[-3:-1])
-        if fault and place not in seen:
-            seen.add(place)
-            name = f"bytes-{hashlib.sha256(data).hexdigest()[:12]}"
-            (keep / name).write_bytes(data)
-            print(f"case {number} → {name}\n{fault}", file=sys.stderr, flush=True)
-        number += 1
-    print(f"{number} cases of bytes, {len(seen)} kept", file=sys.stderr)
-    return len(seen)
+            dice.choice([mutate_bytes, readers.mutate_number])(file, dice)
+        data = sound[:1] + file.read_bytes()
+        return broken_promise(data), lambda where: _keep(data, where)
+
+    return running.search(asked, case)
+
+
+def _keep(data: bytes, where: Path) -> Path:
+    target = where / f"bytes-{hashlib.sha256(data).hexdigest()[:12]}"
+    target.write_bytes(data)
+    return target
 
 
 def fuzz_led(minutes: float, cases: int, seed: int, keep: Path) -> None:
@@ -196,16 +195,11 @@ def fuzz_led(minutes: float, cases: int, seed: int, keep: Path) -> None:
 
 def main() -> int:
     """Run for a while; the exit status is not 0 where something was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--cases", type=int, default=10**9)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, default=HERE)
-    options = parser.parse_args()
+    asked = running.options(__doc__)
     if atheris is None:
         print("atheris is not installed (the extra `fuzz`): mutations of our own, not led by coverage", file=sys.stderr)
-        return min(fuzz_blind(options.minutes, options.cases, options.seed, options.keep), 100)
-    fuzz_led(options.minutes, options.cases, options.seed, options.keep)
+        return fuzz_blind(asked)
+    fuzz_led(asked.minutes, asked.cases, asked.seed, asked.keep)
     return 0
 
 

@@ -1,20 +1,19 @@
-"""A fuzz target for whole commands: combine, rank, eval, generate, train (begun and resumed), data show, plot.
+"""A fuzz target for whole commands: combine, rank, eval, generate, train, data show, plot, estimate; of generate also
+talks, of train also what is resumed and what goes on from an adapter.
 
 Every call of the command line ends with status 0 and a sound result, or with status 2, one sentence and nothing half
 written; inputs stay as they were; ten seconds and a gigabyte are enough.
 
     python tests/hostile/commands.py --minutes 10 [--seed 0] [--keep tests/hostile] [--cases N]
 
-A case is a folder with two trained adapters, a run that was stopped, rows in several formats and settings. Damaged are
-adapters, what their runs keep, rows and settings, by structure and by bytes, and the values of flags; not the base,
-which transformers builds. What breaks the promise is kept as a folder `command-HASH` with its call in line.json, which
-the test suite calls again.
+A case is a folder with two trained adapters, a run that was stopped, rows in several formats, settings and a model's
+config. Damaged are adapters, what their runs keep, rows, settings and that config, by structure and by bytes, and the
+values of flags; not the base, which transformers builds. What breaks the promise is kept as a folder `command-HASH`
+with its call in line.json, which the test suite calls again.
 """
 
-import argparse
 import contextlib
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -22,7 +21,6 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 import zlib
@@ -35,6 +33,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import fuzz  # noqa: E402
 import readers  # noqa: E402
+import running  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
@@ -43,6 +42,7 @@ from lowrank.checkpoint.read import read_adapter  # noqa: E402
 from train_models import completion_rows, label_rows, save_llama, write_jsonl  # noqa: E402
 
 Line = list[str]
+SAID = "the cat\n\n/clear\nis \x1b[31m red\n"  # to who talks
 QUICK = ["--max-length", "32", "--no-cache"]
 SMALL = ["--steps", "1", "--batch-size", "2", "--log-every", "1", "--device", "cpu"]
 ASKED = ["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz"]
@@ -60,6 +60,8 @@ FLAGS = {
     "--prompt-column --text-column --label-column --train-on --chat-template --too-long --schedule --warmup --clip",
     "data": "--rows --kind --columns --template --prompt-column --train-on --chat-template --too-long",
     "plot": "--x --smoothing",
+    "estimate": "--rank --targets --target-parameters --expert-rank --rank-pattern --batch-size --micro-batch "
+    "--max-length --dtype --optimizer --quantise --dropout --layers",
 }
 
 
@@ -67,6 +69,7 @@ def make_line(dice: random.Random) -> Line:
     """A sound call, of a command by chance."""
     rows, asked, weight = dice.choice(ROWS), dice.choice(ASKED), dice.choice(["", ":0.5", ":-1"])
     method = dice.choice(METHODS)
+    held = asked if rows == "rows.txt" else rows  # of which some are held out
     return dice.choice(
         [
             ["combine", "--adapter", "adapter", "--adapter", f"other{weight}", "--method", method, "--out", "out"]
@@ -87,7 +90,10 @@ def make_line(dice: random.Random) -> Line:
                 *QUICK,
             ],
             ["generate", "--model", "base", "--adapter", "adapter", "--prompt", "the cat", "--max-new-tokens", "3"],
-            ["train", "--config", "train.yaml", "--model", "base", "--data", rows, *SMALL, *QUICK, "--out", "out"],
+            ["generate", "--model", "base", "--adapter", "adapter", "--chat", "--max-new-tokens", "3"],
+            ["estimate", "--model", dice.choice(["base", "small", "small"]), "--gpu", "T4", "--json"],
+            ["train", "--model", "base", "--data", rows, *SMALL, *QUICK, "--init-from", "adapter", "--out", "out"],
+            ["train", "--config", "train.yaml", "--model", "base", "--data", held, *SMALL, *QUICK, "--out", "out"],
             ["train", "--resume", "half", "--steps", "3"],
             ["data", "show", "--model", "base", "--data", rows, *QUICK],
             ["plot", "adapter", dice.choice(["other", "adapter/log.jsonl"]), "--out", "out.svg"],
@@ -100,6 +106,8 @@ def make_seeds(folder: Path) -> None:
     case = folder / "case"
     case.mkdir(parents=True)
     save_llama(folder / "base")
+    (case / "small").mkdir()
+    shutil.copy(folder / "base" / "config.json", case / "small")
     rows, labels = completion_rows(8), label_rows(8)
     write_jsonl(case / "rows.jsonl", rows)
     (case / "rows.json").write_text(json.dumps(rows))
@@ -176,19 +184,21 @@ def _spoil_value(path: Path, dice: random.Random) -> None:
 
 def call(folder: Path, base: Path, line: Line) -> tuple[int, str, str]:
     """(status, standard output, standard error) of a call in `folder`, where the base is called `base`."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, asked = io.StringIO(), io.StringIO(), sys.stdin
     (folder / "base").symlink_to(base)
+    sys.stdin = io.StringIO(SAID)
     try:
         with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = cli.main(line)
     finally:
+        sys.stdin = asked
         (folder / "base").unlink()
     return status, out.getvalue(), err.getvalue()
 
 
 def broken_promise(folder: Path, base: Path, line: Line) -> str | None:
     """Make the call; what is wrong with how that went, or None."""
-    before = fuzz.snapshot(folder)
+    before = running.snapshot(folder)
     try:
         with warnings.catch_warnings(), readers.bounded():
             warnings.simplefilter("ignore")
@@ -201,7 +211,7 @@ def broken_promise(folder: Path, base: Path, line: Line) -> str | None:
             said = [text for text in complained.splitlines() if text.startswith("lowrank: error: ")]
             assert len(said) == 1 and len(said[0]) < 3000 and said[0].isprintable(), complained
             made = {f"{run}/{name}" for run in ("out", "half") for name in ("train.yaml", "log.jsonl")}
-        after = fuzz.snapshot(folder)
+        after = running.snapshot(folder)
         changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
         strange = [name for name in changed if name not in made and name.partition("/")[0] not in made]
         assert not strange, f"changed, or left: {sorted(strange)}"
@@ -239,51 +249,34 @@ def _printable(_folder: Path, _line: Line, told: str) -> None:
 PLACES = {"plot": "out.svg"}
 CHECKS: dict[str, Callable[[Path, Line, str], None]] = {
     "combine": _sound_adapter, "train": _sound_adapter, "rank": _sound_ranks, "eval": _sound_numbers,
-    "plot": _sound_picture, "data": _printable, "generate": _printable,
+    "plot": _sound_picture, "data": _printable, "generate": _printable, "estimate": _sound_numbers,
 }  # fmt: skip
 
 
 def main() -> int:
     """Run for a while; the number of kept cases is the exit status, at most 100."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--cases", type=int, default=10**9)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, default=HERE)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    os.fsync = lambda _descriptor: None  # nothing here has to outlive a power cut
-    end, number, seen = time.monotonic() + 60 * options.minutes, 0, set()
-    with tempfile.TemporaryDirectory(dir=fuzz.MEMORY_DISK) as name:
-        seeds, folder = Path(name) / "seeds", Path(name) / "case"
-        make_seeds(seeds)
-        while number < options.cases and time.monotonic() < end:
-            line = make_case(seeds, folder, number, options.seed)
-            kept = shutil.copytree(folder, Path(name) / "kept", symlinks=True)
+    asked = running.options(__doc__)
+    with tempfile.TemporaryDirectory(dir=running.MEMORY_DISK) as name:
+        make_seeds(seeds := Path(name) / "seeds")
+
+        def case(place: Path, number: int) -> tuple[str | None, running.Keep]:
+            line = make_case(seeds, folder := place / "case", number, asked.seed)
+            before = shutil.copytree(folder, place / "kept", symlinks=True)
             fault = broken_promise(folder, seeds / "base", line)
-            place = tuple((fault or "").strip().splitlines()[-3:-1])
-            if fault and (line[0], place) not in seen:
-                seen.add((line[0], place))
-                _keep(kept, options.keep, line, number, fault)
-            shutil.rmtree(folder)
-            shutil.rmtree(kept)
-            number += 1
-    print(f"{number} calls, {len(seen)} kept", file=sys.stderr)
-    return min(len(seen), 100)
+            return fault and f"{line}\n{fault}", lambda where: _keep(before, where, line)
+
+        return running.search(asked, case)
 
 
-def _keep(folder: Path, where: Path, line: Line, number: int, fault: str) -> None:
-    told = f"{line}{fuzz.snapshot(folder)}"
-    target = where / f"command-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
-    shutil.copytree(folder, target, symlinks=True, dirs_exist_ok=True)
+def _keep(folder: Path, where: Path, line: Line) -> Path:
+    target = running.kept(folder, where, "command", more=str(line))
     named = {word.partition(":")[0].partition("/")[0] for word in line} | {"rows.jsonl"}  # which settings may name
     for path in target.iterdir():
         if path.name not in named:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (target / "line.json").write_text(json.dumps(line) + "\n")
-    print(f"case {number} → {target.name}\n{line}\n{fault}", file=sys.stderr, flush=True)
+    return target
 
 
 if __name__ == "__main__":
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     sys.exit(main())

@@ -9,17 +9,12 @@ What breaks the promise is kept as a folder `case-HASH` (base, adapter, why.txt)
 all that are kept. The mutations are of bytes, of JSON values, of tensors and of files.
 """
 
-import argparse
-import hashlib
 import json
-import os
 import random
 import shutil
 import signal
 import struct
 import sys
-import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -29,12 +24,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import running
+
 from lowrank.errors import LowrankError
 from lowrank.merge.disk import merge_checkpoint
 from lowrank.modelfiles.base import read_base
 
 HERE = Path(__file__).resolve().parent
-MEMORY_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a case is fifty small files
 SECONDS = 20  # a merge of some kilobytes that takes longer hangs
 VALUES = [None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 1e308, 0.5, float("nan"), [], {}, [[]], [0, 10], {"a": 1}]
 TEXTS = ["", "x", "../x", "F32", "BF16", "model.safetensors", "\ud800", "a\nb", "(", ".*", "q_proj[q,v]", "float16"]
@@ -227,14 +225,9 @@ def make_case(folder: Path, number: int, seed: int) -> None:
             dice.choice(MUTATIONS)(dice.choice(files), dice)
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """Everything in a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def broken_promise(folder: Path) -> str | None:
     """Merge the case in `folder`; what is wrong with how that went, or None. Leaves nothing but the case."""
-    before = snapshot(folder)
+    before = running.snapshot(folder)
     out = folder / "out"
     options: dict[str, Any] = {"dtype": None, "verify": "full"} if len(before) % 2 else {"dtype": "bfloat16"}
     try:
@@ -256,7 +249,7 @@ def broken_promise(folder: Path) -> str | None:
             fault = "the working folder is left after a success"
     for left in (out, *folder.glob(".out.*")):
         shutil.rmtree(left, ignore_errors=True)
-    if snapshot(folder) != before:
+    if running.snapshot(folder) != before:
         fault = "a source was changed"
     return fault
 
@@ -267,39 +260,24 @@ def _hangs(_signal: int, _frame: object) -> None:
 
 def main() -> int:
     """Run for a while; the number of kept cases is the exit status, at most 100."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, default=HERE)
-    options = parser.parse_args()
+    asked = running.options(__doc__)
     signal.signal(signal.SIGALRM, _hangs)
-    end, number, kept, seen = time.monotonic() + 60 * options.minutes, 0, 0, set()
-    while time.monotonic() < end:
-        with tempfile.TemporaryDirectory(dir=MEMORY_DISK) as name:
-            folder = Path(name)
-            make_case(folder, number, options.seed)
-            signal.alarm(SECONDS)
-            fault = broken_promise(folder)
-            signal.alarm(0)
-            place = (fault or "").replace(name, "").strip().splitlines()[-3:]  # where it broke, once each
-            if fault and tuple(place) not in seen:
-                seen.add(tuple(place))
-                kept += 1
-                _keep(folder, options.keep, number, fault)
-        number += 1
-    print(f"{number} cases, {kept} kept", file=sys.stderr)
-    return min(kept, 100)
+
+    def case(folder: Path, number: int) -> tuple[str | None, running.Keep]:
+        make_case(folder, number, asked.seed)
+        signal.alarm(SECONDS)
+        fault = broken_promise(folder)
+        signal.alarm(0)
+        return fault, lambda where: _keep(folder, where, fault or "")
+
+    return running.search(asked, case)
 
 
-def _keep(folder: Path, where: Path, number: int, fault: str) -> None:
-    digest = hashlib.sha256("".join(f"{k}{v!r}" for k, v in snapshot(folder).items()).encode()).hexdigest()[:12]
-    target = where / f"case-{digest}"
-    shutil.copytree(folder, target, symlinks=True, dirs_exist_ok=True)
-    last = fault.strip().splitlines()[-1].replace(str(folder), "")
-    (target / "why.txt").write_text(last + "\n")
-    print(f"case {number} → {target.name}\n{fault}", file=sys.stderr)
+def _keep(folder: Path, where: Path, fault: str) -> Path:
+    target = running.kept(folder, where, "case")
+    (target / "why.txt").write_text(fault.strip().splitlines()[-1].replace(str(folder), "") + "\n")
+    return target
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

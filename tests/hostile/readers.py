@@ -9,11 +9,8 @@ Damage is by structure (a field × a wrong value, a number of a header × an ext
 or name) and by bytes. What breaks the promise is kept as a folder `reader-HASH`, which the test suite reads again.
 """
 
-import argparse
 import functools
-import hashlib
 import json
-import os
 import random
 import resource
 import shutil
@@ -21,7 +18,6 @@ import signal
 import struct
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import fuzz  # noqa: E402
+import running  # noqa: E402
 import torch  # noqa: E402
 
 import lowrank  # noqa: E402
@@ -243,49 +240,35 @@ def bounded(seconds: int = SECONDS, memory: int | None = MEMORY) -> Iterator[Non
         resource.setrlimit(resource.RLIMIT_AS, usual)
 
 
+class Hangs(BaseException):
+    """No error of a reader's, which one that is given to it would catch."""
+
+
 def _hangs(_signal: int, _frame: object) -> None:
-    raise TimeoutError(f"it takes more than {SECONDS} s")
+    raise Hangs(f"it takes more than {SECONDS} s")
 
 
 def main() -> int:
     """Run the cases; the number of kept ones is the exit status, at most 100."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=100_000)
-    parser.add_argument("--minutes", type=float, default=1e9)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, default=HERE)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    os.fsync = lambda _descriptor: None  # nothing here has to outlive a power cut
-    end, number, seen = time.monotonic() + 60 * options.minutes, 0, set()
-    with tempfile.TemporaryDirectory(dir=fuzz.MEMORY_DISK) as name:
-        seeds = Path(name) / "seeds"
-        make_seeds(seeds)
-        while number < options.cases and time.monotonic() < end:
-            folder = Path(name) / "case"
-            kind = make_case(seeds, folder, number, options.seed)
+    asked = running.options(__doc__)
+    with tempfile.TemporaryDirectory(dir=running.MEMORY_DISK) as name:
+        make_seeds(seeds := Path(name) / "seeds")
+
+        def case(place: Path, number: int) -> tuple[str | None, running.Keep]:
+            folder = place / "case"
+            kind = make_case(seeds, folder, number, asked.seed)
             with bounded():
                 fault = broken_promise(folder, kind)
-            place = tuple((fault or "").strip().splitlines()[-3:-1])
-            if fault and place not in seen:
-                seen.add(place)
-                _keep(folder, options.keep, kind, number, fault)
-            shutil.rmtree(folder)
-            number += 1
-            if number % 1000 == 0:
-                print(f"{number} cases, {len(seen)} kept", file=sys.stderr, flush=True)
-    print(f"{number} cases, {len(seen)} kept", file=sys.stderr)
-    return min(len(seen), 100)
+            return fault, lambda where: _keep(folder, where, kind, fault or "")
+
+        return running.search(asked, case)
 
 
-def _keep(folder: Path, where: Path, kind: str, number: int, fault: str) -> None:
-    digest = hashlib.sha256("".join(f"{k}{v!r}" for k, v in fuzz.snapshot(folder).items()).encode()).hexdigest()[:12]
-    target = where / f"reader-{digest}"
-    shutil.copytree(folder, target, symlinks=True, dirs_exist_ok=True)
+def _keep(folder: Path, where: Path, kind: str, fault: str) -> Path:
+    target = running.kept(folder, where, "reader")
     (target / "kind.txt").write_text(f"{kind}\n{fault.strip().splitlines()[-1]}\n".replace(str(folder), ""))
-    print(f"case {number} ({kind}) → {target.name}\n{fault}", file=sys.stderr, flush=True)
+    return target
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

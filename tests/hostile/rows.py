@@ -9,18 +9,12 @@ word that only a user, a tool or the system says. What breaks that is kept as a 
 reads again.
 """
 
-import argparse
 import copy
 import functools
-import hashlib
 import json
-import os
 import random
 import re
-import shutil
 import sys
-import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -33,6 +27,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import fuzz  # noqa: E402
 import pyarrow  # noqa: E402
+import running  # noqa: E402
 from readers import bounded  # noqa: E402
 
 from chat_templates import FAMILIES, byte_tokenizer  # noqa: E402
@@ -277,39 +272,18 @@ def trainable(row: Row) -> Iterator[str]:
 
 def main() -> int:
     """Run the cases; the number of kept ones is the exit status, at most 100."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1_000_000)
-    parser.add_argument("--minutes", type=float, default=1e9)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, default=HERE)
-    options = parser.parse_args()
+    asked = running.options(__doc__)
     pyarrow.array(["x"])  # at its first array Arrow reserves addresses, more than a case may
-    end, number, seen = time.monotonic() + 60 * options.minutes, 0, set()
-    with tempfile.TemporaryDirectory(dir=fuzz.MEMORY_DISK) as name:
-        while number < options.cases and time.monotonic() < end:
-            folder = Path(name) / "case"
-            make_case(folder, number, options.seed)
-            with bounded():
-                fault = broken_promise(folder)
-            place = tuple((fault or "").strip().splitlines()[-3:-1]) or (fault or "")[:40]
-            if fault and place not in seen:
-                seen.add(place)
-                _keep(folder, options.keep, number, fault)
-            shutil.rmtree(folder)
-            number += 1
-            if number % 1000 == 0:
-                print(f"{number} cases, {len(seen)} kept", file=sys.stderr, flush=True)
-    print(f"{number} cases, {len(seen)} kept", file=sys.stderr)
-    return min(len(seen), 100)
 
+    def case(place: Path, number: int) -> tuple[str | None, running.Keep]:
+        folder = place / "case"
+        make_case(folder, number, asked.seed)
+        with bounded():
+            fault = broken_promise(folder)
+        return fault, lambda where: running.kept(folder, where, "rows")
 
-def _keep(folder: Path, where: Path, number: int, fault: str) -> None:
-    digest = hashlib.sha256("".join(f"{k}{v!r}" for k, v in fuzz.snapshot(folder).items()).encode()).hexdigest()[:12]
-    target = where / f"rows-{digest}"
-    shutil.copytree(folder, target, dirs_exist_ok=True)
-    print(f"case {number} → {target.name}\n{fault}", file=sys.stderr, flush=True)
+    return running.search(asked, case)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())

@@ -11,6 +11,7 @@ from lowrank.data.cache.tokens import token_batch, token_schema, totals
 from lowrank.data.cache.warned import heard
 from lowrank.data.dataset import Dataset
 from lowrank.data.examples import Example
+from lowrank.data.forked import in_order, useful
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import JUDGES, Row
 from lowrank.data.tally import COUNTS, Tally
@@ -19,6 +20,8 @@ from lowrank.stages import stage
 
 STAGE = "tokenising rows"
 THREADS = 2  # one is in Python while the other's texts are with the tokenizer, which has all cores: more gain nothing
+WORTH = 4  # parts that a process should have to do
+Made = tuple[Any, Tally]  # a record batch of examples, None for none; what was found on the way
 Encoder = Callable[[Dataset, Any, Recipe, Tally], list[Example]]
 
 
@@ -35,10 +38,9 @@ class Encoding:
 
     def batches(self) -> Iterator[Any]:
         """The examples of every part that has any."""
-        for examples, found in self._parts():
+        for batch, found in self._made():
             self.tally.add(found)
-            if examples:
-                batch = token_batch(examples, self.schema)
+            if batch is not None:
                 self._totals.append(totals(batch))
                 yield batch
 
@@ -58,27 +60,37 @@ class Encoding:
             "warned": warned,
         }
 
-    def _parts(self) -> Iterator[tuple[list[Example], Tally]]:
+    def _made(self) -> Iterator[Made]:
         """Every part in order, some on their way at once: what they become does not depend on each other."""
-        rows, done = self.data.rows, 0
-        waiting: deque[tuple[int, Future[tuple[list[Example], Tally]]]] = deque()
+        rows = self.data.rows
+        parts: Sequence[Sequence[Row]] = rows.parts() if isinstance(rows, StoredRows) else [rows]
+        done = 0
+        for part, made in zip(parts, self._run(parts), strict=True):
+            yield made
+            done += len(part)
+            stage(STAGE, done, len(rows))
+
+    def _run(self, parts: Sequence[Sequence[Row]]) -> Iterator[Made]:
+        """By processes where a template writes many rows, since one process runs one at a time; else by threads."""
+        processes = min(useful(), len(parts) // WORTH) if self.data.speaks else 1
+        if processes > 1:
+            yield from in_order(lambda number: self._part(parts[number]), len(parts), processes)
+            return
+        waiting: deque[Future[Made]] = deque()
         pool = ThreadPoolExecutor(self._threads(), "tokens")
         try:
-            for part in rows.parts() if isinstance(rows, StoredRows) else [rows]:
-                waiting.append((len(part), pool.submit(self._part, part)))
-                while len(waiting) > THREADS:
-                    size, made = waiting.popleft()
-                    yield made.result()
-                    done += size
-                    stage(STAGE, done, len(rows))
-            yield from (made.result() for _, made in waiting)
-            stage(STAGE, len(rows), len(rows))
+            for part in parts:
+                waiting.append(pool.submit(self._part, part))
+                if len(waiting) > THREADS:
+                    yield waiting.popleft().result()
+            yield from (made.result() for made in waiting)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _part(self, rows: Sequence[Row]) -> tuple[list[Example], Tally]:
+    def _part(self, rows: Sequence[Row]) -> Made:
         found = Tally()
-        return self.encoder(replace(self.data, rows=rows), self.tokenizer, self.recipe, found), found
+        examples = self.encoder(replace(self.data, rows=list(rows)), self.tokenizer, self.recipe, found)
+        return token_batch(examples, self.schema) if examples else None, found
 
     def _threads(self) -> int:
         """One where the tokenizer is told something else between its calls: to cut, for rows with a label; or is not

@@ -8,11 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowrank.checkpoint.load import load_adapter
 from lowrank.checkpoint.pretrained import STATE, save_pretrained
+from lowrank.checkpoint.read import read_safetensors
 from lowrank.checkpoint.save import save_adapter
 from lowrank.errors import LowrankError
 from lowrank.injection.adapters import (
@@ -205,7 +205,7 @@ class AdaptedModel(peft.PeftModel):  # type: ignore[misc]  # peft has no types
         """The adapter in a folder, under this name; Trainer's checkpoints of this model give their very bits back."""
         state = Path(model_id) / STATE
         if adapter_name in self.peft_config and state.is_file():
-            self.load_state_dict(load_file(state), strict=False)
+            self.load_state_dict(read_safetensors(state), strict=False)
             return
         if adapter_name in self.peft_config:
             delete_adapter(self.base_model, adapter_name)

@@ -8,7 +8,8 @@ import torch
 
 from lowrank.checkpoint import load_adapter
 from lowrank.data.chat.encoding import chat_prompt
-from lowrank.data.chat.template import Messages
+from lowrank.data.chat.template import ChatTemplate, Messages
+from lowrank.data.chat.thought import Frame, Hearing, frame_of
 from lowrank.data.recipe import Recipe, chat_template_of, date_of, read_recipe
 from lowrank.data.rows import JUDGES
 from lowrank.data.tokens import prompt_ids
@@ -42,17 +43,24 @@ def generate(settings: GenerateSettings, on_text: OnText | None = None) -> str:
         raise ConfigError("--prompt is empty, and this model has no token to begin with; give a prompt")
     if len(ids) >= writer.positions:
         raise ConfigError(f"--prompt is {len(ids)} tokens long, and this model holds {writer.positions}; shorten it")
-    return writer.write(ids, on_text)
+    heard = writer.hearing(on_text)
+    text = writer.write(ids, heard if on_text else None)
+    heard.end()
+    return writer.frame.shown(text) if writer.frame else text
 
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """A model, how it is asked, and how it writes. ends: the tokens that end an answer."""
+    """A model, how it is asked, and how it writes.
+
+    ends: the tokens that end an answer; frame: what its chat template puts around one, None for nothing.
+    """
 
     loaded: Loaded
     recipe: Recipe
     settings: GenerateSettings
     ends: Sequence[int] | None
+    frame: Frame | None = None
 
     @property
     def opening(self) -> list[dict[str, str]]:
@@ -70,8 +78,15 @@ class Writer:
             return chat_prompt(self.loaded.tokenizer, self.recipe, messages)
         return prompt_ids(self.loaded.tokenizer, self.recipe, messages[-1]["content"])
 
+    def hearing(self, on_text: OnText | None) -> Hearing:
+        """What `write` may hand its pieces to: `on_text` gets what a reader sees of them."""
+        return Hearing(self.frame, on_text)
+
     def write(self, ids: Sequence[int], on_text: OnText | None = None) -> str:
-        """What the model writes behind these tokens; the same for the same tokens and seed."""
+        """What the model writes behind these tokens; the same for the same tokens and seed.
+
+        With its special tokens where they frame an answer, which `frame` takes apart.
+        """
         from transformers import GenerationConfig
 
         asked = self.settings
@@ -94,9 +109,9 @@ class Writer:
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 generation_config=how,
-                streamer=_streamer(self.loaded.tokenizer, on_text) if on_text else None,
+                streamer=_streamer(self.loaded.tokenizer, on_text, self.frame is None) if on_text else None,
             )
-        return str(self.loaded.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+        return str(self.loaded.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=self.frame is None))
 
 
 def open_writer(settings: GenerateSettings) -> Writer:
@@ -112,7 +127,8 @@ def open_writer(settings: GenerateSettings) -> Writer:
         move_base(loaded.model, base, adapter)
         load_adapter(loaded.model, adapter)
     recipe = _conversing(settings, recipe, trained, loaded.tokenizer)
-    return Writer(loaded, recipe, settings, end_tokens(loaded.model, loaded.tokenizer, recipe))
+    frame = frame_of(ChatTemplate(recipe.dated_template, loaded.tokenizer)) if recipe.chat_template else None
+    return Writer(loaded, recipe, settings, end_tokens(loaded.model, loaded.tokenizer, recipe), frame)
 
 
 def _recipe(settings: GenerateSettings, trained: Recipe | None) -> Recipe:
@@ -138,7 +154,7 @@ def _conversing(settings: GenerateSettings, recipe: Recipe, trained: Recipe | No
     return replace(recipe, chat_template=text, template_of=whose, date=date_of(text, None, trained))
 
 
-def _streamer(tokenizer: Any, on_text: OnText) -> Any:
+def _streamer(tokenizer: Any, on_text: OnText, words_alone: bool) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc]
@@ -147,4 +163,4 @@ def _streamer(tokenizer: Any, on_text: OnText) -> Any:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
             on_text(text)
 
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=words_alone)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowrank import launch
-from lowrank.errors import CheckpointError, ConfigError, LowrankWarning, short
+from lowrank.errors import CheckpointError, ConfigError, LowrankError, LowrankWarning, short
 from lowrank.files.json_file import read_object
 from lowrank.hub import EVERYTHING, local_folder
 from lowrank.modelfiles.base import read_base
@@ -80,7 +80,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in the model's folder. Raises CheckpointError where there is none, or it is damaged."""
     from transformers import AutoTokenizer
 
-    with _loading(folder, "no tokenizer could be loaded from this folder"):
+    with loading(folder, "no tokenizer could be loaded from this folder"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **OFFLINE)
     # told once, it says nothing of rows longer than the model: we cut or refuse them, in our own words
     getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -113,6 +113,14 @@ def check_stored(folder: Path) -> None:
         read_base(folder)  # whose parts are missing, or do not fit, is said
 
 
+def config_of(folder: Path) -> Any:
+    """The config of a model. Raises CheckpointError for one that transformers cannot read."""
+    from transformers import AutoConfig
+
+    with loading(folder, "its config is none that transformers reads"):
+        return AutoConfig.from_pretrained(str(folder), **OFFLINE)
+
+
 def load_causal(folder: Path, dtype: torch.dtype, load: Loader = as_it_is, **options: Any) -> nn.Module:
     """The causal language model in a folder. Raises CheckpointError for other models and damaged files.
 
@@ -122,7 +130,7 @@ def load_causal(folder: Path, dtype: torch.dtype, load: Loader = as_it_is, **opt
 
     _check_causal(folder)
     check_stored(folder)
-    with _loading(folder, "not loadable as a causal language model"):
+    with loading(folder, "not loadable as a causal language model"):
         model, info = load(AutoModelForCausalLM).from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, **OFFLINE, **options
         )
@@ -145,7 +153,7 @@ def load_judge(
     from transformers import AutoModelForSequenceClassification
 
     check_stored(folder)
-    with _loading(folder, "not loadable as a sequence classifier"):
+    with loading(folder, "not loadable as a sequence classifier"):
         model, info = load(AutoModelForSequenceClassification).from_pretrained(
             str(folder),
             dtype=dtype,
@@ -255,10 +263,8 @@ def _some(keys: Any) -> str:
 
 
 @contextmanager
-def _loading(folder: Path, what: str) -> Iterator[None]:
+def loading(folder: Path, what: str) -> Iterator[None]:
     """Whatever transformers raises for a folder it cannot read, as one sentence; and no bars or reports meanwhile."""
-    from safetensors import SafetensorError
-
     with quiet():
         try:
             yield
@@ -266,7 +272,9 @@ def _loading(folder: Path, what: str) -> Iterator[None]:
             hint = ": pip install 'lowrank[quant]'" if "bitsandbytes" in str(error) else ""
             reason = f"{hint} ({' '.join(str(error).split()):.200})"
             raise CheckpointError(f"model {folder}: a package it needs is not installed{reason}") from error
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        except LowrankError:
+            raise
+        except Exception as error:  # each of its parts has errors of its own
             reason = " ".join(str(error).split()) or type(error).__name__
             raise CheckpointError(f"model {folder}: {what}: {reason:.300}") from error
 

@@ -10,7 +10,7 @@ from lowrank.data.recipe import Recipe, make_recipe
 from lowrank.data.settings import DataSettings
 from lowrank.data.sources import TEST, VALID, has_part
 from lowrank.data.tokens import Encoded, encode
-from lowrank.train.models import find_model, load_tokenizer, longest_row
+from lowrank.train.models import config_of, find_model, load_tokenizer, longest_row
 from lowrank.train.recipes import labels_of
 from lowrank.train.summary import data_lines
 
@@ -32,13 +32,10 @@ def preview(model: str, data: str, settings: DataSettings, eval_data: str | None
 
     eval_data: rows to look for among those to train on; where not given, the parts of a folder that are for that.
     """
-    from transformers import AutoConfig
-
     base = find_model(model)
     tokenizer = load_tokenizer(base)
     rows = read_dataset(data, settings)
-    config = AutoConfig.from_pretrained(str(base), local_files_only=True, trust_remote_code=False)
-    longest = longest_row(SimpleNamespace(config=config), tokenizer, settings.max_length)
+    longest = longest_row(SimpleNamespace(config=config_of(base)), tokenizer, settings.max_length)
     recipe = make_recipe(settings, rows.kind, tokenizer, longest, labels_of(base, rows), speaks=rows.speaks)
     encoded = encode(rows, tokenizer, recipe)
     met = [met_in_training(rows, evaluated) for evaluated in _evaluated(data, settings, eval_data)]

@@ -3,6 +3,7 @@
 import warnings
 
 from lowrank.data.chat.encoding import chat_prompt
+from lowrank.data.chat.thought import Hearing
 from lowrank.data.rows import PER_TOKEN
 from lowrank.errors import ConfigError, LowrankWarning
 from lowrank.train.generation import OnText, open_writer
@@ -34,7 +35,9 @@ class Talk:
         self.messages = [dict(turn) for turn in self.writer.opening]
 
     def answer(self, text: str, on_text: OnText | None = None) -> str:
-        """What the model says to `text`; both are remembered. `on_text` gets it piece by piece while it is written.
+        """What the model says to `text`; both are remembered, a thought before it too where the template writes one.
+
+        `on_text` gets thought and words piece by piece while they are written.
 
         Where the model would not hold all that was said, its oldest exchanges are forgotten, which is warned of. An
         answer that is interrupted is remembered as far as it came. Raises ConfigError for a text that alone is too
@@ -42,19 +45,20 @@ class Talk:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         messages, ids = self._that_fit(messages)
-        pieces: list[str] = []
-
-        def heard(piece: str) -> None:
-            pieces.append(piece)
-            if on_text is not None:
-                on_text(piece)
-
+        heard = self.writer.hearing(on_text)
         try:
-            said = self.writer.write(ids, heard)
+            heard.text = self.writer.write(ids, heard)
         except KeyboardInterrupt:
-            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+            self._remember(messages, heard)
             raise
-        self.messages = [*messages, {"role": "assistant", "content": said}]
+        heard.end()
+        return self._remember(messages, heard)
+
+    def _remember(self, messages: list[dict[str, str]], heard: Hearing) -> str:
+        """What was said."""
+        thought, said = heard.apart()
+        thoughts = {"reasoning_content": thought} if thought else {}
+        self.messages = [*messages, {"role": "assistant", "content": said, **thoughts}]
         return said
 
     def _that_fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:

@@ -51,20 +51,28 @@ class StoredRows(Sequence[Row]):
             text = batch.column(0)[row].as_py()
             yield hash(repr(replace(self.odd[int(place)], line=0, path=None)) if text is None else _words(text))
 
-    def parts(self) -> Iterator[list[Row]]:
+    def parts(self) -> list["StoredRows"]:
         """All rows in order, some at a time: few where they are long."""
-        part: list[Row] = []
-        size = 0
-        for place in self.places:
-            batch, at = self.table.find(int(place))
-            text = batch.column(0)[at].as_py()
-            part.append(self.odd[int(place)] if text is None else _row(text, self.files))
-            size += len(text or "")
-            if len(part) == PART_ROWS or size >= PART_CHARACTERS:
-                yield part
-                part, size = [], 0
-        if part:
-            yield part
+        found: list[StoredRows] = []
+        ends = self._sizes().cumsum()
+        start, before = 0, 0
+        while start < len(self):
+            end = min(start + PART_ROWS, int(ends.searchsorted(before + PART_CHARACTERS)) + 1, len(self))
+            found.append(self[start:end])
+            start, before = end, int(ends[end - 1])
+        return found
+
+    def _sizes(self) -> Any:
+        """(rows,) how many bytes each has, by where they begin: none is read."""
+        import numpy
+
+        sizes = []
+        for batch in self.table.batches:
+            offsets = numpy.frombuffer(batch.column(0).buffers()[1], "<i8")[: batch.num_rows + 1]
+            sizes.append(numpy.diff(offsets))
+        every = numpy.concatenate(sizes) if sizes else numpy.zeros(0, numpy.int64)
+        own = self.places
+        return every[own.start : own.stop : own.step] if isinstance(own, range) else every[own]
 
     def choose(self, indices: Any) -> "StoredRows":
         """The rows at these places."""

@@ -3,7 +3,6 @@
 A run that goes on after it was killed may have written steps a second time; what was written last is what happened.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from lowrank.files.regular import read_bytes
 from lowrank.train.run_folder import LOG
 
 MOST = 2**30  # bytes: five million lines
+LARGEST = 1e100  # number that a picture holds beside another one, and far beyond any loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,4 +86,4 @@ def _record(line: bytes, place: str) -> dict[str, float] | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
