@@ -202,6 +202,7 @@ WRONG = [
     ("--gpu t4 --device cpu", "give one of them"),
     ("--micro-batch 9", "micro_batch, 9, cannot be more than batch_size, 8"),
     ("--max-length 65", "--max-length 65: this model holds 64 tokens"),
+    ("--batch-size 1000000000000", "are more than any machine holds: give fewer by --micro-batch"),
     ("--full --quantise nf4", "leave quantise out"),
     ("--init loftq", "say quantise too"),
     ("--targets q_prj", "'q_prj' matches no module"),
@@ -220,6 +221,11 @@ def test_a_model_that_comes_quantised_or_answers_no_tokens_is_refused(tmp_path, 
     config = json.loads((Path(llama) / "config.json").read_text())
     for changes, message in (
         ({"quantization_config": {"quant_method": "fp8"}}, "comes quantised"),
+        ({"vocab_size": "x"}, "its config is none that transformers reads"),
+        ({"intermediate_size": -1}, "its config makes no model"),
+        ({"num_hidden_layers": 2**31}, "its config says that it has 2147483648 layers, beyond any model"),
+        ({"architectures": 1}, "names no architecture"),
+        ({"architectures": ["pipeline"]}, "names no architecture"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "no head over a vocabulary"),
     ):
         (tmp_path / "q" / "config.json").write_text(json.dumps(config | changes))

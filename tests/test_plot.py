@@ -53,6 +53,7 @@ WRONG = [
     ('{"step": 1, "loss": 2}\n{"step"\n{"step": 2, "loss": 2}\n', r"log\.jsonl:2: no line of a training's log"),
     ("[]\n", r"log\.jsonl:1: .* JSON objects"),
     ('{"step": 1, "loss": NaN}\n', r"log\.jsonl:1: .* finite numbers"),
+    ('{"step": 1e308, "loss": 1}\n', r"log\.jsonl:1: .* finite numbers"),
     ('{"step": true, "loss": 1}\n', r"log\.jsonl:1: .* finite numbers"),
     ('{"step": 0, "eval_loss": 1}\n', "no step of a training yet"),
     ("", "no step of a training yet"),

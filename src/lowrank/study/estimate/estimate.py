@@ -26,6 +26,7 @@ from lowrank.train.settings import AdapterSettings, TrainSettings
 
 STARTS = ("pissa", "olora")  # whose start factors are kept beside the factors
 MOST_ROWS = 4096  # in a micro-batch: more is no gain
+MOST_TOKENS = 1 << 24  # of a pass: beyond any machine, and each part of them takes time here too
 TRIES = 5
 PASSES = 7  # of an AdamW step over its tensors: four read, three written
 
@@ -92,6 +93,11 @@ def estimate(settings: EstimateSettings) -> Estimate:
     optimiser = bytes_of(settings.optimizer, trained) + masters
     micro = min(settings.micro_batch or settings.batch_size, settings.batch_size)
     parts = math.ceil(settings.batch_size / micro)
+    if micro * length > MOST_TOKENS:
+        raise ConfigError(
+            f"{micro:,} rows of {length:,} tokens in one pass are more than any machine holds: give fewer by "
+            "--micro-batch"
+        )
     rates = rates_of(gpu, device, dtype)
     standing = weights + factors + optimiser
     updating = gradients + masters  # when the activations are gone: gradients, and those of the masters
