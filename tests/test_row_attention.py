@@ -7,10 +7,15 @@ from lowrank import LoraConfig, inject
 from lowrank.data.batches import collate
 from lowrank.data.packing import end_to_end
 from lowrank.data.tokens import IGNORED, Example
+from lowrank.train.evaluation import Measure
 from lowrank.train.head import find_head
 from lowrank.train.losses import loss_of
+from lowrank.train.metrics import FIGURES
+from lowrank.train.preparing import prepare
 from lowrank.train.row_attention import NAME, attend_by_rows
+from lowrank.train.settings import TrainSettings
 from test_padding import CPU, FAMILIES, build
+from train_models import completion_rows, save_llama, write_jsonl
 
 
 def rows(*lengths):
@@ -81,3 +86,45 @@ def test_a_model_whose_attention_is_not_told_where_rows_begin_keeps_its_mask(mon
         )
     assert not attend_by_rows(model, batch(), find_head(model))
     assert model.config._attn_implementation == "sdpa"
+
+
+def measured(model, flat):
+    measure = Measure(lambda some: collate(some, 0, CPU, True), loss_of("text", None, None), FIGURES["text"], flat=flat)
+    taken = measure.trained(rows(24, 9, 17))
+    assert taken.inputs["input_ids"].shape == ((1, 50) if flat else (3, 24))
+    model.zero_grad()
+    loss = measure.loss(model, taken)
+    loss.total.backward()
+    return loss.total.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_rows_trained_end_to_end_give_the_loss_and_gradients_of_padded_ones():
+    model = build("llama")
+    inject(model, LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", init_lora_weights="random"))
+    told, wanted = measured(model, flat=False)
+    assert attend_by_rows(model, batch(), find_head(model))
+    found, got = measured(model, flat=True)
+    torch.testing.assert_close(found, told, rtol=1e-5, atol=1e-5)
+    for path, tensor in wanted.items():
+        torch.testing.assert_close(got[path], tensor, rtol=1e-4, atol=1e-4 * float(tensor.abs().max()), msg=path)
+
+
+def prepared(folder, **options):
+    data = write_jsonl(folder / "rows.jsonl", completion_rows(8))
+    told = {"model": str(save_llama(folder / "llama")), "data": str(data), "out": str(folder / "out"), "device": "cpu"}
+    return prepare(TrainSettings.model_validate(told | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "flat"), [({}, True), ({"micro_batch": 1}, False), ({"pack": True}, False)], ids=str
+)
+def test_a_training_lays_its_rows_end_to_end_where_it_gains(options, flat, tmp_path):
+    found = prepared(tmp_path, **options)
+    assert found.measure.flat == flat
+    assert (found.loaded.model.config._attn_implementation == NAME) == (flat or "pack" in options)
+
+
+def test_rows_that_would_see_each_other_stay_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank.train.packing.apart", lambda *_: 0.5)
+    found = prepared(tmp_path)
+    assert not found.measure.flat and found.loaded.model.config._attn_implementation == "sdpa"

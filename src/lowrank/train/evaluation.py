@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank.data.batches import Batch, chunks
 from lowrank.data.examples import Example, lengths_of
+from lowrank.data.packing import end_to_end
 from lowrank.stages import stage
 from lowrank.train.lockstep import idle_passes
 from lowrank.train.loss import LossOf
@@ -53,6 +54,7 @@ class Measure:
     """Everything that turns rows and a model into a loss, and what is counted beside it into figures.
 
     written: figures of what the model writes for the rows, in batches of a size; None where nothing is written.
+    flat: rows that are trained together lie end to end, so that nothing is padded (`train.packing.flattened`).
     """
 
     collate: Callable[[Sequence[Example]], Batch]
@@ -60,6 +62,11 @@ class Measure:
     figures: Callable[[Counted, int], Figures]
     per_row: bool = False  # what is trained is counted in rows, not in tokens
     written: Written | None = None
+    flat: bool = False
+
+    def trained(self, examples: Sequence[Example]) -> Batch:
+        """The rows as a batch to train on."""
+        return self.collate([end_to_end(examples)] if self.flat else examples)
 
     def count(self, examples: Sequence[Example]) -> int:
         """How many things are trained in the rows: what their losses are divided by."""

@@ -131,7 +131,7 @@ class Loop:
         """
         totals = []
         for part in chunks(rows, self.settings.micro_batch or self.settings.batch_size):
-            loss = self.measure.loss(self.model, self.measure.collate(part))
+            loss = self.measure.loss(self.model, self.measure.trained(part))
             torch.autograd.backward(loss.total / count)
             totals.append(loss.total.detach())
         return float(torch.stack(totals).sum()) if totals else 0.0  # more processes than rows

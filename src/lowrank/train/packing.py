@@ -5,6 +5,8 @@ state along the row (linear attention, convolutions over time) or that does not 
 the first words of a row would be read after the last ones of another.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -19,10 +21,11 @@ from lowrank.train.evaluation import Measure
 from lowrank.train.head import AGREE, Head
 from lowrank.train.losses import NextToken
 from lowrank.train.positions import trained_positions
-from lowrank.train.row_attention import attend_by_rows
+from lowrank.train.row_attention import attend_at_once, attend_by_rows
 from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
 
+TRIED = 4  # rows
 REMEDY = "leave --pack out (--group-by-length pads little too)"
 
 
@@ -42,6 +45,26 @@ def packed(
     if len(several := found.examples.shared):
         attend_by_rows(loaded.model, measure.collate([found.examples[int(several[-1])]]), head)
     return found, settings
+
+
+def flattened(examples: Sequence[Example], kind: Kind, loaded: Loaded, measure: Measure, batch: int) -> bool:
+    """Whether rows that are trained together can lie end to end as one pack, so that nothing is padded.
+
+    In place: attention goes by rows then, without which a pack would take longer than padded rows. Tried on the first
+    rows: their logits are those of the same rows side by side, within rounding. batch: how many are trained together.
+    """
+    model, head = loaded.model, measure.loss.head if isinstance(measure.loss, NextToken) else None
+    rows = [_whole(examples[at]) for at in range(min(batch, len(examples), TRIED))]
+    if kind not in PER_TOKEN or len(rows) < 2:
+        return False
+    one = measure.collate([end_to_end(rows)])
+    if not attend_by_rows(model, one, head):
+        return False
+    allowed = max(AGREE.get(p.dtype, 0.0) for p in model.parameters())
+    if apart(model, one, measure.collate(rows), head) <= allowed:
+        return True
+    attend_at_once(model)
+    return False
 
 
 def check_apart(model: nn.Module, packs: Packs, measure: Measure, head: Head | None) -> None:

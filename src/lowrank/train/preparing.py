@@ -1,7 +1,7 @@
 """From settings to a training that could begin: rows as tokens, the model, what of it is trained."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowrank.checkpoint.outputs import Inputs
@@ -23,7 +23,7 @@ from lowrank.train.dealt_out import is_dealt_out, whole_of
 from lowrank.train.evaluation import Measure
 from lowrank.train.loop import Loop, steps_of
 from lowrank.train.models import device_of, dtype_of, find_model
-from lowrank.train.packing import packed
+from lowrank.train.packing import flattened, packed
 from lowrank.train.recipes import labels_of, recipe_of
 from lowrank.train.reporting import Reporter, Sample
 from lowrank.train.samples import Samples
@@ -106,6 +106,8 @@ def prepare(settings: TrainSettings) -> Prepared:
         adapted += f"; rate by {SOURCE}"
     if settings.pack:
         data, settings = packed(data, rows.kind, loaded, measure, recipe, settings)
+    elif flattened(data.examples, rows.kind, loaded, measure, settings.micro_batch or settings.batch_size):
+        measure = replace(measure, flat=True)
     sources = _sources(settings, base, rows, held_out)
     settings = settings.model_copy(update=sources | {"chat_date": recipe.date or settings.chat_date})
     return Prepared(settings, base, rows, recipe, data, evaluated, loaded, adapted, measure, samples, sources)

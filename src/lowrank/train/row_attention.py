@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowrank.data.batches import Batch
 from lowrank.train.head import AGREE, Head
 
-NAME = "lowrank_rows"
+NAME, PLAIN = "lowrank_rows", "sdpa"
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def attend_by_rows(model: nn.Module, packed: Batch, head: Head | None) -> bool:
     windows = getattr(text, "sliding_window", None) or {*(getattr(text, "layer_types", None) or ())} - {
         "full_attention"
     }
-    if head is None or own != "sdpa" or windows or next(model.parameters()).device.type != "cpu":
+    if head is None or own != PLAIN or windows or next(model.parameters()).device.type != "cpu":
         return False
     _register()
     was_training = model.training
@@ -45,8 +45,14 @@ def attend_by_rows(model: nn.Module, packed: Batch, head: Head | None) -> bool:
     finally:
         model.train(was_training)
     if not same:
-        call.set_attn_implementation(own)
+        attend_at_once(model)
     return same
+
+
+def attend_at_once(model: nn.Module) -> None:
+    """In place: PyTorch's own attention again."""
+    call: Any = model
+    call.set_attn_implementation(PLAIN)
 
 
 def _register() -> None:
