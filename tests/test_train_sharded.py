@@ -45,6 +45,7 @@ RUNS = {
     "labels": {"model": "bert", "data": "labels.jsonl", "eval_split": 0.3, "targets": None},
 }
 WHOLE = ("experts", "bfloat16")  # also with two processes that hold the whole base each
+ON = "on from an adapter with a head in full"
 BASES = ("llama", "tied", "experts")
 
 
@@ -84,7 +85,8 @@ def home(tmp_path_factory):
 def settings(home, out, **changes):
     basic = {"targets": "all-linear", "steps": 2, "lr": 0.02, "batch_size": 5, "device": "cpu", "eval_every": 2}
     places = {key: str(home / changes[key]) for key in ("model", "data", "eval_data") if key in changes}
-    return TrainSettings(**{**basic, **changes, **places}, out=str(out))
+    said = {name: value for name, value in {**basic, **changes, **places}.items() if value is not None}
+    return TrainSettings(**said, out=str(out))
 
 
 class Gathered:
@@ -171,6 +173,9 @@ def work(rank, count, port, home, out):
             assert gathered.count > before
         for name in WHOLE:
             train.run(settings(home, out / f"{name}, whole", **RUNS[name]))
+        on = COMPLETIONS | {"targets": None, "init_from": str(out / "a head in full")}
+        train.run(settings(home, out / ON, shard=True, **on))
+        train.run(settings(home, out / f"{ON}, whole", **on))
         for name in BASES:
             parts = partial(sharding.Parts, device=torch.device("cpu"), whole=lambda model: ())
             model = load_causal(home / name, torch.float32, parts)
@@ -240,7 +245,7 @@ def test_two_processes_train_what_one_trains(home, two, name):
     check_equal(home, two, name)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", [*WHOLE, ON])
 def test_parts_of_the_base_give_the_bytes_of_the_whole(two, name):
     whole, parts = made(two / f"{name}, whole"), made(two / name)
     assert parts == whole

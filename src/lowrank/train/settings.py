@@ -182,7 +182,8 @@ class ShardSettings(HeldSettings):
 
     shard: bool | None = Field(
         None,
-        description="Give every process a part of the frozen weights, gathered where they are used (FSDP2)",
+        description="Give every process a part of the frozen weights, gathered in use (FSDP2); where not given, if one "
+        "GPU cannot hold them",
     )
 
 
