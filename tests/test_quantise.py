@@ -4,6 +4,8 @@ import builtins
 import copy
 import itertools
 import json
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -237,3 +239,11 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"quantise nf4 needs bitsandbytes: pip install 'lowrank\[quant\]'"):
         lowrank.quantise(small(), "nf4")
+
+
+def test_bitsandbytes_is_imported_without_a_word():
+    """Its warning of kernels that it would fetch is none of the user's."""
+    pytest.importorskip("bitsandbytes")
+    code = "from lowrank.injection.quantise import require_bitsandbytes; require_bitsandbytes('this')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "kernel" not in done.stderr

@@ -1,5 +1,6 @@
 """A float model whose linear layers are put into four or eight bits, one at a time, before adapters go onto it."""
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -111,11 +112,19 @@ def require_plain(model: nn.Module, what: str) -> None:
 
 
 def require_bitsandbytes(what: str) -> Any:
-    """The package. Raises ConfigError, naming what needs it, where it is not installed."""
+    """The package. Raises ConfigError, naming what needs it, where it is not installed.
+
+    What it logs while it is imported is passed over: on a CPU it warns of kernels that it can do without.
+    """
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:
         raise ConfigError(f"{what} needs bitsandbytes: pip install 'lowrank[quant]'") from error
+    finally:
+        log.setLevel(level)
     return bitsandbytes
 
 
