@@ -10,6 +10,7 @@ from torch import nn
 import lowrank
 from expert_models import FAMILIES, adapted, answer, mixture
 from lowrank import LoraConfig
+from lowrank.analysis.inspection import inspect_adapter
 from lowrank.injection.adapters import lora_layers
 
 READ_BY_PEFT = [family for family in FAMILIES if family != "nemotron_h"]
@@ -188,6 +189,43 @@ def test_single_experts_that_are_no_experts_are_refused(tmp_path: Path) -> None:
         with pytest.raises(lowrank.LowrankError, match=message):
             lowrank.load_adapter(model, tmp_path / "single")
     assert not any("lora" in name for name, _ in model.named_modules())
+
+
+READERS = {
+    "load": lambda folder: lowrank.load_adapter(mixture("mixtral"), folder / "adapter"),
+    "merge into single experts": lambda folder: lowrank.merge_checkpoint(
+        folder / "base", folder / "adapter", folder / "out"
+    ),
+    "merge into whole stacks": lambda folder: lowrank.merge_checkpoint(
+        folder / "whole", folder / "adapter", folder / "out"
+    ),
+    "resize": lambda folder: lowrank.resize_adapter(folder / "adapter", folder / "out", rank=1),
+    "inspect": lambda folder: inspect_adapter(folder / "adapter"),
+}
+
+
+@pytest.mark.parametrize("field", ["use_dora", "lora_bias"])
+def test_what_experts_cannot_have_is_refused_by_every_reader_and_never_left_out(field: str, tmp_path: Path) -> None:
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    model = mixture("mixtral")
+    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "whole", save_original_format=False)
+    lowrank.save_adapter(adapted(model), tmp_path / "adapter")
+    weights, config = tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "adapter" / "adapter_config.json"
+    tensors, role = load_file(weights), {"use_dora": "lora_magnitude_vector", "lora_bias": "lora_B.bias"}[field]
+    for key in [key for key in tensors if key.endswith("lora_B.weight")]:
+        tensors[key.replace("lora_B.weight", role)] = torch.ones(len(tensors[key]))
+    save_file(tensors, weights)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: True}))
+    for name, read in READERS.items():
+        message = rf"experts\.\w+ has {role}, .*: train it without {field}, "
+        with pytest.raises(lowrank.LowrankError, match=message) as error:
+            read(tmp_path)
+        assert "\n" not in str(error.value), name
+    assert not (tmp_path / "out").exists()
 
 
 def test_trained_biases_of_experts_are_where_peft_has_them(tmp_path: Path) -> None:

@@ -233,9 +233,8 @@ def test_stacks_in_mxfp4_become_plain_with_the_bits_of_a_merge_in_memory(tmp_pat
         assert (difference <= 2.05 * step).all() and difference.norm() < 0.2 * parameter.float().norm()
 
 
-@pytest.mark.parametrize("onto", ["16bit", "quantised"])
-def test_stacks_in_fp8_are_merged_into_and_go_back_into_their_blocks(onto: str, tmp_path: Path) -> None:
-    model = mixture("qwen3_moe").bfloat16()
+def saved_in_fp8(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
+    """The files' tensors of the model with its stacks in FP8; in place: the model has the numbers that these hold."""
     files, largest = {}, torch.finfo(torch.float8_e4m3fn).max
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3:
@@ -244,11 +243,18 @@ def test_stacks_in_fp8_are_merged_into_and_go_back_into_their_blocks(onto: str, 
             parameter.data = (files[name].float() * scales).bfloat16()
         else:
             files[name] = parameter.data.clone()
-    (tmp_path / "base").mkdir()
-    save_file(files, tmp_path / "base" / "model.safetensors")
+    folder.mkdir()
+    save_file(files, folder / "model.safetensors")
     model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    model.config.save_pretrained(tmp_path / "base")
+    model.config.save_pretrained(folder)
     del model.config.quantization_config
+    return files
+
+
+@pytest.mark.parametrize("onto", ["16bit", "quantised"])
+def test_stacks_in_fp8_are_merged_into_and_go_back_into_their_blocks(onto: str, tmp_path: Path) -> None:
+    model = mixture("qwen3_moe").bfloat16()
+    files = saved_in_fp8(model, tmp_path / "base")
     adapted(model)
     lowrank.save_adapter(model, tmp_path / "adapter")
     lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", onto=onto, verify="full")

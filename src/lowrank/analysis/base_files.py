@@ -1,46 +1,70 @@
 """The weights W0 that an adapter changes, from the base's files alone: read one at a time, no model is built."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowrank.checkpoint import AdapterFiles
+from lowrank.checkpoint.each_expert import expert_path
+from lowrank.checkpoint.fusions import Turn
 from lowrank.errors import CheckpointError
 from lowrank.files.safetensors import FLOATS
-from lowrank.merge.disk.adapters import Adapter
+from lowrank.merge.disk.adapters import Adapter, Contribution
 from lowrank.merge.disk.match import match
 from lowrank.modelfiles.base import BaseFiles, Source, read_base
 from lowrank.modelfiles.blocks import whole
+from lowrank.modelfiles.one_expert import OneExpert
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A tensor of the base that holds W0 of a module, or a block of its rows. transposed: it holds W0ᵀ.
+
+    expert: which one W0 is of the tensor's, where it holds all experts of a mixture; turn: how their bytes lie.
+    """
+
+    name: str
+    transposed: bool
+    expert: int | None = None
+    turn: Turn = ""
 
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Where the base stores W0 of every adapted module. sources: {module: (tensor's name, stored as W0ᵀ)}, in the
+    """Where the base stores W0 of every adapted module, single experts of a mixture included.
 
-    order of the files, so that one pass over them reads each once.
+    sources: {module: the blocks of its rows, in order}, by the order of the files, so that one pass over them will do.
     """
 
     base: BaseFiles
-    sources: dict[str, tuple[str, bool]]
+    sources: dict[str, tuple[Block, ...]]
 
     def matrix(self, path: str) -> Tensor:
         """W0 of h = W0·x, (d, k), in the base's own dtype."""
-        name, transposed = self.sources[path]
-        stored = whole(Source(*self.base.tensors[name]))
-        return stored.t() if transposed else stored
+        blocks = [self._read(block) for block in self.sources[path]]
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def _read(self, block: Block) -> Tensor:
+        source = Source(*self.base.tensors[block.name])
+        stored = whole(source) if block.expert is None else OneExpert(source, block.expert, block.turn).matrix
+        return stored.t() if block.transposed else stored
 
 
 def find_base_weights(files: AdapterFiles, location: str | os.PathLike[str]) -> BaseWeights:
     """The places of an adapter's modules in the base at `location`, found as merging on disk finds them.
+
+    files: with stacks of experts as the adapter's file has them; each expert is a module of its own in what is found.
 
     Raises CheckpointError for a base whose files are damaged, that is not this adapter's (all faults listed), or that
     is quantised.
     """
     base = read_base(location)
     found = match(base, Adapter(files.folder, files, 1.0))
-    order = {name: place for place, name in enumerate(base.tensors)}
-    sources: dict[str, tuple[str, bool]] = {}
+    order = {name: number for number, name in enumerate(base.tensors)}
+    blocks: dict[str, list[Block]] = {}
     for result_name, contribution in found.changed.items():
         name = found.heads.get(result_name, result_name)
         if (dtype := base.tensors[name][1].dtype) not in FLOATS:
@@ -48,5 +72,19 @@ def find_base_weights(files: AdapterFiles, location: str | os.PathLike[str]) -> 
                 f"{base.folder}: {name} is stored as {dtype}, a form that is not read here: give the base that it was "
                 "made from"
             )
-        sources[contribution.path] = name, contribution.transposed
-    return BaseWeights(base, dict(sorted(sources.items(), key=lambda item: order[item[1][0]])))
+        for path, block in _blocks(base, name, contribution):
+            blocks.setdefault(path, []).append(block)  # of a stack's, those of the first rows come first
+    in_files = sorted(blocks.items(), key=lambda item: (order[item[1][0].name], item[1][0].expert or 0))
+    return BaseWeights(base, {path: tuple(held) for path, held in in_files})
+
+
+def _blocks(base: BaseFiles, name: str, contribution: Contribution) -> Iterator[tuple[str, Block]]:
+    """(a module, the block of it in this tensor): one module, or every expert of a stack."""
+    path, transposed = contribution.path, contribution.transposed
+    if (one := contribution.expert) is not None:
+        yield expert_path(path, one.number), Block(name, transposed)
+    elif (stack := contribution.stack) is not None:
+        for number in range(base.tensors[name][1].shape[0]):
+            yield expert_path(path, number), Block(name, transposed, number, stack.turn)
+    else:
+        yield path, Block(name, transposed)

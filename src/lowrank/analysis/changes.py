@@ -53,7 +53,7 @@ def read_change(files: AdapterFiles, path: str, base: Tensor | None = None) -> C
     folded = files.factors(path, stored_shape(files, path))
     factors = unfold(folded, path, files.companion)
     method = files.config.moved_base
-    if base is not None and method is not None and files.kind(path) == "linear":
+    if base is not None and method is not None and files.kind(path) == "linear" and path not in files.singles:
         factors = with_moved_base(factors, method, base)
     a, b = factors.effective()
     return Change(

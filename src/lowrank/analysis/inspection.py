@@ -12,8 +12,9 @@ from lowrank.analysis.compare import Comparison, Unshared, compare
 from lowrank.analysis.measure import Measure, measure
 from lowrank.analysis.places import Place, natural, places
 from lowrank.checkpoint import AdapterFiles
-from lowrank.checkpoint.each_expert import read_each_expert
+from lowrank.checkpoint.each_expert import read_each_expert, with_each_expert
 from lowrank.checkpoint.keys import Key
+from lowrank.checkpoint.read import read_with_stacks
 from lowrank.errors import LowrankError, short, some
 
 Location = str | os.PathLike[str]
@@ -67,14 +68,10 @@ def inspect_adapter(
     Raises CheckpointError for damaged files, factors that are not finite and a base that is not this adapter's, and
     LowrankError for two adapters that share no module.
     """
-    files = read_each_expert(adapter, allow_pickle)
+    stacked = read_with_stacks(adapter, allow_pickle)
+    files = with_each_expert(stacked)
     other = None if against is None else read_each_expert(against, allow_pickle)
-    if model is not None and files.singles:
-        raise LowrankError(
-            f"{files.folder} adapts stacked experts, which are not measured beside their base: inspect it without a "
-            "model"
-        )
-    weights = None if model is None else find_base_weights(files, model)
+    weights = None if model is None else find_base_weights(stacked, model)
     measured = _measure(files, weights, progress)
     comparisons, unshared = ({}, None) if other is None else _compare(files, other)
     where = places(measured)

@@ -32,7 +32,6 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
     singles: dict[str, str] = {}
     known, scales, start = dict(files.config.known), dict(files.companion.scales), set(files.companion.start)
     for path in told.experts:
-        root, _, name = path.rpartition(".")
         a, b = told.low_rank[path][A], told.low_rank[path][B]
         rank = files.config.rank(path)
         count, rest = divmod(a.shape[0], rank)
@@ -44,7 +43,7 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
         by_expert = files.packing == "by-expert"
         of_b = b.unflatten(1, (count, rank)).mT if by_expert else b.unflatten(1, (rank, count))  # (d, r, E)
         for expert, one in enumerate(a.unflatten(0, (count, rank))):
-            single = f"{root}.{expert}.{name}"
+            single = expert_path(path, expert)
             singles[single] = path
             low_rank[single] = {A: one, B: of_b[:, :, expert]}
             known[single] = rank, files.config.scale(path)
@@ -58,6 +57,12 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
     if faults := rank_faults(every):
         raise CheckpointError(f"{files.folder}: {'; '.join(faults)}")
     return every
+
+
+def expert_path(stack: str, number: int) -> str:
+    """The path of one expert of the stack at a path: of `experts.down_proj`, `experts.3.down_proj`."""
+    root, _, name = stack.rpartition(".")
+    return f"{root}.{number}.{name}"
 
 
 def _stacks_at(files: AdapterFiles, root: str) -> dict[str, str]:

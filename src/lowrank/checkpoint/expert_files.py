@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lowrank.checkpoint.describe import target_names
+from lowrank.checkpoint.keys import MAGNITUDE, A, B
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.checkpoint.renaming import find_renaming
 from lowrank.errors import CheckpointError
@@ -92,7 +93,8 @@ def told_apart(
     """The same files with the factors of stacks under the paths of these.
 
     stacks_at: {name: layer kind} of the stacks of the module at a path, in the module's order; none where it has none.
-    Raises CheckpointError where it cannot be told which factors belong to which stack.
+    Raises CheckpointError where it cannot be told which factors belong to which stack, and for a stack with DoRA's
+    magnitude or a bias of B.
     """
     low_rank: dict[str, Mapping[str, Tensor]] = {}
     experts: dict[str, str] = {}
@@ -105,8 +107,20 @@ def told_apart(
             low_rank[f"{root}.{name}"] = files.low_rank[by_depth[depth]]
             experts[f"{root}.{name}"] = stacks[name]
     told = replace(files, low_rank=low_rank, experts=experts)
+    _check_roles(told)
     check_packing(told)
     return told
+
+
+def _check_roles(files: AdapterFiles) -> None:
+    """Raise CheckpointError for a stack with more than A and B: nothing here, and nothing of PEFT's, knows its part."""
+    for path in files.experts:
+        if more := sorted(files.low_rank[path].keys() - {A, B}):
+            fields = " and ".join("use_dora" if role == MAGNITUDE else "lora_bias" for role in more)
+            raise CheckpointError(
+                f"{files.folder}: {path} has {' and '.join(more)}, and stacked experts are adapted by A and B alone, "
+                f"in PEFT too: train it without {fields}, or without its experts"
+            )
 
 
 def check_packing(files: AdapterFiles) -> None:
