@@ -21,7 +21,7 @@ from lowrank.core.sketch import Directions, Sketch
 from lowrank.errors import ConfigError
 from lowrank.injection.planning import plan
 from lowrank.study.rank import AdapterRankSettings, GradientRankSettings, from_adapter, from_gradient
-from lowrank.study.rank.gradients import watched
+from lowrank.study.rank.gradients import empty_sketches, watched
 from train_models import completion_rows, label_rows, save_bert, save_llama, write_jsonl
 
 CPU = torch.device("cpu")
@@ -184,7 +184,7 @@ def test_every_target_is_given_its_own_gradient_and_the_model_is_left_as_it_was(
     for parameter, flag in zip(parameters.values(), flags, strict=True):
         parameter.requires_grad_(flag)
     directions = Directions(4, 0, CPU)
-    sketches = {entry.path: [Sketch(rows, entry.k, directions) for rows in entry.rows] for entry in planned.entries}
+    sketches = {entry.path: empty_sketches(entry, directions) for entry in planned.entries}
     with watched(model, planned.entries, sketches):
         for _ in range(2):
             torch.autograd.backward(loss(model) / 2)

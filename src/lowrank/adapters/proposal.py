@@ -8,7 +8,7 @@ import torch
 from lowrank.adapters.each_module import Progress, for_each, one_core_each, silent
 from lowrank.checkpoint.adapter_folder import AdapterPath, content_of
 from lowrank.checkpoint.describe import Ranks, describe
-from lowrank.checkpoint.read import read_adapter
+from lowrank.checkpoint.each_expert import read_each_expert
 from lowrank.checkpoint.target import Target
 from lowrank.core.allotment import allot
 from lowrank.core.spectrum import singular_values
@@ -20,7 +20,8 @@ class ModuleSpectrum:
     """What a rank can be chosen by. squares: σ² of the module's matrix, descending, as many as ranks may be given.
 
     path; shape: (d, k); cost: numbers one rank takes; total: ‖·‖²_F, of which `squares` may be a part; scale: s of its
-    adapter; given: the rank it has, 0 before training; exact: the figures are computed, not estimated.
+    adapter; given: the rank it has, 0 before training; exact: the figures are computed, not estimated; experts: how
+    many matrices of that shape share the rank, 0 where it is no stack of them; stack: that which a single expert is in.
     """
 
     path: str
@@ -31,6 +32,8 @@ class ModuleSpectrum:
     scale: float
     given: int = 0
     exact: bool = True
+    experts: int = 0
+    stack: str | None = None
 
     def rank_for(self, share: float) -> int | None:
         """The smallest rank that holds this share of the energy, 1 for a matrix of zeros; None beyond `squares`."""
@@ -124,12 +127,16 @@ def _bought(modules: Sequence[ModuleSpectrum], budget: int) -> list[int]:
 def adapter_spectra(
     adapter: AdapterPath, *, allow_pickle: bool = False, progress: Progress = silent
 ) -> list[ModuleSpectrum]:
-    """The exact spectra of an adapter's ΔW = s·B·A, from its files. Raises CheckpointError for damaged ones."""
-    targets = content_of(read_adapter(adapter, allow_pickle)).targets
-    return for_each(list(targets), lambda path: _spectrum(path, targets[path]), progress)
+    """The exact spectra of an adapter's ΔW = s·B·A, from its files, every expert a module of its own.
+
+    Raises CheckpointError for damaged files.
+    """
+    content = content_of(read_each_expert(adapter, allow_pickle))
+    targets, stacks = content.targets, content.singles
+    return for_each(list(targets), lambda path: _spectrum(path, targets[path], stacks.get(path)), progress)
 
 
-def _spectrum(path: str, target: Target) -> ModuleSpectrum:
+def _spectrum(path: str, target: Target, stack: str | None) -> ModuleSpectrum:
     squares = singular_values(target.a, target.b, target.scale).square()
     return ModuleSpectrum(
         path=path,
@@ -139,4 +146,5 @@ def _spectrum(path: str, target: Target) -> ModuleSpectrum:
         total=float(torch.sum(squares)),
         scale=target.scale,
         given=target.a.shape[0],
+        stack=stack,
     )

@@ -40,7 +40,7 @@ def _row(module: ModuleSpectrum, rank: int, proposal: Proposal, total: float) ->
     about = "" if module.exact else "~"
     return (
         module.path,
-        f"{module.shape[0]}×{module.shape[1]}",
+        "×".join(map(str, (module.experts, *module.shape) if module.experts else module.shape)),
         f"{module.total / total:.1%}",
         f"{about}{needed}" if needed is not None else f"> {len(module.squares)}",
         f"{module.given} → {rank}" if module.given else str(rank),

@@ -16,6 +16,14 @@ OF_CHANGE = (
     "A heuristic: what holds most of ‖ΔW‖² need not matter most. Where we tried it on two tasks, its ranks were as "
     "good as a uniform rank on one and better on the other (docs/paper.md)."
 )
+OF_STACKS = (
+    "The experts of a stack have one rank in training, so they are given one: rank n holds the n strongest directions "
+    "of each of them, and costs as much in each."
+)
+OF_SINGLE_EXPERTS = (
+    "Ranks of single experts are for `lowrank resize --ranks`; training gives a stack one rank. Files hold a stack at "
+    "the largest rank of its experts, with zeros in the others, and are larger than what is counted here."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,8 @@ def from_gradient(settings: GradientRankSettings, progress: Progress = lambda _d
     notes = [OF_GRADIENT, *found.warnings]
     if found.new_head:
         notes.append("The classification head is new, so this gradient is seen through a head that knows nothing yet.")
+    if any(module.experts for module in found.modules):
+        notes.append(OF_STACKS)
     if unread := [module.path for module in found.modules if module.total == 0]:
         notes.append(f"No gradient reaches {', '.join(unread)}: rank 1 is the least there is; consider --exclude.")
     targets = {name: settings.model_dump(mode="json")[name] for name in ("targets", "exclude", "layers", "rslora")}
@@ -80,7 +90,8 @@ def from_adapter(settings: AdapterRankSettings, progress: Progress = lambda _don
     """Ranks by the exact spectra of ΔW: under a budget, or the smallest that hold the share `energy` each."""
     modules = adapter_spectra(settings.adapter, allow_pickle=settings.allow_pickle, progress=progress)
     proposal = propose(modules, energy=settings.energy, budget=settings.budget, rank=settings.rank)
-    return Choice(proposal, f"From ΔW of {settings.adapter}, exact.", (OF_CHANGE,), _config(proposal, rslora=False))
+    notes = (OF_CHANGE, OF_SINGLE_EXPERTS) if any(module.stack for module in modules) else (OF_CHANGE,)
+    return Choice(proposal, f"From ΔW of {settings.adapter}, exact.", notes, _config(proposal, rslora=False))
 
 
 def _config(proposal: Proposal, rslora: bool) -> dict[str, Any]:

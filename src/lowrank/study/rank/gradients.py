@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lowrank.errors import LowrankError
 from lowrank.injection.plan import InjectionPlan, PlanEntry
 from lowrank.injection.planning import plan
 from lowrank.injection.quantise import require_plain
+from lowrank.injection.traversal import base_modules
 from lowrank.study.rank.settings import GradientRankSettings
 from lowrank.train.adapting import target_config
 from lowrank.train.evaluation import Measure
@@ -59,7 +60,7 @@ def gradient_spectra(settings: GradientRankSettings, progress: Progress = lambda
     with seeded(settings.seed):
         loaded = load(base, data.kind, labels, settings)
         require_plain(loaded.model, "rank from gradients")
-        planned = plan(loaded.model, replace(target_config(settings), target_parameters=()))  # one matrix a sketch
+        planned = plan(loaded.model, target_config(settings))
         recipe = recipe_of(settings, data, labels, loaded)
         few = encode(data.spread(settings.sample), loaded.tokenizer, recipe)
     directions = Directions(settings.most, settings.seed, loaded.device)
@@ -82,8 +83,8 @@ def measured(
     settings: GradientRankSettings,
     progress: Progress,
 ) -> dict[str, list[Sketch]]:
-    """{path: a sketch of every part} of the gradient of the mean loss over all examples."""
-    sketches = {entry.path: [Sketch(rows, entry.k, directions) for rows in entry.rows] for entry in planned.entries}
+    """{path: a sketch of every part, of every expert} of the gradient of the mean loss over all examples."""
+    sketches = {entry.path: empty_sketches(entry, directions) for entry in planned.entries}
     count = measure.count(examples)
     model.eval()  # without dropout, so that the gradient is that of the loss and not of one of its samples
     with watched(model, planned.entries, sketches):
@@ -93,6 +94,19 @@ def measured(
             done += len(part)
             progress(done, len(examples))
     return sketches
+
+
+def empty_sketches(entry: PlanEntry, directions: Directions) -> list[Sketch]:
+    """One for every matrix of the target that gets factors of its own, in the order of `_matrices`."""
+    return [Sketch(rows, entry.k, directions) for _ in range(entry.experts or 1) for rows in entry.rows]
+
+
+def _matrices(entry: PlanEntry, weight: Tensor) -> Iterator[Tensor]:
+    """The matrices (d_i, k) that get factors of their own, of a tensor like the target's: its parts, its experts."""
+    for one in weight.unbind() if entry.experts else (weight,):
+        matrix = entry.kind.matrix(one)
+        for part in entry.parts or (None,):
+            yield matrix if part is None else matrix[part.indices().to(matrix.device)]
 
 
 @contextmanager
@@ -116,8 +130,9 @@ def watched(model: nn.Module, entries: tuple[PlanEntry, ...], sketches: dict[str
 def _by_weight(model: nn.Module, entries: tuple[PlanEntry, ...]) -> list[tuple[Tensor, list[PlanEntry]]]:
     """Every weight once, with the targets it belongs to: tied ones share it, and its gradient is that of them all."""
     found: dict[int, tuple[Tensor, list[PlanEntry]]] = {}
+    modules = dict(base_modules(model))
     for entry in entries:
-        module: Any = model.get_submodule(entry.path)
+        module: Any = modules[entry.path]
         found.setdefault(id(module.weight), (module.weight, []))[1].append(entry)
     return list(found.values())
 
@@ -126,21 +141,20 @@ def _taker(targets: list[PlanEntry], sketches: dict[str, list[Sketch]]) -> Calla
     def take(weight: Tensor) -> None:
         assert weight.grad is not None
         for entry in targets:
-            gradient = entry.kind.matrix(weight.grad)
-            if not gradient.isfinite().all():
+            if not weight.grad.isfinite().all():
                 raise LowrankError(
                     f"{entry.path}: the gradient is not finite, so it has no spectrum; is the model sound, and its "
                     "dtype wide enough? try --dtype float32"
                 )
-            for part, sketch in zip(entry.parts or (None,), sketches[entry.path], strict=True):
-                sketch.add(gradient if part is None else gradient[part.indices().to(gradient.device)])
+            for gradient, sketch in zip(_matrices(entry, weight.grad), sketches[entry.path], strict=True):
+                sketch.add(gradient)
         weight.grad = None
 
     return take
 
 
 def _spectrum(entry: PlanEntry, sketches: list[Sketch], most: int) -> ModuleSpectrum:
-    """Of the parts of a fused projection together: rank n gives each of them its n-th direction."""
+    """Of the parts of a fused projection, or a stack's experts, together: rank n gives each its n-th direction."""
     with named(entry.path):
         spectra = [sketch.spectrum() for sketch in sketches]
     squares = torch.zeros(min(most, *entry.rows, entry.k), dtype=torch.float64)
@@ -149,9 +163,10 @@ def _spectrum(entry: PlanEntry, sketches: list[Sketch], most: int) -> ModuleSpec
     return ModuleSpectrum(
         path=entry.path,
         shape=(entry.d, entry.k),
-        cost=sum(entry.k + rows for rows in entry.rows),
+        cost=entry.parameters // entry.rank,
         squares=tuple(squares.tolist()),
         total=sum(spectrum.total for spectrum in spectra),
         scale=entry.scale,
         exact=all(spectrum.exact for spectrum in spectra),
+        experts=entry.experts,
     )
