@@ -1,5 +1,6 @@
 """inspect --model of an adapter of stacked experts: every expert beside its W0, however the base's files hold it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import lowrank
 from expert_models import adapted, mixture
 from lowrank.analysis.inspection import inspect_adapter
+from lowrank.analysis.report import render
 from lowrank.cli import main
 from lowrank.files.safetensors import read_tensors
 from lowrank.injection.adapters import lora_layers
@@ -84,6 +86,16 @@ def test_stacks_in_fp8_are_measured_as_they_are_read(tmp_path: Path) -> None:
     adapted(model)
     lowrank.save_adapter(model, tmp_path / "adapter")
     assert_measured(tmp_path / "adapter", tmp_path / "base", dense(model))
+
+
+def test_the_page_has_maps_of_experts_beside_the_base_and_one_row_for_all_of_a_projection(tmp_path: Path) -> None:
+    saved("qwen3_moe", tmp_path, target_modules=["q_proj"])
+    page = render(inspect_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "adapter"))
+    beside = page[page.index("<h2>Beside the base") : page.index("<h2>Beside the other adapter")]
+    maps = re.findall(r"<svg.*?</svg>", beside, re.DOTALL)
+    assert [len(set(re.findall(r"experts\.(\d)\.\w+: ", drawn))) for drawn in maps] == [0, 4, 4] * 2
+    rows = re.findall(r"<td[^>]*>([\w.]*_proj)</td>", beside)
+    assert rows == ["experts.N.down_proj", "experts.N.gate_up_proj", "q_proj"]
 
 
 def test_a_base_of_other_experts_is_refused_in_one_sentence(tmp_path: Path, capsys: Any) -> None:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 
 from lowrank.analysis.inspection import Inspection, Layer
@@ -27,6 +28,16 @@ def leaf_and_number(layer: Layer) -> tuple[str, int]:
     match = EXPERT.fullmatch(layer.measure.path)
     assert match is not None
     return match["leaf"], int(match["number"])
+
+
+def by_projection(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
+    """{projection: its experts}, each under its number instead of a module's name; without other layers."""
+    found: dict[str, list[Layer]] = {}
+    for layer in layers:
+        if is_expert(layer):
+            leaf, number = leaf_and_number(layer)
+            found.setdefault(leaf, []).append(replace(layer, place=replace(layer.place, module=f"{number}")))
+    return found
 
 
 def kind_of_module(layer: Layer) -> str:

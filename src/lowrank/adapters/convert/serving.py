@@ -45,7 +45,8 @@ def write_vllm(content: AdapterContent, out: Path, options: ConvertOptions) -> t
     if cls is not None:
         write_adapter(out, _with_both_stacks(content), options.dtype)
         return (f"experts as stacks, both of every layer, as vLLM's {cls} reads them",)
-    names = {stack: fusions_of(config).single_names(stack) for stack in set(content.singles.values())}
+    fusions = fusions_of(config)
+    names = {stack: fusions.single_names(stack) for stack in set(content.singles.values())}
     write_adapter(out, _one_by_one(content, names, "vLLM"), options.dtype)
     return ("experts one by one, under the names of checkpoints, as vLLM reads them for this class of models",)
 
@@ -55,8 +56,8 @@ def write_sglang(content: AdapterContent, out: Path, options: ConvertOptions) ->
     config, experts = _config(content, options, "SGLang")
     notes: tuple[str, ...] = ()
     if experts:
-        stacks = set(content.singles.values())
-        blocks = {stack: len(fusions_of(config).single_names(stack)) for stack in stacks}
+        stacks, fusions = set(content.singles.values()), fusions_of(config)
+        blocks = {stack: len(fusions.single_names(stack)) for stack in stacks}
         content = _one_by_one(content, {stack: _plain(stack, blocks[stack]) for stack in stacks}, "SGLang")
         notes = ("experts one by one, as SGLang reads them",)
     rank = max((len(target.a) for target in content.targets.values()), default=0)
