@@ -11,6 +11,7 @@ from expert_models import adapted, answer, mixture
 from lowrank.analysis.inspection import inspect_adapter
 from lowrank.files.safetensors import read_tensors
 from lowrank.injection.adapters import lora_layers
+from train_models import save_llama
 
 ONE_BY_ONE = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_next", "jamba", "nemotron_h")
 
@@ -63,6 +64,14 @@ def test_another_number_of_experts_is_refused_with_both_shapes(tmp_path: Path) -
     mixture("mixtral", num_local_experts=3).save_pretrained(tmp_path / "three")
     with pytest.raises(lowrank.LowrankError, match=r"3 experts of 96×32 at rank 3 want \[9, 32\] and \[96, 9\]"):
         lowrank.merge_checkpoint(tmp_path / "three", tmp_path / "four" / "adapter", tmp_path / "out")
+
+
+def test_a_base_without_experts_is_no_base_of_these(tmp_path: Path) -> None:
+    saved("mixtral", tmp_path)
+    save_llama(tmp_path / "dense")
+    with pytest.raises(lowrank.LowrankError, match="dense has no experts: give the base it was made for"):
+        lowrank.merge_checkpoint(tmp_path / "dense", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_inspect_measures_every_expert(tmp_path: Path) -> None:

@@ -23,10 +23,14 @@ def with_experts(base: BaseFiles, files: AdapterFiles, stacks: Mapping[str, InFi
         return files
     known = {path.rpartition(".")[2] for path in stacks}
     if not known:
-        stored = [name for name in base.tensors if "expert" in name]
+        stored = [name for name, (_, entry) in base.tensors.items() if "expert" in name or len(entry.shape) > 2]
+        if not stored:
+            raise CheckpointError(
+                f"{files.folder} adapts stacked experts, and {base.label} has no experts: give the base it was made for"
+            )
         raise CheckpointError(
             f"{files.folder} adapts stacked experts, and {base.label} has none in a layout that transformers' table of "
-            f"conversions knows (but {some(stored, 2) or 'none at all'}): load the model and use merge_and_unload"
+            f"conversions knows (but {some(stored, 2)}): load the model and use merge_and_unload"
         )
     named = files.config.lora.target_parameters
     said = {word.rpartition(".")[2] for word in named} if isinstance(named, tuple) else set()
