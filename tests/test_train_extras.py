@@ -74,7 +74,7 @@ def test_rows_to_evaluate_that_are_trained_on_too_are_warned_of(home, tmp_path):
 
 
 def test_patience_needs_evaluations(home, tmp_path):
-    with pytest.raises(ValueError, match="patience need eval_data"):
+    with pytest.raises(ValueError, match=r"patience and .* need eval_data"):
         settings(home, tmp_path / "a", patience=2)
 
 
