@@ -1,6 +1,7 @@
 """What of a conversation is trained: what the assistant says and the token that ends it, whatever the template."""
 
 import json
+import os
 from dataclasses import replace
 from itertools import groupby
 
@@ -186,6 +187,7 @@ FAULTS = [
     ),
     ("{{ messages[0].content / 0 }}", TURNS, {}, "d.jsonl:1: the chat template refuses it"),
     ("{% if", TURNS, {}, "d.jsonl:1: the chat template refuses it"),
+    ("{{ 'x' * 9223372036854775000 }}", TURNS, {}, "d.jsonl:1: the chat template refuses it (MemoryError)"),
     (HEADERS.replace("+ '<|eot|>'", "+ '\n'"), TURNS, {}, "no special token after an answer"),
     (
         "{% for m in messages %}{{ m.content if m.role != 'assistant' else '' }}{% endfor %}",
@@ -273,6 +275,9 @@ def test_the_recipe_keeps_the_template_and_notices_another(tmp_path):
     assert mine.chat_template == OPENED
     with pytest.raises(ConfigError, match=r"--chat-template none\.jinja: No such file"):
         make_recipe(DataSettings(chat_template="none.jinja"), "chat", other, 512, ())
+    os.mkfifo(tmp_path / "pipe.jinja")
+    with pytest.raises(ConfigError, match=r"--chat-template: .*pipe\.jinja is no regular file but a pipe"):
+        make_recipe(DataSettings(chat_template=str(tmp_path / "pipe.jinja")), "chat", other, 512, ())
     with pytest.raises(ConfigError, match="--train-on last: of rows of kind text one trains all"):
         make_recipe(DataSettings(train_on="last"), "text", other, 512, ())
 

@@ -107,3 +107,17 @@ def test_the_tokenizers_own_switches_hold(monkeypatch):
     assert forked.SWITCH not in os.environ
     monkeypatch.setenv(forked.SWITCH, "false")
     assert useful() == 1
+
+
+@pytest.mark.parametrize(("number", "here", "wanted"), [("0", "3", 8), ("1", "3", 2), ("2", "9", 1), ("1", None, 4)])
+def test_several_processes_that_a_launcher_started_share_the_cores(number, here, wanted, monkeypatch):
+    """The first one goes ahead of the others, alone; those work at the same time."""
+    monkeypatch.delenv(forked.SWITCH, raising=False)
+    monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert useful() == 8
+    for name, value in {"RANK": number, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": here}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert useful() == wanted

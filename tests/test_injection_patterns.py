@@ -172,6 +172,12 @@ def test_a_broken_regex_is_named(options: dict[str, Any]) -> None:
         lowrank.plan(MODELS["llama"](), LoraConfig(r=2, **options))
 
 
+def test_of_many_ranks_above_all_targets_three_are_named() -> None:
+    model = nn.ModuleDict({f"layer{number}": nn.Linear(8, 9) for number in range(40)})
+    with pytest.raises(ConfigError, match=r"r is above .* smaller: (layer\d+ \(r=9, 9×8\)(, )?){3} and 37 more$"):
+        lowrank.plan(model, LoraConfig(r=9, target_modules="all-linear"))
+
+
 def test_a_rank_above_some_targets_warns_and_above_all_is_an_error() -> None:
     model = nn.ModuleDict({"small": nn.Linear(3, 9), "large": nn.Linear(8, 9)})
     with pytest.warns(LowrankWarning, match=r"r is above min\(d, k\).* in small \(r=5, 9×3\)$"):

@@ -1,5 +1,6 @@
 """The law of a run: stopped after any step and gone on with, it gives the bytes of one that was never stopped."""
 
+import json
 import os
 import random
 from pathlib import Path
@@ -278,6 +279,22 @@ def test_another_machine_is_said(home: Path, tmp_path: Path) -> None:
     facts = tmp_path / "run" / "checkpoints" / "step-4" / "state.json"
     facts.write_text(facts.read_text().replace(torch.__version__, "1.0"))
     with pytest.warns(LowrankWarning, match=r"torch .* \(was 1\.0\): the run goes on, but not bit for bit"):
+        train.resume(tmp_path / "run")
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "adamw8bit"}, {"quantise": "nf4"}], ids=["optimiser", "base"])
+def test_another_bitsandbytes_is_said_where_it_makes_numbers(
+    changes: dict[str, Any], home: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    kill(settings(home, tmp_path / "plain"), 5)
+    assert '"bitsandbytes"' not in (tmp_path / "plain" / "checkpoints" / "step-4" / "state.json").read_text()
+    kill(settings(home, tmp_path / "run", **changes), 5)
+    facts = tmp_path / "run" / "checkpoints" / "step-4" / "state.json"
+    content = json.loads(facts.read_text())
+    content["about"]["machine"]["bitsandbytes"] = "0.1"
+    facts.write_text(json.dumps(content))
+    with pytest.warns(LowrankWarning, match=r"bitsandbytes .* \(was 0\.1\): the run goes on, but not bit for bit"):
         train.resume(tmp_path / "run")
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -12,7 +13,7 @@ from chat_models import save_chain
 from chat_templates import HEADERS
 from lowrank import cli, train
 from lowrank.cli.console import RunDisplay
-from lowrank.data.prompts import MOST, read_prompts
+from lowrank.data.prompts import MOST, MOST_BYTES, read_prompts
 from lowrank.errors import ConfigError, DataError, OutputError
 from lowrank.train.reporting import Reporter, Sample
 from lowrank.train.settings import GenerateSettings
@@ -131,6 +132,21 @@ def test_files_that_ask_nothing_are_a_sentence(name, tmp_path):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=said):
         read_prompts([str(path)])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name here")
+def test_what_is_no_file_of_prompts_is_not_waited_for(tmp_path):
+    for name in ("pipe.txt", "pipe.jsonl"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match=rf"--sample-prompts: .*{name} is no regular file but a pipe"):
+            read_prompts([str(tmp_path / name)])
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(DataError, match=r"folder\.txt is no regular file but a folder"):
+        read_prompts([str(tmp_path / "folder.txt")])
+    with (tmp_path / "huge.txt").open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(DataError, match=r"huge\.txt has 16,777,217 bytes, and at most 16,777,216 can be meant"):
+        read_prompts([str(tmp_path / "huge.txt")])
 
 
 def test_what_cannot_be_asked_is_said_before_the_first_step(home, tmp_path):

@@ -33,6 +33,11 @@ def count() -> int:
     return max(1, _whole("WORLD_SIZE", 1))
 
 
+def count_here() -> int:
+    """How many of them there are on this machine; all, where the launcher does not say."""
+    return max(1, _whole("LOCAL_WORLD_SIZE", count()))
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks."""
     return number() == 0

@@ -16,6 +16,7 @@ from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from lowrank import launch
 from lowrank.errors import DataError
 
 AHEAD = 2  # parts that each has before it
@@ -25,11 +26,18 @@ Made = TypeVar("Made")
 
 
 def useful() -> int:
-    """How many processes there are cores for; 1 where none can be forked, or the tokenizer's own switches say so."""
+    """How many processes there are cores for; 1 where none can be forked, or the tokenizer's own switches say so.
+
+    Of several that a launcher started the first one goes ahead, alone, to fill the cache for all; what the others then
+    find to do they do at the same time, so each has its share of this machine's cores.
+    """
     if sys.platform != "linux" or current_process().daemon or os.environ.get(SWITCH, "").lower() in OFF:
         return 1
     asked = os.environ.get("RAYON_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    cores = len(os.sched_getaffinity(0))
+    return cores if launch.is_first() else max(1, cores // launch.count_here())
 
 
 def in_order(work: Callable[[int], Made], parts: int, processes: int) -> Iterator[Made]:

@@ -10,9 +10,11 @@ from lowrank.data.readers.record import BadRecord, Record
 from lowrank.data.rows import Message, RowError
 from lowrank.data.shapes.chats import as_turns
 from lowrank.data.shapes.shape import Fields
-from lowrank.errors import DataError, short
+from lowrank.errors import CheckpointError, DataError, short
+from lowrank.files.regular import opened
 
 MOST = 64  # more is no sample
+MOST_BYTES = 1 << 24  # of a file of them: more than any model is asked at once
 TEXT, ROWS = (".txt", ".text", ".prompts"), (".jsonl", ".ndjson")
 
 
@@ -32,8 +34,8 @@ class Prompt:
 def read_prompts(sources: Sequence[str]) -> list[Prompt]:
     """Each source's: a file of prompts, one a line (jsonl: an object with `prompt` or `messages`), else its own text.
 
-    Answers at the end of a conversation are left out. Raises DataError for a file that cannot be read, a line that asks
-    nothing, and for more than 64 prompts.
+    Answers at the end of a conversation are left out. Raises DataError for a file that cannot be read or is no regular
+    one, a line that asks nothing, and for more than 64 prompts.
     """
     found = [prompt for source in sources for prompt in _of(source)]
     if len(found) > MOST:
@@ -53,7 +55,14 @@ def _of(source: str) -> Iterator[Prompt]:
         yield Prompt((_said(source),), f"--sample-prompts {short(repr(source), 60)}")
         return
     try:
+        with opened(path) as (_, size):
+            if size > MOST_BYTES:
+                raise DataError(
+                    f"--sample-prompts {source} has {size:,} bytes, and at most {MOST_BYTES:,} can be meant"
+                )
         found = list(_rows(path) if kind in ROWS else _lines(path))
+    except CheckpointError as error:  # a pipe that nobody may ever write to, a folder, a device
+        raise DataError(f"--sample-prompts: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--sample-prompts {source}: {getattr(error, 'strerror', None) or error}") from None
     if not found:

@@ -122,7 +122,7 @@ def _rank_warnings(entries: tuple[PlanEntry, ...]) -> list[str]:
     above = [entry for entry in entries if entry.rank > min(*entry.rows, entry.k)]
     if not above:
         return []
-    named = ", ".join(f"{entry.label} (r={entry.rank}, {entry.shape})" for entry in above)
+    named = some(f"{entry.label} (r={entry.rank}, {entry.shape})" for entry in above)
     if len(above) == len(entries):
         raise ConfigError(f"r is above min(d, k) of every target, where a full matrix is smaller: {named}")
     return [f"r is above min(d, k), more than the layer can use, in {named}"]

@@ -10,9 +10,11 @@ from threading import Lock
 from typing import Any
 
 from lowrank.data.rows import RowError
-from lowrank.errors import ConfigError
+from lowrank.errors import CheckpointError, ConfigError
+from lowrank.files.regular import read_bytes
 
 Messages = Sequence[Mapping[str, Any]]
+MOST_BYTES = 1 << 22  # of a file with one
 RENDERING = Lock()  # transformers has one tracker of {% generation %} a template, for all threads
 
 
@@ -37,7 +39,9 @@ def template_text(tokenizer: Any, file: str | None) -> tuple[str, str]:
 
 def _read(file: str, named: Mapping[str, str]) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return read_bytes(Path(file), MOST_BYTES).decode().replace("\r\n", "\n").replace("\r", "\n")
+    except CheckpointError as error:
+        raise ConfigError(f"--chat-template: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         others = f"; the tokenizer's own are called {', '.join(map(repr, named))}" if named else ""
         raise ConfigError(f"--chat-template {file}: {getattr(error, 'strerror', None) or error}{others}") from None
@@ -84,7 +88,8 @@ class ChatTemplate:
                     add_generation_prompt=generate,
                 )
         except Exception as error:  # a template is a program, and may raise whatever it likes
-            raise RowError(f"the chat template refuses it ({' '.join(str(error).split()):.150})") from None
+            said = " ".join(str(error).split()) or type(error).__name__  # MemoryError says nothing
+            raise RowError(f"the chat template refuses it ({said:.150})") from None
         return str(found)
 
     @property

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def about(settings: TrainSettings, steps: int, made_of: dict[str, str], loaded: 
         "device": loaded.device.type,
         "processes": f"{processes.count()}{parts}",
     }
+    if settings.quantise or settings.optimizer == "adamw8bit":  # whose numbers are its
+        machine["bitsandbytes"] = version("bitsandbytes")
     return About(steps=steps, settings=dict(settings.resolved()), made_of=made_of, machine=machine)
 
 
