@@ -400,8 +400,8 @@ class TestOneDnn:
     def test_gradients_are_those_of_the_reference(self, transposed, expanded):
         torch.manual_seed(0)
         weight = torch.randn(24, 40).t().contiguous().t() if transposed else torch.randn(24, 40)
-        given = [torch.randn(2, 128, 40), torch.randn(8, 40), torch.randn(24, 8)]
-        upstream = torch.randn(1, 1, 24).expand(2, 128, 24) if expanded else torch.randn(2, 128, 24)
+        given = [torch.randn(2, 256, 40), torch.randn(8, 40), torch.randn(24, 8)]
+        upstream = torch.randn(1, 1, 24).expand(2, 256, 24) if expanded else torch.randn(2, 256, 24)
         found = []
         for map_, dtype in ((fused_linear, torch.float32), (reference.lora_linear, torch.float64)):
             x, a, b = (tensor.to(dtype, copy=True).requires_grad_() for tensor in given)

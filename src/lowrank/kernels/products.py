@@ -20,6 +20,7 @@ TURNED = 16  # MKL with AVX2 (an EPYC): below this rank X·M takes half the time
 # two threads of it: Sᵀ·Y takes 0.6 to 0.8 of its time as a batch of so many products, which MKL deals out to them; a
 # block of Y's columns is a multiple of 64 bytes wide
 BLOCKS, COLUMNS, MANY = 8, 16, 512
+SUMMED = 512  # rows below which MKL's Sᵀ·Y beats oneDNN's (an EPYC with AVX-512, 256 rows: 132 µs against 154)
 
 
 def one_kernel(x: Tensor, m: Tensor, rank: int, onto: bool) -> Callable[..., Tensor] | None:
@@ -124,7 +125,7 @@ def weight_gradient(s: Tensor, y: Tensor) -> Tensor:
     """Sᵀ·Y, which is dA or dBᵀ: s (T, r), y (T, n) → (r, n), in y's dtype or float32."""
     if are_widened(y):
         return torch.mm(s.float().t(), y.float())
-    if onednn.serves(y, y.shape[0], s.shape[1]):
+    if y.shape[0] >= SUMMED and onednn.serves(y, y.shape[0], s.shape[1]):
         return onednn.times_transposed(s.t(), y.t())
     if _is_dealt_out(y):
         blocks = y.unflatten(1, (BLOCKS, -1)).transpose(0, 1)  # (blocks, T, n / blocks)
