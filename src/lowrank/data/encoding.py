@@ -84,8 +84,11 @@ class Encoding:
                 if len(waiting) > THREADS:
                     yield waiting.popleft().result()
             yield from (made.result() for made in waiting)
-        finally:
+        except Exception:
             pool.shutdown(cancel_futures=True)
+            raise
+        finally:  # nobody who wants to leave waits for a part: a template may have no end
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _part(self, rows: Sequence[Row]) -> Made:
         found = Tally()

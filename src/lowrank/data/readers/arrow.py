@@ -6,6 +6,7 @@ from typing import Any
 
 from lowrank.data.readers.record import DataFile, Record
 from lowrank.errors import DataError
+from lowrank.files.regular import opened
 
 ROWS = 256  # that are made into Python's values at once
 
@@ -15,6 +16,7 @@ def read_parquet(path: Path, header: bool) -> DataFile:
     import pyarrow
     from pyarrow import parquet
 
+    _check_regular(path)
     try:
         file = parquet.ParquetFile(path)
         return _file(path, file.schema_arrow.names, file.iter_batches(ROWS), header)
@@ -27,6 +29,7 @@ def read_arrow(path: Path, header: bool) -> DataFile:
     import pyarrow
     from pyarrow import ipc
 
+    _check_regular(path)
     try:
         source = pyarrow.OSFile(str(path))
         try:
@@ -39,6 +42,12 @@ def read_arrow(path: Path, header: bool) -> DataFile:
             return _file(path, stream.schema.names, iter(stream), header)
     except pyarrow.ArrowException as error:
         raise _unreadable(path, error) from None
+
+
+def _check_regular(path: Path) -> None:
+    """Raises CheckpointError for a pipe or a device: pyarrow would wait there and hear no signal."""
+    with opened(path):
+        pass
 
 
 def _file(path: Path, names: list[str], batches: Iterator[Any], header: bool) -> DataFile:

@@ -20,5 +20,6 @@ def open_text(path: Path, newline: str | None = None) -> TextIO:
         return path.open(encoding="utf-8-sig", newline=newline)
     import pyarrow
 
-    unpacked = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), packing)
+    packed = pyarrow.PythonFile(path.open("rb"), "r")  # pyarrow's own opening of a pipe would hear no signal
+    unpacked = pyarrow.CompressedInputStream(packed, packing)
     return cast(TextIO, io.TextIOWrapper(io.BufferedReader(unpacked), encoding="utf-8-sig", newline=newline))
