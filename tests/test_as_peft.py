@@ -25,6 +25,7 @@ def both(**options):
 def test_it_is_the_model_under_another_interface():
     model, view = both()
     assert isinstance(view, peft.PeftModel) and view.get_base_model() is model
+    assert as_peft(view) is view
     assert dict(view.named_parameters()) == dict(model.named_parameters())
     assert view.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(answer(view), answer(model)) and view.config is model.config

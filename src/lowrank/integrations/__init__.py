@@ -20,11 +20,12 @@ def as_peft(model: nn.Module) -> "AdaptedModel":
     Nothing is copied or wrapped: names, hooks and `state_dict` keys are the model's own, and what one object trains is
     trained in the other. `disable_adapter`, `set_adapter`, `add_adapter` (a frozen copy, as a reference),
     `merge_adapter`, `unmerge_adapter`, `merge_and_unload`, `save_pretrained` and `load_adapter` do what PEFT's do, by
-    lowrank's own functions. Needs peft. Raises LowrankError for a model without adapters.
+    lowrank's own functions. Needs peft. Such an object is given back as it is. Raises LowrankError for a model without
+    adapters.
     """
     from lowrank.integrations.peft_model import AdaptedModel
 
-    return AdaptedModel(model)
+    return model if isinstance(model, AdaptedModel) else AdaptedModel(model)
 
 
 __all__ = ["as_peft"]
