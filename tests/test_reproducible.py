@@ -50,7 +50,8 @@ def in_fresh_process(hash_seed, **settings):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_fresh_process_with_another_heap_gives_the_same_bytes(dtype):
     here = digests(dtype, dropout=0.3)
-    assert in_fresh_process(7, dtype=dtype, dropout=0.3, junk=3001) == here
+    threads = torch.get_num_threads()  # other numbers of threads sum in other orders
+    assert in_fresh_process(7, dtype=dtype, dropout=0.3, junk=3001, threads=threads) == here
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
