@@ -194,6 +194,9 @@ MUTATIONS: dict[str, Mutation] = {
     "dB: blocks of columns in another order": Mutation(
         "kernels/products.py", ".reshape(s.shape[1], -1)", ".flip(1).reshape(s.shape[1], -1)", "test_kernels.py"
     ),
+    "dB: turned by a copy without the scale": Mutation(
+        "kernels/fused.py", "turned.contiguous().mul_(scale)", "turned.contiguous()", "test_kernels.py"
+    ),
     "few rows: dropout without its mask": Mutation("kernels/fused.py", "x.to(wide) * mask.numbers(x.shape)", "x", FEW),
     "few rows: no scale": Mutation("kernels/fused.py", "a.to(wide)) * scale", "a.to(wide))", FEW),
     "few rows: never": Mutation("kernels/fused.py", "few_rows(x) and not isinstance", "False and not isinstance", FEW),

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank.functional import lora_linear
-from lowrank.kernels import onednn, processor, products, reference
+from lowrank.kernels import fused, onednn, processor, products, reference
 from lowrank.kernels.fused import fused_linear, reason_against
 from lowrank.kernels.order import accumulates, choose_order
 from lowrank.kernels.processor import has_matrix_tiles
@@ -154,6 +154,18 @@ def test_a_gradient_dealt_out_to_two_threads_is_the_product(monkeypatch, tokens,
     got = products.weight_gradient(s, y)
     assert got.shape == (5, columns) and bool(batches) == dealt
     assert relative(got, s.double().t() @ y.double()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 5])
+def test_a_large_gradient_of_b_is_turned_to_the_same_bits(monkeypatch, rank, dtype):
+    dbt = torch.randn(rank, 7, dtype=dtype)
+    found = []
+    for entries in (1 << 14, 0):
+        monkeypatch.setattr(fused, "ONE_PASS", entries)
+        found.append(fused.laid_out_as_b(dbt.clone(), SCALE, torch.float32))
+        assert found[-1].shape == (7, rank) and found[-1].is_contiguous()
+    assert torch.equal(*found) and torch.equal(found[0], dbt.float().t() * SCALE)
 
 
 def test_one_sum_serves_all_projections(monkeypatch):
