@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lowrank
@@ -14,10 +13,9 @@ from expert_models import adapted, mixture
 from lowrank.analysis.inspection import inspect_adapter
 from lowrank.analysis.report import render
 from lowrank.cli import main
-from lowrank.files.safetensors import read_tensors
 from lowrank.injection.adapters import lora_layers
 from test_expert_merge import saved
-from test_expert_merge_whole import LAYOUTS, as_in_files, entry, saved_in_fp8
+from test_expert_merge_whole import LAYOUTS, saved_in_fp8, saved_turned
 
 
 def dense(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -61,15 +59,7 @@ def test_every_expert_is_measured_beside_its_own_weight(family: str, original: b
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_that_the_table_turns(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import conversion_mapping
-
-    model = mixture("qwen3_moe")
-    model.save_pretrained(tmp_path / "base", save_original_format=False)
-    file = tmp_path / "base" / "model.safetensors"
-    save_file(as_in_files(layout, read_tensors(file)), file)
-    adapted(model)
-    lowrank.save_adapter(model, tmp_path / "adapter")
-    monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", lambda _: [entry(layout)])
+    model = saved_turned(layout, tmp_path, monkeypatch)
     assert_measured(tmp_path / "adapter", tmp_path / "base", dense(model))
 
 

@@ -46,17 +46,22 @@ def test_the_result_has_the_bits_of_a_merge_in_memory(family: str, dtype: torch.
     assert not all(torch.equal(got[name], tensor) for name, tensor in tensors(tmp_path / "base").items())
 
 
-def test_one_stack_alone_two_adapters_and_weights(tmp_path: Path) -> None:
-    model = saved("qwen3_moe", tmp_path, target_parameters=["down_proj"])
-    adapted(model, "two", 5, r=2, lora_alpha=3, init_lora_weights="pissa")
-    lowrank.save_adapter(model, tmp_path / "two", "two")
-    lowrank.merge_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1), (tmp_path / "two", 1)], tmp_path / "out")
+def assert_both_are_merged(model: Any, folder: Path) -> None:
+    """The base on disk with both adapters merged answers as the model with both."""
+    lowrank.save_adapter(model, folder / "two", "two")
+    lowrank.merge_checkpoint(folder / "base", [(folder / "adapter", 1), (folder / "two", 1)], folder / "out")
     lowrank.set_active(model, ["default", "two"])
     wanted = answer(model)
     from transformers import AutoModelForCausalLM
 
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    merged = AutoModelForCausalLM.from_pretrained(folder / "out", attn_implementation="eager")
     torch.testing.assert_close(answer(merged), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_one_stack_alone_two_adapters_and_weights(tmp_path: Path) -> None:
+    model = saved("qwen3_moe", tmp_path, target_parameters=["down_proj"])
+    adapted(model, "two", 5, r=2, lora_alpha=3, init_lora_weights="pissa")
+    assert_both_are_merged(model, tmp_path)
 
 
 def test_another_number_of_experts_is_refused_with_both_shapes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Merging adapters of stacked experts on disk, into checkpoints of whole stacks: memory's bits, in any layout."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lowrank
-from expert_models import FAMILIES, adapted, answer, mixture
+from expert_models import FAMILIES, adapted, mixture
 from lowrank.files.safetensors import read_tensors
-from test_expert_merge import saved, tensors
+from test_expert_merge import assert_both_are_merged, saved, tensors
 
 WHOLE = ("granitemoe", "gpt_oss", "llama4_text")  # as transformers writes them; every other one can be kept so, too
 
@@ -84,19 +85,25 @@ def as_in_files(layout: str, model: dict[str, Tensor]) -> dict[str, Tensor]:
     return files
 
 
+def saved_turned(layout: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An adapted mixture, its adapter and its base in files that hold experts in this layout, as a table says."""
+    from transformers import conversion_mapping
+
+    model = mixture("qwen3_moe")
+    model.save_pretrained(folder / "base", save_original_format=False)
+    file = folder / "base" / "model.safetensors"
+    save_file(as_in_files(layout, read_tensors(file)), file)
+    adapted(model)
+    lowrank.save_adapter(model, folder / "adapter")
+    monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", lambda _: [entry(layout)])
+    return model
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_that_the_table_turns_into_the_models(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import conversion_mapping
-
-    model = mixture("qwen3_moe")
-    model.save_pretrained(tmp_path / "base", save_original_format=False)
-    file = tmp_path / "base" / "model.safetensors"
-    save_file(as_in_files(layout, read_tensors(file)), file)
-    adapted(model)
-    lowrank.save_adapter(model, tmp_path / "adapter")
-    monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", lambda _: [entry(layout)])
+    model = saved_turned(layout, tmp_path, monkeypatch)
     report = lowrank.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", verify="full")
     monkeypatch.undo()
     assert len(report.surviving) == 2 * 4 * {"transposed": 2, "interleaved": 2, "apart": 3}[layout]
@@ -144,14 +151,7 @@ def test_square_matrices_of_an_unknown_class_are_refused(tmp_path: Path) -> None
 def test_two_adapters_of_whole_stacks_and_weights_add_up(tmp_path: Path) -> None:
     model = saved("granitemoe", tmp_path)
     adapted(model, "two", 5, r=2, lora_alpha=3)
-    lowrank.save_adapter(model, tmp_path / "two", "two")
-    lowrank.merge_checkpoint(tmp_path / "base", [(tmp_path / "adapter", 1), (tmp_path / "two", 1)], tmp_path / "out")
-    lowrank.set_active(model, ["default", "two"])
-    wanted = answer(model)
-    from transformers import AutoModelForCausalLM
-
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
-    torch.testing.assert_close(answer(merged), wanted, rtol=1e-4, atol=1e-5)
+    assert_both_are_merged(model, tmp_path)
 
 
 def test_what_no_adapter_changes_is_moved_byte_for_byte(tmp_path: Path) -> None:

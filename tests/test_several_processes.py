@@ -37,19 +37,23 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
+def fill(home):
+    """A folder with models whose own dropout is off, since each process draws its own, and rows for them."""
     save_llama(home / "llama")
     save_bert(home / "bert")
     config = json.loads((home / "bert" / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # each process draws its own
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (home / "bert" / "config.json").write_text(json.dumps(config))
     write_jsonl(home / "skill.jsonl", completion_rows(30))
     write_jsonl(home / "unseen.jsonl", completion_rows(7, seed=5))
     write_jsonl(home / "two.jsonl", completion_rows(2, seed=5))
     write_jsonl(home / "labels.jsonl", label_rows(40))
     return home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return fill(tmp_path_factory.mktemp("home"))
 
 
 def settings(home, out, name, **changes):

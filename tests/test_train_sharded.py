@@ -25,8 +25,8 @@ from lowrank.train.settings import TrainSettings
 from lowrank.train.state.keeper import Keeper
 from test_estimate import SecondStep
 from test_resume import Killed, made
-from test_several_processes import free_port, join
-from train_models import completion_rows, label_rows, llama_config, save_bert, save_llama, tokenizer, write_jsonl
+from test_several_processes import fill, free_port, join
+from train_models import completion_rows, llama_config, save_llama, tokenizer, write_jsonl
 
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 
@@ -61,22 +61,13 @@ def save_wide(folder):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    save_llama(home / "llama")
+    home = fill(tmp_path_factory.mktemp("home"))
     save_llama(home / "tied")
     config = json.loads((home / "tied" / "config.json").read_text())
     (home / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     mixture("mixtral", vocab_size=27, max_position_embeddings=64).save_pretrained(home / "experts")
     tokenizer().save_pretrained(home / "experts")
     save_wide(home / "wide")
-    save_bert(home / "bert")
-    config = json.loads((home / "bert" / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # each process draws its own
-    (home / "bert" / "config.json").write_text(json.dumps(config))
-    write_jsonl(home / "skill.jsonl", completion_rows(30))
-    write_jsonl(home / "unseen.jsonl", completion_rows(7, seed=5))
-    write_jsonl(home / "two.jsonl", completion_rows(2, seed=5))
-    write_jsonl(home / "labels.jsonl", label_rows(40))
     better = [row | {"chosen": row.pop("completion"), "rejected": "a bad film"} for row in completion_rows(9)]
     write_jsonl(home / "better.jsonl", better)
     return home
