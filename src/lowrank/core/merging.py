@@ -121,6 +121,14 @@ def merge_block(base: Tensor, changes: Sequence[Change], rows: slice, memory: Te
     return total
 
 
+def share_left(lost: float, changed: float, noise: float = 0.0) -> float:
+    """1 − lost/changed, at least 0: of a change ‖ΔW‖² what a rounding that is off by ‖error‖² = `lost` has kept.
+
+    1 where nothing is changed, or no more than `noise`; 0 where it cannot be said (NaN).
+    """
+    return 1.0 if changed <= noise else max(0.0, 1 - lost / changed)
+
+
 def merge_weight(weight: Tensor, changes: Sequence[Change], merged: Tensor | None = None) -> Tensor:
     """W0 + Σ ΔW, weight (n, m) as stored, rounded once: into `merged`, to its dtype, or a new tensor of `weight`'s."""
     merged = torch.empty_like(weight) if merged is None else merged

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lowrank.core.merging import share_left
 from lowrank.layers.base import LoraLayer
 
 ROWS = 256  # of a weight, evenly spaced: they tell whether the whole survives, at a small part of the merge's time
@@ -33,4 +34,4 @@ def surviving(layer: LoraLayer, adapters: tuple[str, ...], merged: Tensor, weigh
         noise += (8 * torch.finfo(wide).eps) ** 2 * float(
             base.square().sum()
         )  # start factors that cancel out leave that much
-    return max(0.0, 1 - lost / changed) if changed > noise else 1.0
+    return share_left(lost, changed, noise)

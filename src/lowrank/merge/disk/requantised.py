@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.core.merging import merge_block, row_blocks
+from lowrank.core.merging import merge_block, row_blocks, share_left
 from lowrank.core.stored import Stored, requantise
 from lowrank.errors import MergeError
 from lowrank.files.safetensors import READABLE
@@ -56,7 +56,7 @@ class Requantised:
             lost += float((stored.rows(rows, torch.float32) - total[rows]).square().sum())
             changed += float((total[rows] - self.form.rows(rows).float()).square().sum())
         self.small = {role: tensor for role, tensor in self.form.parts_of(stored).items() if role != "weight"}
-        return max(0.0, 1 - lost / changed) if changed else 1.0
+        return share_left(lost, changed)
 
     def check(self, written: Tensor) -> None:
         """Raise MergeError where the packed numbers that were written are not W0 + ΔW within a step of the form."""

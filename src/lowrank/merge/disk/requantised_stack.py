@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank.core.merging import merge_weight
+from lowrank.core.merging import merge_weight, share_left
 from lowrank.core.stored import Stored, requantise
 from lowrank.errors import MergeError
 from lowrank.merge.disk.changes import compute_dtype, make_changes
@@ -56,7 +56,7 @@ class RequantisedStack:
             lost += float((experts[-1].matrix(torch.float32) - after).square().sum())
             changed += float((after - before).square().sum())
         self.small = {role: tensor for role, tensor in self.form.stacked(experts).items() if role != "weight"}
-        return max(0.0, 1 - lost / changed) if changed else 1.0
+        return share_left(lost, changed)
 
     def check(self, written: Tensor) -> None:
         """Raise MergeError where packed numbers that were written are not W0 + ΔW within a step of the form."""

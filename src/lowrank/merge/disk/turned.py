@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowrank.checkpoint.fusions import Turn
-from lowrank.core.merging import merge_weight
+from lowrank.core.merging import merge_weight, share_left
 from lowrank.errors import MergeError
 from lowrank.files.safetensors import DTYPES
 from lowrank.merge.disk.changes import check_finite, compute_dtype, make_changes
@@ -51,7 +51,7 @@ class Turned:
                 )
             lost += float(error.square_().sum())
             changed += float((exact - stored).square_().sum())
-        return max(0.0, 1 - lost / changed) if changed else 1.0
+        return share_left(lost, changed)
 
 
 def _stored(recipe: Recipe) -> Tensor:

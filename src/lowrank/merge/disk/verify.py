@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank.core.merging import row_blocks
+from lowrank.core.merging import row_blocks, share_left
 from lowrank.errors import MergeError
 from lowrank.files.regular import read_into
 from lowrank.files.safetensors import DTYPES, READABLE, read_layout
@@ -157,7 +157,7 @@ class _Verifier:
         with self._lock:
             self._findings.rows += count
             self._findings.worst = max(self._findings.worst, worst)
-            self._findings.surviving[check.recipe.name] = max(0.0, 1 - lost / changed) if changed else 1.0
+            self._findings.surviving[check.recipe.name] = share_left(lost, changed)
 
     def _written(self, check: _Check, result: int, rows: slice) -> Tensor:
         dtype, columns = READABLE[check.recipe.dtype], check.recipe.matrix[1]
