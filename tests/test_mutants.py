@@ -1,27 +1,13 @@
 """The laws notice when a term of the library is broken; see scripts/mutation_check.py."""
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "mutation_check.py"
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
-
-def load() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("mutation_check", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutation_check"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-check = load()
+import mutation_check as check
 
 
 def test_every_mutation_still_fits_the_source() -> None:
