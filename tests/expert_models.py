@@ -75,6 +75,11 @@ def formed(model: nn.Module, adapters: tuple[str, ...] = ("default",)) -> dict[s
             for name in adapters:
                 factors = stack.factors(name)
                 change = factors.scale * factors.b[expert] @ factors.a[expert]
+                if factors.magnitude is not None:  # DoRA, its norm held constant
+                    base = stack.base_weight.detach()[expert]
+                    tuned = (base.t() if stack.transposed else base) + change
+                    gain = factors.magnitude[expert] / tuned.detach().norm(dim=1)
+                    change = gain.unsqueeze(1) * tuned - (base.t() if stack.transposed else base)
                 matrix = matrix + (change.t() if stack.transposed else change)
             experts.append(matrix)
         weights[path] = torch.stack(experts)

@@ -20,7 +20,8 @@ class LoraFactors(nn.Module):
 
     Three optional fields make variants of the same value:
 
-    magnitude: (d,). DoRA (Liu et al. 2024, arXiv 2402.09353): W = diag(magnitude / ‖W0 + ΔW‖_row)·(W0 + ΔW).
+    magnitude: (d,), of a stack (E, d). DoRA (Liu et al. 2024, arXiv 2402.09353): W = diag(magnitude / ‖W0 + ΔW‖_row)·
+        (W0 + ΔW).
     start_a, start_b: the factors a training run started from, where it did not start at ΔW = 0 (PiSSA, OLoRA):
         ΔW = s·(B·A − B_start·A_start). The published methods subtract s·B_start·A_start from W0 instead, which rounds
         W0; here W0 stays untouched, step 0 gives the base's output bit for bit, and unloading gives it back.
@@ -114,7 +115,12 @@ class LoraFactors(nn.Module):
         if self.start_a is not None and self.start_b is not None:
             start = self.start_a.detach()[expert], self.start_b.detach()[expert, rows]
         return LoraFactors(
-            self.a.detach()[expert], self.b.detach()[expert, rows], self.scale, self.dropout, start=start
+            self.a.detach()[expert],
+            self.b.detach()[expert, rows],
+            self.scale,
+            self.dropout,
+            magnitude=None if self.magnitude is None else self.magnitude.detach()[expert, rows],
+            start=start,
         )
 
     def extra_repr(self) -> str:

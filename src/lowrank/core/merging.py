@@ -88,15 +88,16 @@ def adapted_weight(
         for factors in adapters:
             a, b = (tensor.to(wide) if expert is None else tensor[expert].to(wide) for tensor in factors.moved())
             left, right = _as_stored(a, b, transposed)
+            add = torch.addmm if weight.dim() == 2 else torch.baddbmm
             if factors.magnitude is None:
-                add = torch.addmm if weight.dim() == 2 else torch.baddbmm
                 total = add(total, left, right, alpha=factors.scale)
                 continue
-            matrix = weight.t() if transposed else weight
-            all_a, all_b = (tensor.detach() for tensor in factors.effective())
-            gain = row_gain(matrix, all_a, all_b, factors.scale, factors.magnitude)
-            directed = torch.addmm(base, left, right, alpha=factors.scale)
-            total = total + (directed * (gain if transposed else gain.unsqueeze(1)) - base)
+            one = ... if expert is None else expert
+            all_a, all_b = (tensor.detach()[one] for tensor in factors.effective())
+            matrix = weight.mT if transposed else weight
+            gain = row_gain(matrix, all_a, all_b, factors.scale, factors.magnitude[one])
+            directed = add(base, left, right, alpha=factors.scale)
+            total = total + (directed * gain.unsqueeze(-2 if transposed else -1) - base)
     return total.to(weight.dtype)
 
 

@@ -53,11 +53,15 @@ def _of_every_expert(entry: PlanEntry, module: nn.Module, config: LoraConfig, in
         starts = [init(_sites(entry, matrix.t() if entry.kind.transposed else matrix)[0]) for matrix in weight.unbind()]
     a, b = torch.stack([start.a for start in starts]), torch.stack([start.b for start in starts])
     start = (a.clone(), b.clone()) if starts[0].subtract else None
-    return LoraFactors(a, b, entry.scale, config.lora_dropout, start=start)
+    factors = LoraFactors(a, b, entry.scale, config.lora_dropout, start=start)
+    if config.use_dora:
+        matrices = weight.mT if entry.kind.transposed else weight
+        factors.magnitude = nn.Parameter(_norms(matrices, factors), requires_grad=False)
+    return factors
 
 
 def _norms(matrix: Tensor, factors: LoraFactors) -> Tensor:
-    """DoRA's magnitude at step 0: ‖W0 + ΔW‖ of every row, (d,), so that the gain is exactly 1."""
+    """DoRA's magnitude at step 0: ‖W0 + ΔW‖ of every row, (d,) or (E, d), so that the gain is exactly 1."""
     a, b = factors.effective()
     return row_norms(whole(matrix), a.detach(), b.detach(), factors.scale)
 

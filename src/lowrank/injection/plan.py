@@ -72,7 +72,7 @@ class InjectionPlan:
     @property
     def low_rank_parameters(self) -> int:
         """The numbers in all A and B, and in DoRA's magnitudes."""
-        return sum(entry.parameters + (entry.d if self.dora else 0) for entry in self.entries)
+        return sum(entry.parameters + (entry.d * (entry.experts or 1) if self.dora else 0) for entry in self.entries)
 
     @property
     def trainable_parameters(self) -> int:

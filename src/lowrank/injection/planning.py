@@ -113,8 +113,8 @@ def _check_dora(config: LoraConfig, entries: tuple[PlanEntry, ...], modules: dic
     unfit = [e.label for e in entries if not e.kind.supports_dora or e.parts or e.path in grouped]
     if unfit:
         raise TargetError(
-            "use_dora works for whole weights of Linear, Conv1D, Embedding and convolutions without groups, not for "
-            f"{', '.join(unfit)}: exclude them, or leave it off"
+            "use_dora works for whole weights of Linear, Conv1D, Embedding, convolutions without groups and stacked "
+            f"experts, not for {', '.join(unfit)}: exclude them, or leave it off"
         )
 
 

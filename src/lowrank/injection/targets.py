@@ -81,9 +81,9 @@ def means_all(config: LoraConfig) -> bool:
 
 
 def _all_linear(model: nn.Module, modules: Modules, config: LoraConfig) -> dict[str, tuple[str, ...]]:
-    """Linear modules but the head; stacks too, unless they are named, or cannot have what the config wants."""
+    """Linear modules but the head; stacks too, unless they are named."""
     excluded = output_heads(model, modules)
-    stacks = config.target_parameters is None and not config.use_dora
+    stacks = config.target_parameters is None
     return {
         path: ()
         for path, module in modules.items()

@@ -149,11 +149,11 @@ class LoraLayer(RowedLayer):
         return prepare(self.factors(adapter), weight, transposed=self.transposed, weighting=weighting)
 
     def gain(self, factors: LoraFactors) -> Tensor:
-        """DoRA's g = m / ‖W0 + ΔW‖ of every output, (d,)."""
+        """DoRA's g = m / ‖W0 + ΔW‖ of every output, (d,), of every expert where there are several (E, d)."""
         a, b = factors.effective()
         assert factors.magnitude is not None
         weight = self.dense(self)
-        matrix = weight.t() if self.transposed else weight
+        matrix = weight.mT if self.transposed else weight
         return row_gain(matrix, a.detach(), b.detach(), factors.scale, factors.magnitude)
 
     def units(self, weight: Tensor, adapters: tuple[str, ...]) -> Iterator[tuple[Tensor, list[Change]]]:

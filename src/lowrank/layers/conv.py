@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank.core.dora import rescaled_change
 from lowrank.core.factors import LoraFactors
 from lowrank.layers.base import LoraLayer, plain_class
 
@@ -52,9 +53,8 @@ class LoraConv(LoraLayer):
     def _dora_change(self, base: Tensor, change: Tensor, factors: LoraFactors) -> Tensor:
         """g·(W0 + ΔW) * x − W0 * x with g = m / ‖W0 + ΔW‖ of every output channel."""
         ones = [1] * (self.base_weight.dim() - 2)
-        gain = self.gain(factors).view(-1, *ones)
-        plain = base if self.bias is None else base - self.bias.view(-1, *ones)
-        return (gain - 1) * plain + gain * change
+        bias = None if self.bias is None else self.bias.view(-1, *ones)
+        return rescaled_change(base, change, self.gain(factors).view(-1, *ones), bias)
 
     def _change(self, input: Tensor, factors: LoraFactors) -> Tensor:
         x = F.dropout(input, factors.dropout, self.training)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank.core.dora import rescaled_change
 from lowrank.layers.base import LoraLayer, plain_class
 
 
@@ -56,8 +57,7 @@ class LoraEmbedding(LoraLayer):
         for factors in self.active_factors:
             change = self._rows(input, *factors.moved(), h.dtype) * factors.scale * scale
             if factors.magnitude is not None:
-                gain = self.gain(factors)
-                change = (gain - 1) * base + gain * change
+                change = rescaled_change(base, change, self.gain(factors))
             h = h + change.to(h.dtype)
         return h
 

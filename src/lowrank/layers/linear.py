@@ -1,9 +1,9 @@
 """Adapted linear maps: nn.Linear, every subclass of it, and transformers' Conv1D."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank.core.dora import rescaled, rescaled_change
 from lowrank.core.factors import LoraFactors
 from lowrank.core.stored import Weight
 from lowrank.kernels.autocast import under_autocast
@@ -44,7 +44,7 @@ class LoraLinear(LoraLayer):
                 a, b, scale = stacked([(*f.moved(), f.scale) for f in factors])
                 dropout = factors[0].dropout if self.training else 0.0
                 h = projection(self, x, Operands(weight, bias, a, b, scale, dropout))
-                return h if factors[0].magnitude is None else self._rescaled(h, factors[0])
+                return h if factors[0].magnitude is None else rescaled(h, self.gain(factors[0]), self.bias)
         return self._plain_forward(input, factors)
 
     def held(self) -> Weight:
@@ -93,28 +93,13 @@ class LoraLinear(LoraLayer):
         for factors in active:
             change = self._change(input, factors)
             if factors.magnitude is not None:
-                change = self._dora_change(base, change, factors)
+                change = rescaled_change(base, change, self.gain(factors), self.bias)
             h = h + change
         return h
 
     def _change(self, input: Tensor, factors: LoraFactors) -> Tensor:
         """ΔW·dropout(x): (..., k) → (..., d)."""
         return low_rank(F.dropout(input, factors.dropout, self.training), *factors.moved(), factors.scale)
-
-    def _rescaled(self, h: Tensor, factors: LoraFactors) -> Tensor:
-        """g·(W0 + ΔW)·x + bias with g = m / ‖W0 + ΔW‖_row, from h = (W0 + ΔW)·x + bias: (..., d).
-
-        That is g·h + (1 − g)·bias, which at g = 1 is h bit for bit.
-        """
-        gain = self.gain(factors)
-        answer = gain * h if self.bias is None else torch.addcmul((1 - gain) * self.bias, gain, h)
-        return answer.to(h.dtype)
-
-    def _dora_change(self, base: Tensor, change: Tensor, factors: LoraFactors) -> Tensor:
-        """g·(W0 + ΔW)·x − W0·x with g = m / ‖W0 + ΔW‖_row."""
-        gain = self.gain(factors)
-        plain = base if self.bias is None else base - self.bias
-        return ((gain - 1) * plain + gain * change).to(base.dtype)
 
 
 class LoraConv1D(LoraLinear):

@@ -50,11 +50,13 @@ def stacks_of(module: nn.Module) -> dict[str, ExpertStack]:
 class LoraStack(LoraLayer):
     """y = W_e·x + Σ s·B_e·A_e·dropout(x) for a token x that is sent to expert e: a (E, r, k), b (E, d, r).
 
+    With DoRA every expert's (W_e + ΔW_e)·x is rescaled by rows, m_e / ‖W_e + ΔW_e‖.
     It is never called: the module of experts' own forward multiplies by the stack, and what it reads there adds the
     low-rank products (`layers.stack_as_read`). ΔW is formed for no expert; one without tokens gets zero gradients.
     """
 
     kind = "experts"
+    supports_dora = True
     weight = ExpertStack.weight
     experts: nn.Module
     parameter: str

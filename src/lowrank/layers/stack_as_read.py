@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank.core.dora import rescaled, rescaled_change
 from lowrank.kernels.autocast import under_autocast
 from lowrank.kernels.fused import fused_linear, reason_against
 from lowrank.kernels.grouped import grouped_linear, grouped_low_rank
 from lowrank.kernels.reference import low_rank
+from lowrank.layers.expert_gains import ExpertGains
 from lowrank.layers.reading import WeightAsRead
 
 if TYPE_CHECKING:
@@ -29,12 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pair:
-    """The active adapters of one dropout as one: ΔW_e = s·B_e·A_e, a (E, r, k), b (E, d, r)."""
+    """The active adapters of one dropout as one: ΔW_e = s·B_e·A_e, a (E, r, k), b (E, d, r).
+
+    gains: of an adapter with DoRA, which is always alone in a pair.
+    """
 
     a: Tensor
     b: Tensor
     scale: float
     dropout: float
+    gains: ExpertGains | None = None
 
     @cached_property
     def of_expert(self) -> list[tuple[Tensor, Tensor]]:
@@ -43,12 +49,15 @@ class Pair:
 
 
 def active_pairs(layer: "LoraStack") -> list[Pair]:
-    """The active adapters, those that drop alike stacked along the rank."""
+    """The active adapters, those that drop alike stacked along the rank, but for such with DoRA."""
     together: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
+    pairs = []
     for factors in layer.active_factors:
         dropout = factors.dropout if layer.experts.training else 0.0
-        together.setdefault(dropout, []).append((*factors.moved(), factors.scale))
-    pairs = []
+        if factors.magnitude is not None:
+            pairs.append(Pair(*factors.moved(), factors.scale, dropout, ExpertGains(layer, factors)))
+        else:
+            together.setdefault(dropout, []).append((*factors.moved(), factors.scale))
     for dropout, found in together.items():
         a, b, scale = found[0]
         if len(found) > 1:
@@ -144,6 +153,11 @@ def _dropped(x: Tensor, pair: Pair) -> Tensor:
     return F.dropout(x, pair.dropout) if pair.dropout else x
 
 
+def _first_goes_with_base(pairs: list[Pair]) -> bool:
+    """Whether W0·x is wanted with the first adapter's change alone: DoRA's gain of one is not for another's change."""
+    return len(pairs) == 1 or all(pair.gains is None for pair in pairs)
+
+
 def _linear(_: Any, input: Any, weight: Any, bias: Tensor | None = None) -> Any:
     """F.linear(x, W[e], bias): x (..., k) → (..., d)."""
     if isinstance(input, StackAsRead) or not isinstance(weight.expert, int) or not weight.maps:
@@ -160,15 +174,19 @@ def _matmul(_: Any, input: Any, other: Any) -> Any:
 
 def _one_expert(input: Tensor, weight: Tensor, bias: Tensor | None, read: StackAsRead) -> Tensor:
     first, *others = read.pairs
-    a, b = first.of_expert[cast(int, read.expert)]
+    expert = cast(int, read.expert)
+    a, b = first.of_expert[expert]
     x = under_autocast(input)
-    if not first.dropout and reason_against(x, weight, bias) is None:
-        h = fused_linear(x, weight, bias, a, b, first.scale)
+    if not first.dropout and _first_goes_with_base(read.pairs) and reason_against(x, weight, bias) is None:
+        h = base = fused_linear(x, weight, bias, a, b, first.scale)
+        if first.gains is not None:
+            return rescaled(h, first.gains.of(expert), bias)
     else:
         h, others = F.linear(input, weight, bias), read.pairs
+        base = h
     for pair in others:
-        a, b = pair.of_expert[cast(int, read.expert)]
-        h = h + low_rank(_dropped(input, pair), a, b, pair.scale)
+        change = low_rank(_dropped(input, pair), *pair.of_expert[expert], pair.scale)
+        h = h + (change if pair.gains is None else rescaled_change(base, change, pair.gains.of(expert), bias))
     return h
 
 
@@ -183,9 +201,17 @@ def _grouped_mm(func: Any, mat_a: Any, mat_b: Any, *, offs: Tensor | None = None
         return cast(Tensor, func(rows, stack, offs=offs))
 
     first, *rest = mat_b.pairs
-    y = grouped_linear(mat_a, _dropped(mat_a, first), mat_b.base.detach(), product, first.a, first.b, first.scale, offs)
+    weight = mat_b.base.detach()
+    if _first_goes_with_base(mat_b.pairs):
+        y = base = grouped_linear(mat_a, _dropped(mat_a, first), weight, product, first.a, first.b, first.scale, offs)
+        if first.gains is not None:
+            return rescaled(y, first.gains.of_groups(len(y), offs))
+    else:
+        base = y = product(mat_a, weight)
+        rest = mat_b.pairs
     for pair in rest:
-        y = y + grouped_low_rank(_dropped(mat_a, pair), pair.a, pair.b, pair.scale, product)
+        change = grouped_low_rank(_dropped(mat_a, pair), pair.a, pair.b, pair.scale, product)
+        y = y + (change if pair.gains is None else rescaled_change(base, change, pair.gains.of_groups(len(y), offs)))
     return y
 
 
@@ -194,7 +220,7 @@ def _bmm(func: Any, input: Any, mat2: Any) -> Any:
     read, x, left = (input, mat2, True) if isinstance(input, StackAsRead) else (mat2, input, False)
     if isinstance(x, StackAsRead) or isinstance(read.expert, int) or read.maps is not left:
         return NotImplemented
-    h = func(read.base, x) if left else func(x, read.base)
+    h = base = func(read.base, x) if left else func(x, read.base)
     for pair in read.pairs:
         a, b = (pair.a, pair.b) if read.expert is None else (pair.a[read.expert], pair.b[read.expert])
         a, b, seen = a.to(x.dtype), b.to(x.dtype), _dropped(x, pair)
@@ -202,7 +228,11 @@ def _bmm(func: Any, input: Any, mat2: Any) -> Any:
             change = torch.bmm(b, torch.bmm(a, seen))
         else:
             change = torch.bmm(torch.bmm(seen, a.transpose(1, 2)), b.transpose(1, 2))
-        h = h + change * pair.scale
+        change = change * pair.scale
+        if pair.gains is not None:
+            gain = pair.gains.of_all() if read.expert is None else pair.gains.of_each(cast(Tensor, read.expert))
+            change = rescaled_change(base, change, gain.unsqueeze(-1 if left else -2))
+        h = h + change
     return h
 
 
