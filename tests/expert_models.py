@@ -66,6 +66,16 @@ def adapted(model: nn.Module, name: str = "default", seed: int = 1, **options: A
     return model
 
 
+def adapted_by_dora(model: nn.Module, name: str = "default", seed: int = 1, **options: Any) -> nn.Module:
+    """`adapted` with a magnitude for every row of every expert, so that the gains are well away from 1."""
+    adapted(model, name, seed, **{"use_dora": True} | options)
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            if name in layer.adapter_names and (magnitude := layer.factors(name).magnitude) is not None:
+                magnitude.abs_().add_(0.3)
+    return model
+
+
 def formed(model: nn.Module, adapters: tuple[str, ...] = ("default",)) -> dict[str, Tensor]:
     """{parameter: W0 + Σ s·B·A} of every stack, expert by expert, differentiable in the factors."""
     weights = {}

@@ -1,24 +1,15 @@
-"""DoRA on stacked experts: adapted ≡ merged ≡ the formula, by every implementation, in files and on disk."""
+"""DoRA on stacked experts: adapted ≡ merged ≡ the formula, in every family and by every implementation."""
 
 import pytest
 import torch
 
 import lowrank
-from expert_models import EVERY_STACK, answer, dense_answer, formed, mixture
-from expert_models import adapted as plainly_adapted
+from expert_models import EVERY_STACK, IMPLEMENTATIONS, answer, dense_answer, formed, mixture
+from expert_models import adapted_by_dora as adapted
 from lowrank import LoraConfig
 from lowrank.injection.adapters import lora_layers
-from test_experts import CASES, nothing_formed  # noqa: F401
-
-
-def adapted(model: torch.nn.Module, name: str = "default", seed: int = 1, **options: object) -> torch.nn.Module:
-    """In place: a DoRA adapter on every stack, with gains that are well away from 1."""
-    plainly_adapted(model, name, seed, **{"use_dora": True} | options)
-    with torch.no_grad():
-        for _, layer in lora_layers(model):
-            if (magnitude := layer.factors(name).magnitude) is not None:
-                magnitude.abs_().add_(0.3)
-    return model
+from lowrank.layers.expert_gains import ExpertGains
+from test_experts import CASES, nothing_formed  # noqa: F401  a fixture
 
 
 @pytest.mark.parametrize(("family", "way"), CASES)
@@ -37,3 +28,78 @@ def test_adapted_is_the_formula_is_merged_and_so_are_the_gradients(family: str, 
         torch.testing.assert_close(answer(model), got, rtol=1e-4, atol=1e-5)
     lowrank.merge_and_unload(model)
     torch.testing.assert_close(answer(model), got, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "way"), CASES)
+@pytest.mark.usefixtures("nothing_formed")
+def test_it_starts_at_the_base_and_unload_is_back_there(family: str, way: str) -> None:
+    model = mixture(family, way).requires_grad_(False)  # Jamba's own bits hang on that
+    before = answer(model)
+    lowrank.inject(model, LoraConfig(**EVERY_STACK, use_dora=True, init_lora_weights="pissa"))
+    torch.testing.assert_close(answer(model), before, rtol=1e-4, atol=1e-5)
+    lowrank.delete_adapter(model, "default")
+    lowrank.inject(model, LoraConfig(**EVERY_STACK, use_dora=True))
+    assert torch.equal(answer(model), before)
+    lowrank.unload(adapted(model, "two"))
+    assert torch.equal(answer(model), before)
+
+
+@pytest.mark.parametrize("way", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("nothing_formed")
+def test_it_adds_up_with_other_adapters_in_any_order_and_drops(way: str) -> None:
+    model = mixture("gpt_oss", way)
+    names = ("dora", "plain", "dora2")
+    adapted(model, "dora", 1)
+    adapted(model, "plain", 2, use_dora=False, r=2)
+    adapted(model, "dora2", 3, r=1)
+    for active in (names, names[::-1], names[1:], names[::2]):
+        lowrank.set_active(model, active, trainable=active)
+        wanted = dense_answer(model, formed(model, active))
+        torch.testing.assert_close(answer(model), wanted, rtol=1e-4, atol=1e-5)
+        factors = [p for _, s in lora_layers(model) for name in active for p in s.factors(name).trainable()]
+        got = torch.autograd.grad(answer(model).square().sum(), factors)
+        for one, other in zip(got, torch.autograd.grad(wanted.square().sum(), factors), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("way", IMPLEMENTATIONS)
+def test_norms_are_computed_of_the_experts_that_have_tokens(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(mixture("mixtral", way, num_local_experts=16))
+    asked: list[int] = []
+    norms = ExpertGains._norms
+
+    def noted(self: ExpertGains, expert: int) -> torch.Tensor:
+        asked.append(expert)
+        return norms(self, expert)
+
+    monkeypatch.setattr(ExpertGains, "_norms", noted)
+    answer(model)[:, :1].square().sum().backward()
+    stacks = [stack for _, stack in lora_layers(model)]
+    assert len(stacks) <= len(asked) < 16 * len(stacks)
+    asked.clear()
+    (stack := stacks[0]).experts(torch.randn(2, 32), torch.tensor([[3, 9], [9, 3]]), torch.rand(2, 2))
+    assert sorted(asked) == [3, 3, 9, 9]
+    magnitude = stack.factors("default").magnitude
+    assert [not g.any() for g in magnitude.grad] == [not g.any() for g in stack.factors("default").b.grad]
+
+
+@pytest.mark.parametrize("way", IMPLEMENTATIONS)
+def test_autocast_checkpointing_and_a_half_precision_base(way: str) -> None:
+    model = adapted(mixture("olmoe", way), r=2, lora_alpha=1).train()
+    factors = [p for _, s in lora_layers(model) for p in s.factors("default").trainable()]
+    wanted = answer(model)
+    gradients = torch.autograd.grad(wanted.square().sum(), factors)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        answer(model).square().sum().backward()
+        for factor, other in zip(factors, gradients, strict=True):
+            torch.testing.assert_close(factor.grad, other, rtol=1e-5, atol=1e-6)
+            factor.grad = None
+    model.gradient_checkpointing_disable()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (answer(model).float() - wanted).norm() < 0.05 * wanted.norm()
+    half = adapted(mixture("olmoe", way).bfloat16(), r=2, lora_alpha=1)
+    before = answer(half).float()
+    assert (before - wanted).norm() < 0.1 * wanted.norm()
+    lowrank.merge_and_unload(half)
+    assert (answer(half).float() - before).norm() < 0.05 * before.norm()

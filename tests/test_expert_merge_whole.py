@@ -85,7 +85,7 @@ def as_in_files(layout: str, model: dict[str, Tensor]) -> dict[str, Tensor]:
     return files
 
 
-def saved_turned(layout: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def saved_turned(layout: str, folder: Path, monkeypatch: pytest.MonkeyPatch, adapt: Any = adapted) -> Any:
     """An adapted mixture, its adapter and its base in files that hold experts in this layout, as a table says."""
     from transformers import conversion_mapping
 
@@ -93,7 +93,7 @@ def saved_turned(layout: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     model.save_pretrained(folder / "base", save_original_format=False)
     file = folder / "base" / "model.safetensors"
     save_file(as_in_files(layout, read_tensors(file)), file)
-    adapted(model)
+    adapt(model)
     lowrank.save_adapter(model, folder / "adapter")
     monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", lambda _: [entry(layout)])
     return model

@@ -209,8 +209,9 @@ def test_the_plan_counts_experts_and_leaves_them_out_where_asked() -> None:
             mixture("mixtral"), LoraConfig(target_modules="all-linear", target_parameters=["down_proj"])
         )
     assert [entry.path for entry in plan.stacks] == [f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)]
-    with pytest.warns(lowrank.errors.LowrankWarning, match="leaves out 4 expert stacks"):
-        lowrank.inject(mixture("mixtral"), LoraConfig(target_modules="all-linear", use_dora=True))
+    plan = lowrank.inject(model := mixture("mixtral"), LoraConfig(target_modules="all-linear", use_dora=True))
+    assert len(plan.stacks) == 4
+    assert plan.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 WRONG = {
@@ -221,7 +222,6 @@ WRONG = {
     "a module for a parameter": ({"target_modules": ["mlp.experts"]}, r"target_parameters \(gate_up_proj, down_proj\)"),
     "a parameter for a module": ({"target_modules": ["down_proj"]}, "name it in target_parameters"),
     "a rank above every side": ({"target_parameters": ["down_proj"], "r": 99}, "r is above min"),
-    "DoRA": ({"target_parameters": ["down_proj"], "use_dora": True}, "use_dora works for whole weights"),
     "no rank": ({"target_parameters": ["down_proj"], "expert_rank": 0}, "expert_rank must be a whole number"),
 }
 

@@ -199,8 +199,9 @@ def _tensors(content: AdapterContent, dtype: torch.dtype | None, scale: float) -
         for role, tensor in zip(pair_roles(target.kind), pair, strict=True):
             yield low_rank_key(names.get(path, path), role), tensor.to(dtype or tensor.dtype)
         if target.magnitude is not None:
-            shape = target.magnitude.shape if target.kind != "conv" else magnitude_shape("conv", target.kernel)
-            yield low_rank_key(path, MAGNITUDE), target.magnitude.to(dtype or target.magnitude.dtype).view(shape)
+            magnitude = target.magnitude.to(dtype or target.magnitude.dtype)
+            shape = magnitude.shape if target.kind != "conv" else magnitude_shape("conv", target.kernel)
+            yield low_rank_key(names.get(path, path), MAGNITUDE), magnitude.view(shape)
     for path, tensor in content.rows.items():
         yield low_rank_key(path, TOKENS), tensor
     for key, tensor in content.full.items():

@@ -3,8 +3,8 @@
 import os
 from dataclasses import replace
 
-from lowrank.checkpoint.expert_files import told_apart, wraps_of
-from lowrank.checkpoint.keys import A, B
+from lowrank.checkpoint.expert_files import magnitude_fault, told_apart, wraps_of
+from lowrank.checkpoint.keys import MAGNITUDE, A, B
 from lowrank.checkpoint.read import AdapterFiles, Packing, read_with_stacks
 from lowrank.checkpoint.sound import rank_faults
 from lowrank.errors import CheckpointError
@@ -33,6 +33,7 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
     known, scales, start = dict(files.config.known), dict(files.companion.scales), set(files.companion.start)
     for path in told.experts:
         a, b = told.low_rank[path][A], told.low_rank[path][B]
+        magnitudes = told.low_rank[path].get(MAGNITUDE)
         rank = files.config.rank(path)
         count, rest = divmod(a.shape[0], rank)
         if rest or a.shape[0] != b.shape[-1]:
@@ -40,12 +41,15 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
                 f"{files.folder}: {path} has A {list(a.shape)} and B {list(b.shape)}, and adapter_config.json says "
                 f"rank {rank}, which makes no whole number of experts"
             )
+        if fault := magnitude_fault(told, path, count, len(b)):
+            raise CheckpointError(f"{files.folder}: {fault}")
         by_expert = files.packing == "by-expert"
         of_b = b.unflatten(1, (count, rank)).mT if by_expert else b.unflatten(1, (rank, count))  # (d, r, E)
         for expert, one in enumerate(a.unflatten(0, (count, rank))):
             single = expert_path(path, expert)
             singles[single] = path
-            low_rank[single] = {A: one, B: of_b[:, :, expert]}
+            own = {} if magnitudes is None else {MAGNITUDE: magnitudes[expert]}
+            low_rank[single] = {A: one, B: of_b[:, :, expert]} | own
             known[single] = rank, files.config.scale(path)
             if path in scales:
                 scales[single] = scales[path]

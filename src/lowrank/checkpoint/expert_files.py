@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowrank.checkpoint.describe import target_names
 from lowrank.checkpoint.keys import MAGNITUDE, A, B
+from lowrank.checkpoint.layout import kind_in_file
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.checkpoint.renaming import find_renaming
 from lowrank.errors import CheckpointError
@@ -93,8 +94,7 @@ def told_apart(
     """The same files with the factors of stacks under the paths of these.
 
     stacks_at: {name: layer kind} of the stacks of the module at a path, in the module's order; none where it has none.
-    Raises CheckpointError where it cannot be told which factors belong to which stack, and for a stack with DoRA's
-    magnitude or a bias of B.
+    Raises CheckpointError where it cannot be told which factors belong to which stack, and for stacks with biases of B.
     """
     low_rank: dict[str, Mapping[str, Tensor]] = {}
     experts: dict[str, str] = {}
@@ -105,7 +105,7 @@ def told_apart(
             continue
         for depth, name in enumerate(reversed(_meant(files, root, by_depth, stacks))):
             low_rank[f"{root}.{name}"] = files.low_rank[by_depth[depth]]
-            experts[f"{root}.{name}"] = stacks[name]
+            experts[f"{root}.{name}"] = kind_in_file(stacks[name], MAGNITUDE in files.low_rank[by_depth[depth]])
     told = replace(files, low_rank=low_rank, experts=experts)
     _check_roles(told)
     check_packing(told)
@@ -113,14 +113,22 @@ def told_apart(
 
 
 def _check_roles(files: AdapterFiles) -> None:
-    """Raise CheckpointError for a stack with more than A and B: nothing here, and nothing of PEFT's, knows its part."""
+    """Raise CheckpointError for a stack with a bias of B: nothing here, and nothing of PEFT's, knows its part."""
     for path in files.experts:
-        if more := sorted(files.low_rank[path].keys() - {A, B}):
-            fields = " and ".join("use_dora" if role == MAGNITUDE else "lora_bias" for role in more)
+        if more := sorted(files.low_rank[path].keys() - {A, B, MAGNITUDE}):
             raise CheckpointError(
-                f"{files.folder}: {path} has {' and '.join(more)}, and stacked experts are adapted by A and B alone, "
-                f"in PEFT too: train it without {fields}, or without its experts"
+                f"{files.folder}: {path} has {' and '.join(more)}, and stacked experts have no biases of B, in PEFT "
+                "neither: train it without lora_bias, or without its experts"
             )
+
+
+def magnitude_fault(files: AdapterFiles, path: str, experts: int, rows: int) -> str | None:
+    """What is wrong with the shape of DoRA's magnitudes of a stack of so many experts, each of so many output rows."""
+    magnitudes = files.low_rank[path].get(MAGNITUDE)
+    if magnitudes is None or magnitudes.shape == (experts, rows):
+        return None
+    got, wanted = list(magnitudes.shape), [experts, rows]
+    return f"{path} has {MAGNITUDE} {got}, and {experts} experts of {rows} rows want {wanted}"
 
 
 def check_packing(files: AdapterFiles) -> None:

@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from lowrank.checkpoint.keys import B_BIAS, MAGNITUDE, Key, full_key, low_rank_key
-from lowrank.checkpoint.layout import magnitude_shape, pair_roles, wanted_shapes
+from lowrank.checkpoint.layout import kind_in_file, magnitude_shape, pair_roles, wanted_shapes
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.checkpoint.renaming import Renaming, lies_in
 from lowrank.checkpoint.row_files import row_fit_faults
@@ -14,7 +14,6 @@ from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import TargetError
 from lowrank.injection.patterns import layer_index, matches, suggestion
 from lowrank.injection.targets import check_adaptable
-from lowrank.layers.base import LoraLayer
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import own_tensors
 from lowrank.layers.stack import ExpertStack
@@ -47,7 +46,8 @@ def _pair_faults(files: AdapterFiles, path: str, module: nn.Module) -> list[str]
     kind = kind_of(module)
     assert kind is not None
     weight = tuple(frozen_shape(module))
-    shapes = dict(zip(pair_roles(kind.kind), _wanted(files, path, kind, module), strict=True))
+    name = kind_in_file(kind.kind, MAGNITUDE in files.low_rank[path])
+    shapes = dict(zip(pair_roles(kind.kind), _wanted(files, path, name, module), strict=True))
     if (bias := module._parameters.get("bias")) is not None:
         shapes[B_BIAS] = tuple(bias.shape)
     elif B_BIAS in files.low_rank[path]:
@@ -66,11 +66,9 @@ def _pair_faults(files: AdapterFiles, path: str, module: nn.Module) -> list[str]
     return faults
 
 
-def _wanted(
-    files: AdapterFiles, path: str, kind: type[LoraLayer], module: nn.Module
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    groups = cast(int, getattr(module, "groups", 1)) if kind.kind == "conv" else 1
-    return wanted_shapes(kind.kind, tuple(frozen_shape(module)), files.config.rank(path), groups)
+def _wanted(files: AdapterFiles, path: str, kind: str, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    groups = cast(int, getattr(module, "groups", 1)) if kind == "conv" else 1
+    return wanted_shapes(kind, tuple(frozen_shape(module)), files.config.rank(path), groups)
 
 
 def _full_name(key: Key, rename: Renaming) -> str:

@@ -47,5 +47,5 @@ def _is_idle(layer: LoraLayer, factors: LoraFactors) -> bool:
     if not idle or factors.magnitude is None:
         return idle
     weight = layer.dense(layer)
-    norms = row_norms(weight.t() if layer.transposed else weight, a, b, 0.0)
+    norms = row_norms(weight.mT if layer.transposed else weight, a, b, 0.0)
     return torch.allclose(factors.magnitude.to(norms.dtype), norms, rtol=1e-3)

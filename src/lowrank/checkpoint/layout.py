@@ -6,7 +6,7 @@ g times, once for every group's channels and zero elsewhere, so R = g·r, and al
 
 A stack of experts, A (E, r, k) and B (E, d, r), is A (E·r, k), expert after expert, and B (d, r·E), in which the expert
 varies fastest. Where PEFT takes a stack for the other orientation than it has (Llama 4's), its A is our Bᵀ and its B
-our Aᵀ.
+our Aᵀ. DoRA on stacks, which PEFT has not, is written beside them as (E, d); A is then always what meets the input.
 """
 
 import math
@@ -19,6 +19,11 @@ from lowrank.errors import CheckpointError
 
 Shape = tuple[int, ...]
 STACKS = ("experts", "transposed-experts", "swapped-experts")
+
+
+def kind_in_file(kind: str, dora: bool) -> str:
+    """The layer kind by which factors are written and read: with DoRA nobody takes a stack for what it is not."""
+    return "transposed-experts" if dora and kind == "swapped-experts" else kind
 
 
 def pair_roles(kind: str) -> tuple[str, str]:
@@ -74,7 +79,9 @@ def from_file(kind: str, a: Tensor, b: Tensor, weight: Shape, where: str = "") -
 
 
 def magnitude_shape(kind: str, weight: Shape) -> Shape:
-    """The file's shape of DoRA's magnitude: (d,), with the axes of a convolution's answer (1, d, 1...)."""
+    """The file's shape of DoRA's magnitude: (d,), (E, d), with the axes of a convolution's answer (1, d, 1...)."""
+    if kind in STACKS:
+        return weight[0], weight[1] if kind == "experts" else weight[2]
     if kind == "conv":
         return (1, weight[0], *[1] * len(weight[2:]))
     return (weight[1] if kind in ("conv1d-linear", "embedding") else weight[0],)

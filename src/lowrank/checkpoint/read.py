@@ -91,19 +91,25 @@ class AdapterFiles:
         """
         a, b = from_file(self.kind(path), *self.pair(path), weight, where=path)
         magnitude = self.low_rank[path].get(MAGNITUDE)
+        if magnitude is not None and path not in self.experts:
+            magnitude = magnitude.flatten()
         return LoraFactors(
             _master(a),
             _master(b),
             self.config.scale(path),
             self.config.lora.lora_dropout,
-            magnitude=None if magnitude is None else _master(magnitude.flatten()),
+            magnitude=None if magnitude is None else _master(magnitude),
         )
 
     def factors_of_expert(self, path: str, expert: int, count: int, rows: slice) -> LoraFactors:
         """The factors of some output rows of one of `count` experts of a stack (E, d, k): a (r, k), b (d', r)."""
         a, b = self.pair(path)
         a, b = a.unflatten(0, (count, -1))[expert], b.unflatten(1, (-1, count))[rows, :, expert]
-        return LoraFactors(_master(a), _master(b), self.config.scale(path), self.config.lora.lora_dropout)
+        magnitude = self.low_rank[path].get(MAGNITUDE)
+        own = None if magnitude is None else _master(magnitude[expert, rows])
+        return LoraFactors(
+            _master(a), _master(b), self.config.scale(path), self.config.lora.lora_dropout, magnitude=own
+        )
 
 
 def _master(tensor: Tensor) -> Tensor:

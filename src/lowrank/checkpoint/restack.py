@@ -12,7 +12,7 @@ from lowrank.layers.experts import STACKS
 
 
 def restacked(targets: Mapping[str, Target], singles: Mapping[str, str]) -> dict[str, Target]:
-    """The targets with those of single experts in the stacks that they are of: a (E, r, k), b (E, d, r).
+    """The targets with those of single experts in the stacks that they are of: a (E, r, k), b (E, d, r); m (E, d).
 
     singles: {a single expert's path: its stack's}. r is the largest rank that an expert has; others get zeros.
     """
@@ -32,7 +32,8 @@ def _stack(experts: list[Target]) -> Target:
     rank = max(len(one.a) for one in experts)
     a = torch.stack([padded(one.a, rank, 0) for one in experts])
     b = torch.stack([padded(one.b, rank, 1) for one in experts])
-    return replace(experts[0], kind="experts", a=a, b=b)
+    magnitudes = [one.magnitude for one in experts if one.magnitude is not None]
+    return replace(experts[0], kind="experts", a=a, b=b, magnitude=torch.stack(magnitudes) if magnitudes else None)
 
 
 def padded(tensor: Tensor, rank: int, along: int) -> Tensor:

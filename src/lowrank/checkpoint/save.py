@@ -72,6 +72,8 @@ def warn_of_peft(model: nn.Module, adapters: Iterable[str]) -> None:
     for name in adapters:
         layers = [(path, layer) for path, layer in lora_layers(model) if name in layer.adapter_names]
         faults = peft_faults(model, [path for path, layer in layers if not isinstance(layer, LoraStack)])
+        if any(isinstance(layer, LoraStack) and layer.factors(name).magnitude is not None for _, layer in layers):
+            faults.append("it refuses DoRA (use_dora) on stacked experts")
         if faults:
             warnings.warn(
                 f"adapter {name!r} is for lowrank alone: {TRIED} does not load it, since {'; '.join(faults)}",

@@ -10,7 +10,8 @@ class Target:
     """ΔW = scale·B·A of one module, flat: a (r, k), b (d, r).
 
     kind: linear (which includes Conv1D), embedding, conv, or experts, which have a (E, r, k), b (E, d, r).
-    For convolutions, kernel is the weight's shape (d, in/groups, *kernel). magnitude: (d,), for DoRA.
+    For convolutions, kernel is the weight's shape (d, in/groups, *kernel). magnitude: (d,), for
+    DoRA; (E, d) of experts.
     """
 
     kind: str

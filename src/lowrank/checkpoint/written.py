@@ -14,7 +14,7 @@ from lowrank.checkpoint.expert_files import owner_of, parameter_names, wrapped_p
 from lowrank.checkpoint.fingerprint import fingerprint
 from lowrank.checkpoint.gather import Values, whole_factors
 from lowrank.checkpoint.keys import MAGNITUDE, TOKENS, full_key, low_rank_key
-from lowrank.checkpoint.layout import file_rank, magnitude_shape, pair_roles, to_file
+from lowrank.checkpoint.layout import file_rank, kind_in_file, magnitude_shape, pair_roles, to_file
 from lowrank.checkpoint.one_scale import Scales, folded, written_scales
 from lowrank.checkpoint.read import SAFETENSORS
 from lowrank.checkpoint.stored_base import stored_base
@@ -98,7 +98,8 @@ def _low_rank_tensors(parts: dict[str, _Part]) -> Iterator[tuple[str, Tensor]]:
     for path, part in parts.items():
         a, b = (tensor.detach() for tensor in part.factors.effective())
         b = folded(b, part.factors.scale, part.scale)
-        pair = to_file(part.layer.kind, a, b, tuple(frozen_shape(part.layer)), part.groups)
+        kind = kind_in_file(part.layer.kind, part.factors.magnitude is not None)
+        pair = to_file(kind, a, b, tuple(frozen_shape(part.layer)), part.groups)
         for role, tensor in zip(pair_roles(part.layer.kind), pair, strict=True):
             yield low_rank_key(names[path], role), tensor
         if part.factors.magnitude is not None:

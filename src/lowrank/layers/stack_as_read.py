@@ -9,8 +9,6 @@ is read (`layers.reading`): slower, and right.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,48 +20,11 @@ from lowrank.kernels.autocast import under_autocast
 from lowrank.kernels.fused import fused_linear, reason_against
 from lowrank.kernels.grouped import grouped_linear, grouped_low_rank
 from lowrank.kernels.reference import low_rank
-from lowrank.layers.expert_gains import ExpertGains
+from lowrank.layers.expert_pairs import Pair, active_pairs, first_goes_with_base
 from lowrank.layers.reading import WeightAsRead
 
 if TYPE_CHECKING:
     from lowrank.layers.stack import LoraStack
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The active adapters of one dropout as one: ΔW_e = s·B_e·A_e, a (E, r, k), b (E, d, r).
-
-    gains: of an adapter with DoRA, which is always alone in a pair.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    dropout: float
-    gains: ExpertGains | None = None
-
-    @cached_property
-    def of_expert(self) -> list[tuple[Tensor, Tensor]]:
-        """(A, B) expert by expert, taken apart once for all of them, so that their gradients are put together once."""
-        return list(zip(self.a.unbind(), self.b.unbind(), strict=True))
-
-
-def active_pairs(layer: "LoraStack") -> list[Pair]:
-    """The active adapters, those that drop alike stacked along the rank, but for such with DoRA."""
-    together: dict[float, list[tuple[Tensor, Tensor, float]]] = {}
-    pairs = []
-    for factors in layer.active_factors:
-        dropout = factors.dropout if layer.experts.training else 0.0
-        if factors.magnitude is not None:
-            pairs.append(Pair(*factors.moved(), factors.scale, dropout, ExpertGains(layer, factors)))
-        else:
-            together.setdefault(dropout, []).append((*factors.moved(), factors.scale))
-    for dropout, found in together.items():
-        a, b, scale = found[0]
-        if len(found) > 1:
-            a, b, scale = torch.cat([a for a, _, _ in found], 1), torch.cat([b * s for _, b, s in found], 2), 1.0
-        pairs.append(Pair(a, b, scale, dropout))
-    return pairs
 
 
 class StackAsRead(WeightAsRead):
@@ -149,15 +110,6 @@ def _matrix_transpose(func: Any, stack: Any) -> Any:
     return _transpose(func, stack, -2, -1)
 
 
-def _dropped(x: Tensor, pair: Pair) -> Tensor:
-    return F.dropout(x, pair.dropout) if pair.dropout else x
-
-
-def _first_goes_with_base(pairs: list[Pair]) -> bool:
-    """Whether W0·x is wanted with the first adapter's change alone: DoRA's gain of one is not for another's change."""
-    return len(pairs) == 1 or all(pair.gains is None for pair in pairs)
-
-
 def _linear(_: Any, input: Any, weight: Any, bias: Tensor | None = None) -> Any:
     """F.linear(x, W[e], bias): x (..., k) → (..., d)."""
     if isinstance(input, StackAsRead) or not isinstance(weight.expert, int) or not weight.maps:
@@ -177,7 +129,7 @@ def _one_expert(input: Tensor, weight: Tensor, bias: Tensor | None, read: StackA
     expert = cast(int, read.expert)
     a, b = first.of_expert[expert]
     x = under_autocast(input)
-    if not first.dropout and _first_goes_with_base(read.pairs) and reason_against(x, weight, bias) is None:
+    if not first.dropout and first_goes_with_base(read.pairs) and reason_against(x, weight, bias) is None:
         h = base = fused_linear(x, weight, bias, a, b, first.scale)
         if first.gains is not None:
             return rescaled(h, first.gains.of(expert), bias)
@@ -185,7 +137,7 @@ def _one_expert(input: Tensor, weight: Tensor, bias: Tensor | None, read: StackA
         h, others = F.linear(input, weight, bias), read.pairs
         base = h
     for pair in others:
-        change = low_rank(_dropped(input, pair), *pair.of_expert[expert], pair.scale)
+        change = low_rank(pair.dropped(input), *pair.of_expert[expert], pair.scale)
         h = h + (change if pair.gains is None else rescaled_change(base, change, pair.gains.of(expert), bias))
     return h
 
@@ -202,15 +154,15 @@ def _grouped_mm(func: Any, mat_a: Any, mat_b: Any, *, offs: Tensor | None = None
 
     first, *rest = mat_b.pairs
     weight = mat_b.base.detach()
-    if _first_goes_with_base(mat_b.pairs):
-        y = base = grouped_linear(mat_a, _dropped(mat_a, first), weight, product, first.a, first.b, first.scale, offs)
+    if first_goes_with_base(mat_b.pairs):
+        y = base = grouped_linear(mat_a, first.dropped(mat_a), weight, product, first.a, first.b, first.scale, offs)
         if first.gains is not None:
             return rescaled(y, first.gains.of_groups(len(y), offs))
     else:
         base = y = product(mat_a, weight)
         rest = mat_b.pairs
     for pair in rest:
-        change = grouped_low_rank(_dropped(mat_a, pair), pair.a, pair.b, pair.scale, product)
+        change = grouped_low_rank(pair.dropped(mat_a), pair.a, pair.b, pair.scale, product)
         y = y + (change if pair.gains is None else rescaled_change(base, change, pair.gains.of_groups(len(y), offs)))
     return y
 
@@ -223,7 +175,7 @@ def _bmm(func: Any, input: Any, mat2: Any) -> Any:
     h = base = func(read.base, x) if left else func(x, read.base)
     for pair in read.pairs:
         a, b = (pair.a, pair.b) if read.expert is None else (pair.a[read.expert], pair.b[read.expert])
-        a, b, seen = a.to(x.dtype), b.to(x.dtype), _dropped(x, pair)
+        a, b, seen = a.to(x.dtype), b.to(x.dtype), pair.dropped(x)
         if left:
             change = torch.bmm(b, torch.bmm(a, seen))
         else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, MutableMapping
 
-from lowrank.checkpoint.expert_files import told_apart, wraps_of
+from lowrank.checkpoint.expert_files import magnitude_fault, told_apart, wraps_of
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.errors import CheckpointError, some
 from lowrank.layers.experts import STACKS
@@ -90,7 +90,7 @@ def _shape_fault(base: BaseFiles, files: AdapterFiles, path: str, stack: StackIn
     wanted = [count * rank, columns], [rows, count * rank]
     got = [list(tensor.shape) for tensor in files.pair(path)]
     if got == list(wanted) and all(size[1] == columns for size in sizes):
-        return None
+        return magnitude_fault(files, path, count, rows)
     return (
         f"{path} has A {got[0]} and B {got[1]}, and {count} experts of {rows}×{columns} at rank {rank} want "
         f"{wanted[0]} and {wanted[1]}"

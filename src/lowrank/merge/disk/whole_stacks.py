@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Literal
 
+from lowrank.checkpoint.expert_files import magnitude_fault
+from lowrank.checkpoint.keys import MAGNITUDE
+from lowrank.checkpoint.layout import kind_in_file
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.merge.disk.adapters import Adapter, Contribution, InStack
 from lowrank.modelfiles.base import BaseFiles
@@ -25,7 +28,11 @@ def whole_stack_changes(
         if not ways[path]:
             faults.append(_shape_fault(base, files, path, stack))
             continue
-        way = ways[path][0] if len(ways[path]) == 1 else _of_square(base, stack, certain)
+        dora = MAGNITUDE in files.low_rank[path]
+        way = ways[path][0] if len(ways[path]) == 1 else _of_square(base, stack, certain, dora)
+        count, rows, columns = _shape(base, stack)
+        if fault := magnitude_fault(files, path, count, rows if way == "as stored" else columns):
+            faults.append(fault)
         changed |= _contributions(base, adapter, path, stack, way)
     return changed, faults
 
@@ -50,7 +57,7 @@ def _ways(base: BaseFiles, files: AdapterFiles, path: str, stack: WholeStack) ->
     return ways
 
 
-def _of_square(base: BaseFiles, stack: WholeStack, certain: Iterable[Way]) -> Way:
+def _of_square(base: BaseFiles, stack: WholeStack, certain: Iterable[Way], dora: bool) -> Way:
     """Which way round a square matrix is: as the files say, as the adapter's other stacks are, as the model's class.
 
     Files that are transposed where need be are not, as transformers reads them, where the shapes are the same.
@@ -60,7 +67,7 @@ def _of_square(base: BaseFiles, stack: WholeStack, certain: Iterable[Way]) -> Wa
     ways = set(certain)
     if len(ways) == 1:
         return ways.pop()
-    return "transposed" if experts_of_class(base) == "transposed-experts" else "as stored"
+    return "transposed" if kind_in_file(experts_of_class(base), dora) == "transposed-experts" else "as stored"
 
 
 def _shape_fault(base: BaseFiles, files: AdapterFiles, path: str, stack: WholeStack) -> str:
