@@ -7,12 +7,13 @@ from lowrank import LoraConfig, inject
 from lowrank.data.batches import collate
 from lowrank.data.packing import end_to_end
 from lowrank.data.tokens import IGNORED, Example
+from lowrank.train import row_attention
 from lowrank.train.evaluation import Measure
 from lowrank.train.head import find_head
 from lowrank.train.losses import loss_of
 from lowrank.train.metrics import FIGURES
 from lowrank.train.preparing import prepare
-from lowrank.train.row_attention import NAME, attend_by_rows
+from lowrank.train.row_attention import NAME, SHORT, attend_by_rows, is_widened
 from lowrank.train.settings import TrainSettings
 from test_padding import CPU, FAMILIES, build
 from train_models import completion_rows, save_llama, write_jsonl
@@ -86,6 +87,44 @@ def test_a_model_whose_attention_is_not_told_where_rows_begin_keeps_its_mask(mon
         )
     assert not attend_by_rows(model, batch(), find_head(model))
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("maker", "avx512", "slow", "short", "long"),
+    [
+        ("AuthenticAMD", True, False, True, False),
+        ("AuthenticAMD", False, True, True, True),
+        ("GenuineIntel", True, False, False, False),
+        ("", False, False, False, False),
+    ],
+)
+def test_rows_of_half_precision_are_widened_where_it_was_measured(maker, avx512, slow, short, long, monkeypatch):
+    for name, found in (("vendor", maker), ("has_avx512", avx512)):
+        monkeypatch.setattr(row_attention, name, lambda found=found: found)
+    monkeypatch.setattr(row_attention, "half_products_are_slow", lambda _: slow)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert [is_widened(dtype, length) for length in (1, SHORT, SHORT + 1)] == [short, short, long]
+    assert not is_widened(torch.float32, 1) and not is_widened(torch.float64, 1)
+
+
+def test_what_a_row_in_half_precision_attends_in_hangs_on_its_own_length(monkeypatch):
+    """One that is widened is that of float32, rounded once; one that is not is PyTorch's own; whatever lies beside."""
+    monkeypatch.setattr(row_attention, "is_widened", lambda dtype, length: dtype is torch.bfloat16 and length < 10)
+    model = build("llama").to(torch.bfloat16)
+    drawn = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 14 + 9, 8, generator=drawn).bfloat16().requires_grad_() for _ in range(3))
+    positions = torch.cat([torch.arange(14), torch.arange(9)])[None]
+    module = model.model.layers[0].self_attn
+    said, _ = row_attention._attention(module, q, k, v, None, position_ids=positions, scaling=0.3)
+    said.float().square().sum().backward()
+    assert said.dtype is torch.bfloat16 and q.grad.dtype is torch.bfloat16
+    for part, dtype in ((slice(0, 14), torch.bfloat16), (slice(14, 23), torch.float32)):
+        own = [tensor.detach()[:, :, part].to(dtype).requires_grad_() for tensor in (q, k, v)]
+        wanted = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True, scale=0.3).to(torch.bfloat16)
+        assert torch.equal(said[:, part], wanted.transpose(1, 2))
+        wanted.float().square().sum().backward()
+        for tensor, alone in zip((q, k, v), own, strict=True):
+            assert torch.equal(tensor.grad[:, :, part], alone.grad.to(torch.bfloat16))
 
 
 def measured(model, flat):

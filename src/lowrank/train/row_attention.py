@@ -2,6 +2,9 @@
 
 A pack of n rows of length l has (n·l)² pairs of positions, of which n·l²/2 are seen. PyTorch's attention on a CPU
 computes all of them under a mask; row by row it computes those that are seen. On a GPU FlashAttention does that better.
+
+In half precision PyTorch's attention multiplies blocks of 32 positions, a call of oneDNN each and code of its own for
+every length of row: both weigh more than the products of a short row, which is attended in float32 (`is_widened`).
 """
 
 from itertools import pairwise
@@ -11,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.data.batches import Batch
+from lowrank.kernels.processor import half_products_are_slow, has_avx512, vendor
 from lowrank.train.head import AGREE, Head
 
 NAME, PLAIN = "lowrank_rows", "sdpa"
+SHORT = 256  # tokens of a row up to which float32 is faster: 0.24 to 1.03 of the time, at 512 1.03 to 1.2
 
 
 @torch.no_grad()
@@ -93,5 +98,25 @@ def _attention(
         starts = (positions == 0).nonzero()[:, 0].tolist()
         sizes = [end - start for start, end in pairwise([*starts, len(positions)])]
         parts = zip(*(tensor[at : at + 1].split(sizes, 2) for tensor in (query, key, value)), strict=True)
-        packs.append(torch.cat([plain(module, *part, None, **kwargs)[0] for part in parts], 1))  # (1, L, heads, d)
+        packs.append(torch.cat([_row(plain, module, part, kwargs) for part in parts], 1))  # (1, L, heads, d)
     return torch.cat(packs), None
+
+
+def _row(plain: Any, module: nn.Module, part: tuple[Tensor, ...], options: dict[str, Any]) -> Tensor:
+    """The answer of one row alone: query, key and value (1, heads, l, d) → (1, l, heads, d)."""
+    dtype = part[0].dtype
+    if is_widened(dtype, part[0].shape[2]):
+        part = tuple(tensor.float() for tensor in part)
+    answer: Tensor = plain(module, *part, None, **options)[0]
+    return answer.to(dtype)
+
+
+def is_widened(dtype: torch.dtype, length: int) -> bool:
+    """Whether a row of so many tokens is attended in float32, the answer rounded once: by its own length alone.
+
+    Short rows on the processors where that was measured (an EPYC with AVX-512, heads of 8 to 128 numbers, forward and
+    backward), every row where half precision has no fast products (AVX2: 0.09 to 0.6 of the time).
+    """
+    if dtype.itemsize != 2:
+        return False
+    return half_products_are_slow(dtype) or (length <= SHORT and vendor() == "AuthenticAMD" and has_avx512())
