@@ -82,6 +82,11 @@ def short(item: object, most: int = 300) -> str:
     return f"{text[:kept]}…{text[-kept:]}"
 
 
+def quoted(name: object) -> str:
+    """A name or value of a file, as a message says it: in quotes, printable, at most 80 characters."""
+    return short(repr(name), 80)
+
+
 def printable(text: object, keep: str = "") -> str:
     """The text with every character that a terminal would not show as it is, but those of `keep`, as its escape.
 

@@ -187,7 +187,7 @@ def broken_promise(folder: Path, kind: str) -> str | None:
                 try:
                     call()
                 except LowrankError as error:
-                    if len(str(error)) > 4000:
+                    if len(str(error)) > running.LONGEST_MESSAGE:
                         return f"a message of {len(str(error))} characters"
             return _left(folder, _experts if kind == "experts" else gpt2) if kind in PEFT_KINDS else None
     except BaseException as error:

@@ -240,7 +240,7 @@ def broken_promise(folder: Path) -> str | None:
             recipe = make_recipe(settings, rows.kind, tok, settings.max_length or 512, labels, speaks=rows.speaks)
             return wrong(rows, encode(rows, tok, recipe), tok, settings)
     except LowrankError as error:
-        return f"a message of {len(str(error))} characters" if len(str(error)) > 4000 else None
+        return f"a message of {len(str(error))} characters" if len(str(error)) > running.LONGEST_MESSAGE else None
     except BaseException:
         return traceback.format_exc()
 

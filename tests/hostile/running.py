@@ -14,6 +14,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 MEMORY_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a case is fifty small files
+LONGEST_MESSAGE = 1500  # characters that an error may take: what it quotes of a file is cut
 Keep = Callable[[Path], Path]  # puts the case into a folder under a name of its own, and gives that
 
 

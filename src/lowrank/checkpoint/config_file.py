@@ -10,7 +10,7 @@ from typing import Any
 
 from lowrank.core.init import find_init
 from lowrank.core.scaling import lora_scale
-from lowrank.errors import CheckpointError, ConfigError
+from lowrank.errors import CheckpointError, ConfigError, quoted
 from lowrank.files.json_file import read_object
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import check_expressions, pattern_value
@@ -162,13 +162,13 @@ def _check_type(path: Path, raw: dict[str, Any]) -> None:
     if "peft_type" not in raw:
         raise CheckpointError(f"{path} has no field peft_type, so it is no adapter's config")
     if raw["peft_type"] != "LORA":
-        raise CheckpointError(f"{path}: peft_type is {raw['peft_type']!r}, and only LORA adapters can be read")
+        raise CheckpointError(f"{path}: peft_type is {quoted(raw['peft_type'])}, and only LORA adapters can be read")
     faults = [f"{name} is set: {advice}" for name, advice in UNREPRESENTABLE.items() if raw.get(name)]
     method = str(raw.get("init_lora_weights")).lower()
     if method in LOST_BASES:
         faults.append(
-            f"init_lora_weights is {method!r}, which changed the base in a way the files do not tell: convert the "
-            "adapter with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"init_lora_weights is {quoted(method)}, which changed the base in a way the files do not tell: convert "
+            "the adapter with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     if faults:
         raise CheckpointError(f"{path}: this adapter cannot be represented: {'; '.join(faults)}")
@@ -186,21 +186,23 @@ def _null_faults(raw: dict[str, Any]) -> list[str]:
 def _kind_faults(fields: dict[str, Any]) -> list[str]:
     """Fields whose JSON value is of a kind that cannot be meant, before anything interprets them."""
     faults = [
-        f"{name} must be a name, a regex or a list of names, not {fields[name]!r}"
+        f"{name} must be a name, a regex or a list of names, not {quoted(fields[name])}"
         for name in ("target_modules", "target_parameters", "exclude_modules", "layers_pattern")
         if name in fields and not (isinstance(fields[name], str) or _is_list(fields[name], str))
     ]
     layers = fields.get("layers_to_transform", [])
     if not (isinstance(layers, int) or _is_list(layers, int)):
-        faults.append(f"layers_to_transform must be layer numbers, not {layers!r}")
+        faults.append(f"layers_to_transform must be layer numbers, not {quoted(layers)}")
     if not _is_list(fields.get("modules_to_save", []), str):
-        faults.append(f"modules_to_save must be a list of names, not {fields['modules_to_save']!r}")
+        faults.append(f"modules_to_save must be a list of names, not {quoted(fields['modules_to_save'])}")
     rows = fields.get("trainable_token_indices", [])
     if not all(_is_list(one, int) for one in (rows.values() if isinstance(rows, dict) else [rows])):
-        faults.append(f"trainable_token_indices must be token ids, or an object of modules and theirs, not {rows!r}")
+        faults.append(
+            f"trainable_token_indices must be token ids, or an object of modules and theirs, not {quoted(rows)}"
+        )
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(fields.get(name, {}), dict):
-            faults.append(f"{name} must be an object of names and numbers, not {fields[name]!r}")
+            faults.append(f"{name} must be an object of names and numbers, not {quoted(fields[name])}")
     return faults
 
 

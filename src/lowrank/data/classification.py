@@ -8,7 +8,7 @@ from lowrank.data.examples import Example
 from lowrank.data.recipe import Recipe
 from lowrank.data.tally import Tally
 from lowrank.data.too_long import CUT, ERROR, policy_of
-from lowrank.errors import DataError
+from lowrank.errors import DataError, quoted, some
 
 
 def _unframed(text: str, tokenizer: Any) -> str:
@@ -27,8 +27,8 @@ def _classes(data: Dataset, recipe: Recipe) -> list[float]:
     for row in data.rows:
         if row.fields["label"] not in numbers:
             raise DataError(
-                f"{data.place(row)}: label {row.fields['label']!r} is none of the labels trained on "
-                f"({', '.join(map(repr, recipe.labels))})"
+                f"{data.place(row)}: label {quoted(row.fields['label'])} is none of the labels trained on "
+                f"({some(map(quoted, recipe.labels), 12)})"
             )
     return [numbers[row.fields["label"]] for row in data.rows]
 

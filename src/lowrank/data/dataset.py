@@ -14,7 +14,7 @@ from lowrank.data.reading import Reading
 from lowrank.data.rows import Kind, Row
 from lowrank.data.settings import DataSettings
 from lowrank.data.sources import TRAIN, files_of
-from lowrank.errors import DataError
+from lowrank.errors import DataError, quoted
 from lowrank.stages import stage
 
 
@@ -109,5 +109,5 @@ def label_names(data: Dataset) -> tuple[str, ...]:
     numbers = all(label.lstrip("-").isdecimal() for label in found)
     names = sorted(found, key=int) if numbers else sorted(found)
     if len(names) < 2:
-        raise DataError(f"{data.path}: every row has the label {names[0]!r}; there is nothing to tell apart")
+        raise DataError(f"{data.path}: every row has the label {quoted(names[0])}; there is nothing to tell apart")
     return tuple(names)

@@ -13,7 +13,7 @@ from lowrank.data.rows import Conversation, Kind, Preference, Row, RowError
 from lowrank.data.settings import DataSettings
 from lowrank.data.shapes import Fields, Shape
 from lowrank.data.sniff import Sniffer, check_columns, columns_of, flag_of, refuse_unknown
-from lowrank.errors import DataError
+from lowrank.errors import DataError, quoted
 from lowrank.stages import stage
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -135,7 +135,7 @@ class Reading:
 
     def _check_labels(self) -> None:
         if len(self._labels) > 1:
-            places = ", ".join(f"{value!r} at {place}" for value, place in self._labels.values())
+            places = ", ".join(f"{quoted(value)} at {place}" for value, place in self._labels.values())
             raise DataError(f"labels are numbers in some rows and names in others: {places}; use one of the two")
 
 

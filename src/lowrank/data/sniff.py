@@ -11,7 +11,7 @@ from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
 from lowrank.data.shapes import FLAGGED, ROLES, SHAPES, Fields, Shape
 from lowrank.data.shapes.labelled import is_fraction
-from lowrank.errors import DataError
+from lowrank.errors import DataError, quoted, some
 
 EITHER = {"classification", "regression"}  # what a row whose label is a whole number may be
 NAMINGS = 1000  # sets of names whose shapes are remembered
@@ -64,7 +64,8 @@ def check_columns(source: str | Path, columns: Columns, present: Collection[str]
     for role, column in columns.of.items():
         if role in columns.named and column not in present:
             raise DataError(
-                f"{source}: there is no column {column!r} for {flag_of(role)}; it has {', '.join(map(repr, present))}"
+                f"{source}: there is no column {quoted(column)} for {flag_of(role)}; "
+                f"it has {some(map(quoted, present), 12)}"
             )
 
 
@@ -144,7 +145,7 @@ class Sniffer:
 
 def refuse_unknown(place: str, fields: Mapping[str, Any]) -> None:
     """Raises DataError: a record of no shape, among records of none."""
-    names = ", ".join(map(repr, fields))
+    names = some(map(quoted, fields), 12)
     file = place.rpartition(":")[0]
     if kind_of(Path(file)) in TABLES and any(not n or n.isdigit() or len(n) > LONGEST_NAME for n in fields):
         raise DataError(

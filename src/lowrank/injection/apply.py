@@ -11,7 +11,7 @@ from lowrank.core.factors import LoraFactors
 from lowrank.core.init import find_init
 from lowrank.core.stored.of_module import is_stored
 from lowrank.core.token_rows import TokenRows
-from lowrank.errors import ConfigError, LowrankWarning
+from lowrank.errors import ConfigError, LowrankWarning, quoted
 from lowrank.injection.adapters import switch
 from lowrank.injection.checkpointing import add_hooks
 from lowrank.injection.config import LoraConfig
@@ -76,13 +76,16 @@ def check_new_name(model: nn.Module, adapter_name: str) -> None:
 
     Before that, LowrankError inside of a `merged` block.
     """
-    check_unfolded(model, f"a new adapter {adapter_name!r}")
+    check_unfolded(model, f"a new adapter {quoted(adapter_name)}")
     if not ADAPTER_NAME.fullmatch(adapter_name):
-        raise ConfigError(f"adapter_name={adapter_name!r}: use 1 to 64 letters, digits, dots, underscores and dashes")
+        raise ConfigError(
+            f"adapter_name={quoted(adapter_name)}: use 1 to 64 letters, digits, dots, underscores and dashes"
+        )
     state = find_state(model)
     if state is not None and adapter_name in state.configs:
         raise ConfigError(
-            f"this model already has an adapter {adapter_name!r}: choose another adapter_name, or delete_adapter first"
+            f"this model already has an adapter {quoted(adapter_name)}: choose another adapter_name, "
+            "or delete_adapter first"
         )
 
 

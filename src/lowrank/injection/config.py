@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lowrank.core.init import find_init
-from lowrank.errors import ConfigError, short
+from lowrank.errors import ConfigError, quoted, short
 
 MOST_ROWS = 2**31  # of a table of tokens; more is a slip, and no index
 
@@ -95,7 +95,7 @@ def _row_faults(given: object) -> list[str]:
     tables = given.items() if isinstance(given, Mapping) else [(None, given)] if given is not None else []
     faults = []
     for name, rows in tables:
-        field = "trainable_token_indices" + ("" if name is None else f"[{name!r}]")
+        field = "trainable_token_indices" + ("" if name is None else f"[{quoted(name)}]")
         numbers = rows if isinstance(rows, tuple) else ()
         if not numbers or not all(type(row) is int and 0 <= row < MOST_ROWS for row in numbers):
             faults.append(f"{field} must be token ids, whole numbers from 0 up, not {short(repr(rows), 80)}")
@@ -116,28 +116,28 @@ def _is_number(value: object) -> bool:
 def _faults(config: LoraConfig) -> list[str]:
     faults = []
     if not _is_rank(config.r):
-        faults.append(f"r must be a whole number of at least 1, not {config.r!r}")
+        faults.append(f"r must be a whole number of at least 1, not {quoted(config.r)}")
     if config.expert_rank is not None and not _is_rank(config.expert_rank):
-        faults.append(f"expert_rank must be a whole number of at least 1, not {config.expert_rank!r}")
+        faults.append(f"expert_rank must be a whole number of at least 1, not {quoted(config.expert_rank)}")
     if not _is_number(config.lora_alpha):
-        faults.append(f"lora_alpha must be a finite number, not {config.lora_alpha!r}")
+        faults.append(f"lora_alpha must be a finite number, not {quoted(config.lora_alpha)}")
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout < 1:
-        faults.append(f"lora_dropout must be a probability from 0 to below 1, not {config.lora_dropout!r}")
+        faults.append(f"lora_dropout must be a probability from 0 to below 1, not {quoted(config.lora_dropout)}")
     faults += [
-        f"rank_pattern[{key!r}] must be a whole number of at least 1, not {rank!r}"
+        f"rank_pattern[{quoted(key)}] must be a whole number of at least 1, not {quoted(rank)}"
         for key, rank in config.rank_pattern.items()
         if not _is_rank(rank)
     ]
     faults += [
-        f"alpha_pattern[{key!r}] must be a finite number, not {alpha!r}"
+        f"alpha_pattern[{quoted(key)}] must be a finite number, not {quoted(alpha)}"
         for key, alpha in config.alpha_pattern.items()
         if not _is_number(alpha)
     ]
     if config.bias not in ("none", "all", "lora_only"):
-        faults.append(f'bias must be "none", "all" or "lora_only", not {config.bias!r}')
+        faults.append(f'bias must be "none", "all" or "lora_only", not {quoted(config.bias)}')
     faults += _row_faults(config.trainable_token_indices)
     if isinstance(config.modules_to_save, str):
-        faults.append(f"modules_to_save must be a list of names, not the string {config.modules_to_save!r}")
+        faults.append(f"modules_to_save must be a list of names, not the string {quoted(config.modules_to_save)}")
     if config.target_modules in ((), "") and not config.target_parameters:
         faults.append("target_modules is empty: name modules, or leave it out for the query and value projections")
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:

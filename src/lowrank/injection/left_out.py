@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from lowrank.errors import some
+from lowrank.errors import quoted, some
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import matches_name, split_parts
 from lowrank.layers.conv import LoraConv
@@ -23,8 +23,8 @@ def emptied(config: LoraConfig, modules: Collection[str], targets: Collection[st
         hits = [path for path in modules if matches_name(path, name)]
         if hits and not any(path in targets for path in hits):
             found.append(
-                f"target_modules: {name!r} names {len(hits)} modules, and exclude_modules, layers_to_transform and "
-                "modules_to_save leave none of them"
+                f"target_modules: {quoted(name)} names {len(hits)} modules, and exclude_modules, layers_to_transform "
+                "and modules_to_save leave none of them"
             )
     return found
 

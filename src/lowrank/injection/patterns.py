@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import TypeVar
 
-from lowrank.errors import ConfigError, TargetError, short
+from lowrank.errors import ConfigError, TargetError, quoted, short
 from lowrank.injection.regex import Table
 
 Value = TypeVar("Value")
@@ -93,7 +93,7 @@ def check_patterns(field: str, keys: Iterable[str], paths: Collection[str]) -> N
     used = {_first(path, keys, field, whole=False) for path in paths} if keys else set()
     for number, key in enumerate(keys):
         if number not in used and all(_first(path, (key,), field, whole=False) is None for path in paths):
-            raise TargetError(f"{field}: {key!r} matches no target{suggestion(key, paths)}")
+            raise TargetError(f"{field}: {quoted(key)} matches no target{suggestion(key, paths)}")
 
 
 def nearest(name: str, paths: Iterable[str], count: int = 3) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.errors import LowrankError
+from lowrank.errors import LowrankError, quoted, some
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.turnstile import Turnstile
 
@@ -94,7 +94,7 @@ def require_adapter(model: nn.Module, name: str) -> LoraConfig:
     """The config of one adapter, or an error that lists those there are."""
     configs = require_state(model).configs
     if name not in configs:
-        raise LowrankError(f"there is no adapter {name!r} in this model: it has {', '.join(map(repr, configs))}")
+        raise LowrankError(f"there is no adapter {quoted(name)} in this model: it has {some(map(quoted, configs), 12)}")
     return configs[name]
 
 

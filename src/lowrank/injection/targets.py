@@ -5,7 +5,7 @@ from typing import cast
 
 from torch import nn
 
-from lowrank.errors import TargetError
+from lowrank.errors import TargetError, quoted
 from lowrank.injection.architectures import query_value
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import FUSED, layer_index, matches, matches_name, split_parts, suggestion
@@ -68,7 +68,7 @@ def default_targets(model: nn.Module) -> tuple[str, ...]:
     if names := query_value(str(model_type), {_leaf(path) for path in modules}):
         return names
     leaves = sorted({_leaf(path) for path, module in modules.items() if is_linear(module)})
-    what = f"models of type {model_type!r}" if model_type else f"a {type(model).__name__}"
+    what = f"models of type {quoted(model_type)}" if model_type else f"a {type(model).__name__}"
     raise TargetError(
         f"target_modules: the query and value projections of {what} are not known; name them, "
         f'or use "all-linear" (linear modules here: {", ".join(leaves) or "none"})'
@@ -115,10 +115,10 @@ def _no_parameter(name: str, parameters: Mapping[str, str], modules: Modules) ->
             if parameter is not None and matches_name(f"{path}.{leaf}", name):
                 shape = list(parameter.shape)
                 return (
-                    f"{name!r} names {path}.{leaf}, {shape}, which is neither the weight of a layer nor a stack of "
-                    f"experts that is known here: a {type(module).__name__} holds it"
+                    f"{quoted(name)} names {path}.{leaf}, {shape}, which is neither the weight of a layer nor a stack "
+                    f"of experts that is known here: a {type(module).__name__} holds it"
                 )
-    return f"{name!r} matches no parameter{suggestion(name, parameters)}"
+    return f"{quoted(name)} matches no parameter{suggestion(name, parameters)}"
 
 
 def _by_regex(regex: str, modules: Modules) -> dict[str, tuple[str, ...]]:
@@ -130,8 +130,8 @@ def _by_regex(regex: str, modules: Modules) -> dict[str, tuple[str, ...]]:
 
 def _no_match(regex: str, paths: Iterable[str]) -> str:
     return (
-        f"{regex!r}, a string, is one regular expression for a whole path and matches none"
-        f"{suggestion(regex, paths)}; for a name that ends the path, give a list: [{regex!r}]"
+        f"{quoted(regex)}, a string, is one regular expression for a whole path and matches none"
+        f"{suggestion(regex, paths)}; for a name that ends the path, give a list: [{quoted(regex)}]"
     )
 
 
@@ -142,11 +142,11 @@ def _by_names(names: Iterable[str], modules: Modules, everything: Modules) -> di
         hits = [path for path in modules if matches_name(path, name)]
         if not hits and any(matches_name(path, name) for path in everything):
             raise TargetError(
-                f"target_modules: {name!r} is no module here but a stacked parameter of experts: name it in "
+                f"target_modules: {quoted(name)} is no module here but a stacked parameter of experts: name it in "
                 "target_parameters"
             )
         if not hits:
-            raise TargetError(f"target_modules: {name!r} matches no module{suggestion(name, modules)}")
+            raise TargetError(f"target_modules: {quoted(name)} matches no module{suggestion(name, modules)}")
         for path in hits:
             if found.get(path, parts) != parts:
                 raise TargetError(f"target_modules: {path} is meant twice, as a whole and by parts, or by other parts")
@@ -173,7 +173,7 @@ def saved_modules(modules: Modules, config: LoraConfig) -> Modules:
     for name in config.modules_to_save:
         hits = {path: module for path, module in modules.items() if matches_name(path, name)}
         if not hits:
-            raise TargetError(f"modules_to_save: {name!r} matches no module{suggestion(name, modules)}")
+            raise TargetError(f"modules_to_save: {quoted(name)} matches no module{suggestion(name, modules)}")
         found |= hits
     return found
 
@@ -217,7 +217,7 @@ def _without(
         for name in [excluded] if isinstance(excluded, str) else excluded:
             pattern = name if isinstance(excluded, str) else (name,)
             if not any(matches(path, pattern, "exclude_modules") for path in modules):
-                raise TargetError(f"exclude_modules: {name!r} matches no module{suggestion(name, modules)}")
+                raise TargetError(f"exclude_modules: {quoted(name)} matches no module{suggestion(name, modules)}")
         found = {p: parts for p, parts in found.items() if not _is_excluded(p, modules[p], excluded)}
     return {
         path: parts for path, parts in found.items() if not any(path == s or path.startswith(s + ".") for s in saved)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lowrank.core.token_rows import TokenRows
-from lowrank.errors import TargetError, some
+from lowrank.errors import TargetError, quoted, some
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import matches_name, suggestion
 from lowrank.layers.embedding import LoraEmbedding
@@ -51,7 +51,7 @@ def find_rows(model: nn.Module, modules: Modules, config: LoraConfig) -> dict[st
     for name, indices in wanted.items():
         hits = [path for path in modules if matches_name(path, name)]
         if not hits:
-            raise TargetError(f"trainable_token_indices: {name!r} matches no module{suggestion(name, modules)}")
+            raise TargetError(f"trainable_token_indices: {quoted(name)} matches no module{suggestion(name, modules)}")
         if twice := [path for path in hits if found.get(path, indices) != indices]:
             raise TargetError(f"trainable_token_indices: {twice[0]} is named twice, with other rows")
         found |= dict.fromkeys(hits, tuple(indices))

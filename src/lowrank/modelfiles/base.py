@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lowrank.errors import CheckpointError, some
+from lowrank.errors import CheckpointError, quoted, some
 from lowrank.files.json_file import read_object
 from lowrank.files.safetensors import Entry, read_layout
 from lowrank.hub import local_folder, origin
@@ -140,7 +140,7 @@ def _named_files(path: Path, index: dict[str, Any]) -> list[str]:
     files = sorted(set(table.values()))
     for name in files:
         if name != os.path.basename(name) or not name.endswith(".safetensors") or not name.isprintable():
-            raise CheckpointError(f"{path} names the weight file {name!r}, which is no file of its folder")
+            raise CheckpointError(f"{path} names the weight file {quoted(name)}, which is no file of its folder")
     if missing := [name for name in files if not (path.parent / name).is_file()]:
         raise CheckpointError(f"{path} names {some(missing)}, which is not there: download the model again")
     return files
@@ -159,8 +159,8 @@ def _check_unique(folder: Path, shards: tuple[Shard, ...]) -> None:
         for entry in shard.layout.entries:
             if entry.name in owners:
                 raise CheckpointError(
-                    f"{folder}: {entry.name!r} is in {owners[entry.name]} and again in {shard.name}: which one is "
-                    "meant cannot be known"
+                    f"{folder}: {quoted(entry.name)} is in {owners[entry.name]} and again in {shard.name}: which one "
+                    "is meant cannot be known"
                 )
             owners[entry.name] = shard.name
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, quoted
 from lowrank.modelfiles.dialects import translations
 
 Fits = Callable[[str, str], bool]
@@ -99,8 +99,8 @@ def _exchange(group: list[str], modules: Collection[str], fits: Fits) -> tuple[s
         if len(candidates) > 1:
             places = " and ".join(repr(new + tails[0]) for new in sorted(candidates)[:3])
             raise CheckpointError(
-                f"{group[0]!r} of the adapter means two places of the base, {places}: rename the adapter's tensors to "
-                "the full names"
+                f"{quoted(group[0])} of the adapter means two places of the base, {places}: rename the adapter's "
+                "tensors to the full names"
             )
         if candidates:
             return old, candidates[0]
@@ -122,5 +122,7 @@ def _check_distinct(found: dict[str, str]) -> None:
     owners: dict[str, str] = {}
     for path, module in found.items():
         if module in owners:
-            raise CheckpointError(f"{owners[module]!r} and {path!r} of the adapter both mean {module!r} of the base")
+            raise CheckpointError(
+                f"{quoted(owners[module])} and {quoted(path)} of the adapter both mean {quoted(module)} of the base"
+            )
         owners[module] = path

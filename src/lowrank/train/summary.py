@@ -9,7 +9,7 @@ from lowrank.data.dataset import Dataset
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import JUDGES
 from lowrank.data.tokens import Encoded
-from lowrank.errors import LowrankWarning
+from lowrank.errors import LowrankWarning, quoted
 from lowrank.injection.quantise import what_is_held
 from lowrank.kernels.processor import warning_of_slow_products
 from lowrank.train import processes
@@ -102,7 +102,7 @@ def _template(recipe: Recipe) -> str:
 
 def _unused(rows: Dataset) -> str:
     """A column left out on purpose is no fault, one that was forgotten is: alpaca's `input` in two rows of five."""
-    names = [f"{name!r} ({count:,} rows)" for name, count in rows.unused[:NAMED]]
+    names = [f"{quoted(name)} ({count:,} rows)" for name, count in rows.unused[:NAMED]]
     more = f" and {len(rows.unused) - NAMED} more" if len(rows.unused) > NAMED else ""
     return f"columns {', '.join(names)}{more}"
 

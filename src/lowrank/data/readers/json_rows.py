@@ -9,7 +9,7 @@ from typing import Any
 from lowrank.data.readers.opening import open_text
 from lowrank.data.readers.record import BadRecord, DataFile, Record
 from lowrank.data.readers.window import Window
-from lowrank.errors import DataError
+from lowrank.errors import DataError, quoted
 
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # only an escape can bring one into a UTF-8 file
 DEEPEST = 100  # brackets in brackets: beyond any data, and far below what Python's own recursion bears
@@ -73,7 +73,9 @@ def _checked(path: Path, line: int, value: Any, text: str) -> Record | BadRecord
     if text.count("[") + text.count("{") > DEEPEST and depth(value) > DEEPEST:
         return BadRecord(f"{path}:{line}: not a row ({TOO_DEEP})")
     if ESCAPED_SURROGATE.search(text) and (field := half_character(value)) is not None:
-        return BadRecord(f"{path}:{line}: field {field!r} holds half a character (a lone surrogate, of truncated JSON)")
+        return BadRecord(
+            f"{path}:{line}: field {quoted(field)} holds half a character (a lone surrogate, of truncated JSON)"
+        )
     return Record(path, line, value)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowrank.data.rows import Conversation, Kind, Preference, RowError
+from lowrank.errors import quoted
 
 
 class Fields:
@@ -20,7 +21,7 @@ class Fields:
 
     def name(self, role: str) -> str:
         """The field as a message says it: field 'mr'."""
-        return f"field {self.columns[role]!r}"
+        return f"field {quoted(self.columns[role])}"
 
     def text(self, role: str) -> str:
         """The value, which must be text that says something. Raises RowError."""

@@ -6,6 +6,7 @@ from typing import Any
 from lowrank.data.rows import Message, RowError
 from lowrank.data.shapes.shape import shown
 from lowrank.data.shapes.tools import read_calls
+from lowrank.errors import quoted
 
 ROLES = {
     **dict.fromkeys(("system", "instruction"), "system"),
@@ -26,7 +27,7 @@ def read_turns(turns: Sequence[Any], column: str) -> tuple[Message, ...]:
     """Every turn. Raises RowError that names the turn, as in field 'messages'[2]."""
     found = []
     for number, turn in enumerate(turns):
-        where = f"field {column!r}[{number}]"
+        where = f"field {quoted(column)}[{number}]"
         if not isinstance(turn, dict):
             raise RowError(f"{where} must be an object with role and content, not {shown(turn)}")
         role = _role(turn, where)
@@ -34,7 +35,7 @@ def read_turns(turns: Sequence[Any], column: str) -> tuple[Message, ...]:
             continue  # exports leave an empty one where there is none
         found.append(Message({"role": "assistant" if role == "call" else role, **READ[role](turn, where)}, _said(turn)))
     if not found:
-        raise RowError(f"field {column!r} says nothing")
+        raise RowError(f"field {quoted(column)} says nothing")
     return tuple(found)
 
 

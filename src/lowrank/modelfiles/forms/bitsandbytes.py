@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowrank.core.stored import FourBit, Int8Rows, Nested, Stored
-from lowrank.errors import CheckpointError
+from lowrank.errors import CheckpointError, quoted
 from lowrank.files.json_file import parse_json
 from lowrank.files.safetensors import DTYPES as DTYPES_IN_FILES
 from lowrank.modelfiles.blocks import mapped_flat
@@ -123,7 +123,7 @@ def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -
 
 def _add_four_bit(tensors: Mapping[str, Source], weight: str, kind: str, state: Source, found: Found) -> None:
     if kind not in KINDS:
-        refuse(weight, f"its four-bit kind {kind!r} is not known, only {' and '.join(KINDS)}")
+        refuse(weight, f"its four-bit kind {quoted(kind)} is not known, only {' and '.join(KINDS)}")
     said = _state(weight, kind, state)
     parts = {"weight": part(tensors, weight, weight, ("U8", "BF16", "F16", "F32")), "state": state}
     shape, block = tuple(said["shape"]), said["blocksize"]
