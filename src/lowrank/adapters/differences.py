@@ -11,7 +11,7 @@ from lowrank.core.merging import row_blocks
 from lowrank.errors import MergeError
 from lowrank.files.safetensors import FLOATS
 from lowrank.modelfiles.base import BaseFiles, Source
-from lowrank.modelfiles.blocks import some_rows, whole
+from lowrank.modelfiles.blocks import as_bytes, some_rows, whole
 from lowrank.modelfiles.names import resolve
 from lowrank.modelfiles.tensors import StoredEntry
 from lowrank.modelfiles.tied import has_head, head_of, may_be_tied
@@ -81,7 +81,7 @@ class Difference:
             return self.comparable and not any(block.any() for block in self.blocks())
         if isinstance(one, StoredEntry) or isinstance(other, StoredEntry):
             return self.comparable and not any(block.any() for block in self.blocks())
-        left, right = _as_bytes(self.base), _as_bytes(self.tuned)
+        left, right = as_bytes(self.base), as_bytes(self.tuned)
         pieces = row_blocks(one.nbytes, 1)
         return all(torch.equal(some_rows(left, piece), some_rows(right, piece)) for piece in pieces)
 
@@ -94,11 +94,6 @@ def stored(source: Source) -> Tensor:
 def _as_matrix(source: Source) -> Source:
     """The same tensor; a single number is a matrix too."""
     return Source(source.shard, replace(source.entry, shape=source.entry.shape or (1,)))
-
-
-def _as_bytes(source: Source) -> Source:
-    """The tensor's bytes, whatever its dtype."""
-    return Source(source.shard, replace(source.entry, dtype="U8", shape=(source.entry.nbytes,)))
 
 
 @dataclass(frozen=True, slots=True)

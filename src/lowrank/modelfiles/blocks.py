@@ -1,15 +1,15 @@
 """Rows of a tensor's values, read block by block into memory that is used again."""
 
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from lowrank.files.regular import TruncatedError, read_into
+from lowrank.files.regular import read_into
 from lowrank.files.safetensors import READABLE
 from lowrank.modelfiles.tensors import MadeWhole, Source, StoredEntry
 
@@ -55,7 +55,9 @@ def opened(source: Source | None) -> Iterator[int]:
 
 def hold(source: Source | None) -> object:
     """What keeps a weight that is made as a whole from being made again for its next rows; None for all others."""
-    form = source.entry.form if source is not None and isinstance(source.entry, StoredEntry) else None
+    if source is None or not isinstance(source.entry, StoredEntry):
+        return None
+    form = source.entry.form
     return form.hold() if isinstance(form, MadeWhole) else None
 
 
@@ -84,23 +86,16 @@ def some_rows(source: Source, rows: slice) -> Tensor:
         return read_entry_rows(source, descriptor, prod(entry.shape[1:]), rows, Workspace(), "rows")
 
 
-def mapped_flat(source: Source) -> Tensor:
-    """The numbers of a part of a stored form, (n,), mapped from the file: a quantised model is to take no memory.
+def flat(source: Source, start: int = 0, stop: int | None = None) -> Tensor:
+    """Numbers `start` to `stop` of a tensor as they lie in the files, (n',), all where none are given; new memory.
 
-    A file that shrinks while it is used so ends the process.
+    What a stored form reads of its parts, some at a time: they are never mapped, and no part is kept.
     """
-    entry = source.entry
-    dtype = READABLE[entry.dtype]
-    if not entry.nbytes:
-        return torch.empty(0, dtype=dtype)
-    start = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
-    end = entry.offset + entry.nbytes
-    with open(source.shard.path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < end:
-            raise TruncatedError(source.shard.path)
-        both = mmap.PROT_READ | mmap.PROT_WRITE
-        pages = mmap.mmap(file.fileno(), end - start, flags=mmap.MAP_PRIVATE, prot=both, offset=start)
-    flat = torch.frombuffer(pages, dtype=torch.uint8, offset=entry.offset - start, count=entry.nbytes)
-    if entry.offset % dtype.itemsize:
-        flat = flat.clone()  # a header of odd length puts its tensors where they cannot be read in place
-    return flat.view(dtype)
+    last = prod(source.entry.shape) if stop is None else stop
+    entry = replace(source.entry, shape=(last,))
+    return some_rows(Source(source.shard, entry), slice(start, last)).view(-1)
+
+
+def as_bytes(source: Source) -> Source:
+    """The tensor's bytes, whatever its dtype."""
+    return Source(source.shard, replace(source.entry, dtype="U8", shape=(source.entry.nbytes,)))

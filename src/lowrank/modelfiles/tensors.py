@@ -1,6 +1,6 @@
 """Where a tensor of a base lies: in a weight file as it is, or in a form that several tensors of the files make up."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -34,7 +34,7 @@ class Form(Protocol):
     parts: dict[str, Source]
 
     def rows(self, rows: slice) -> Tensor:
-        """Rows of the weight as a matrix of stored rows, (n', m), new memory."""
+        """Rows of the weight as a matrix of stored rows, (n', m), new memory: of its parts no more is read than that."""
         ...
 
 
@@ -52,7 +52,7 @@ class PackedForm(Form, Protocol):
     """A form of one matrix, into which another can be put."""
 
     def stored(self) -> Stored:
-        """What reads the whole: new tensors, mapped from the files."""
+        """What reads the whole: new tensors, read from the files and kept by the answer alone."""
         ...
 
     def parts_of(self, stored: Stored) -> dict[str, Tensor]:
@@ -73,8 +73,8 @@ class PackedStack(Form, Protocol):
 
     transposed: bool
 
-    def unstacked(self, parts: Mapping[str, Tensor]) -> list[Stored]:
-        """What reads each expert, from these parts, and of the others this tensor's own."""
+    def unstacked(self, parts: Mapping[str, Tensor]) -> Iterator[Stored]:
+        """What reads each expert, one after another, from these parts, and of the others this tensor's own."""
         ...
 
     def stacked(self, experts: Sequence[Stored]) -> dict[str, Tensor]:

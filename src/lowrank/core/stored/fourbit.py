@@ -4,7 +4,7 @@ The matrix is flat, row after row, in blocks of `block` numbers. A number is cod
 holds two, the first in its high half. Double quantisation stores absmax in eight bits: code₂[j]·absmax₂ + offset.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -72,12 +72,20 @@ class FourBit(Stored):
     def rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """W0[rows]: code·absmax in float32, rounded to the form's dtype."""
         k = self.shape[1]
-        start, stop = rows.start * k, rows.stop * k
+        return self.numbers(rows.start * k, rows.stop * k).to(dtype or self.dtype).view(-1, k)
+
+    def numbers(self, start: int, stop: int) -> Tensor:
+        """Those of W0 from `start` to `stop`, row after row, (n',), in the form's dtype."""
         first = start // 2
         numbers = self._pairs.index_select(0, self.packed[first : -(-stop // 2)].int()).view(torch.float32)
         numbers = numbers[start - 2 * first : stop - 2 * first]
-        values = scaled_blocks(numbers, self.scales(start, stop), self.block, start)
-        return values.to(self.dtype).to(dtype or self.dtype).view(-1, k)
+        return scaled_blocks(numbers, self.scales(start, stop), self.block, start).to(self.dtype)
+
+    def holding(self, packed: Tensor, absmax: Tensor | Nested, shape: torch.Size) -> "FourBit":
+        """Other numbers in the same code."""
+        other = replace(self, packed=packed, absmax=absmax, shape=shape)
+        other.__dict__["_pairs"] = self._pairs  # made once
+        return other
 
     def scales(self, start: int, stop: int) -> Tensor:
         """absmax of the blocks that hold the numbers from `start` to `stop`."""

@@ -56,7 +56,8 @@ class Scaled(Numbers):
     """W0 = numbers·scale: numbers (d, k) int8 or FP8; scales (⌈d/rows⌉, ⌈k/columns⌉), one for each block.
 
     block: (rows, columns) that share a scale; (1, k) is a scale for a channel, (d, k) one for the tensor. The product
-    is formed in float32 and rounded to dtype; `zero` points (of the scales' shape) are taken off first.
+    is formed in float32 and rounded to dtype; `zero` points (of the scales' shape) are taken off first. lead: how many
+    rows of the first block come before the first of `numbers`, which are some rows of a matrix then.
     """
 
     scheme: ClassVar[str] = "scaled"
@@ -65,6 +66,7 @@ class Scaled(Numbers):
     block: tuple[int, int]
     dtype: torch.dtype
     zero: Tensor | None = None
+    lead: int = 0
 
     def rows(self, rows: slice, dtype: torch.dtype | None = None) -> Tensor:
         """W0[rows]."""
@@ -77,10 +79,11 @@ class Scaled(Numbers):
     def _spread(self, scales: Tensor, rows: slice) -> Tensor:
         """What every number of the rows is scaled by, as far as broadcasting does not do it."""
         tall, wide = self.block
-        first = rows.start // tall
-        some = scales[first : -(-rows.stop // tall)].float()
+        start, stop = rows.start + self.lead, rows.stop + self.lead
+        first = start // tall
+        some = scales[first : -(-stop // tall)].float()
         if some.shape[1] > 1:
             some = some.repeat_interleave(wide, 1)[:, : self.shape[1]]
         if len(scales) == 1:
             return some
-        return some.repeat_interleave(tall, 0)[rows.start - first * tall : rows.stop - first * tall]
+        return some.repeat_interleave(tall, 0)[start - first * tall : stop - first * tall]

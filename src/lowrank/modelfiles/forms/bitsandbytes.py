@@ -14,7 +14,7 @@ from lowrank.core.stored import FourBit, Int8Rows, Nested, Stored
 from lowrank.errors import CheckpointError, quoted
 from lowrank.files.json_file import parse_json
 from lowrank.files.safetensors import DTYPES as DTYPES_IN_FILES
-from lowrank.modelfiles.blocks import mapped_flat
+from lowrank.modelfiles.blocks import as_bytes, flat
 from lowrank.modelfiles.forms.found import Found, check_shape, part, refuse
 from lowrank.modelfiles.tensors import Source
 
@@ -33,10 +33,6 @@ class FourBitForm:
     state: dict[str, Any]
     scheme: str = "bitsandbytes 4-bit"
 
-    @cached_property
-    def _whole(self) -> FourBit:
-        return self.assembled({})
-
     def parts_of(self, stored: Stored) -> dict[str, Tensor]:
         """The packed numbers, their scales, and what describes these."""
         assert isinstance(stored, FourBit)
@@ -50,28 +46,53 @@ class FourBitForm:
 
     def assembled(self, parts: dict[str, Tensor]) -> FourBit:
         """What reads these parts."""
-        own = {role: source for role, source in self.parts.items() if role != "state" and role not in parts}
-        tensors = {role: mapped_flat(source) for role, source in own.items()}
+        tensors = {role: flat(source) for role, source in self._numbers.items() if role not in parts}
         tensors |= {role: part.flatten() for role, part in parts.items() if role != "state"}
         said = parse_json(bytes(parts["state"].tolist())) if "state" in parts else self.state
+        return self._of(tensors, torch.Size(self.state["shape"]), said)
+
+    def _of(self, tensors: Mapping[str, Tensor], shape: torch.Size, said: Mapping[str, Any]) -> FourBit:
         absmax: Tensor | Nested = tensors["absmax"]
-        if "nested_absmax" in self.parts:
+        if (code := self._tables.get("nested_quant_map")) is not None:
             offset = torch.tensor(float(said["nested_offset"]))
-            code, scales = tensors["nested_quant_map"], tensors["nested_absmax"]
-            absmax = Nested(tensors["absmax"], code, scales, offset, self.state["nested_blocksize"])
-        dtype = getattr(torch, self.state["dtype"])
-        packed, shape = tensors["weight"].view(torch.uint8), torch.Size(self.state["shape"])
-        return FourBit(
-            packed, absmax, tensors["quant_map"], self.state["blocksize"], shape, dtype, self.state["quant_type"]
-        )
+            absmax = Nested(absmax, code, tensors["nested_absmax"], offset, self.state["nested_blocksize"])
+        return self._code.holding(tensors["weight"].view(torch.uint8), absmax, shape)
+
+    @cached_property
+    def _numbers(self) -> dict[str, Source]:
+        """The parts that differ from row to row, packed numbers as bytes."""
+        own = {role: source for role, source in self.parts.items() if role in ("absmax", "nested_absmax")}
+        return own | {"weight": as_bytes(self.parts["weight"])}
+
+    @cached_property
+    def _tables(self) -> dict[str, Tensor]:
+        return {role: flat(source) for role, source in self.parts.items() if role.endswith("quant_map")}
+
+    @cached_property
+    def _code(self) -> FourBit:
+        """The form without numbers."""
+        none, code, dtype = torch.empty(0), self._tables["quant_map"], getattr(torch, self.state["dtype"])
+        packed, kind = none.byte(), self.state["quant_type"]
+        return FourBit(packed, none, code, self.state["blocksize"], torch.Size((0, 0)), dtype, kind)
 
     def stored(self) -> Stored:
         """What reads the whole."""
-        return self._whole
+        return self.assembled({})
 
     def rows(self, rows: slice) -> Tensor:
-        """Rows of the matrix."""
-        return self._whole.rows(rows)
+        """Rows of the matrix, from the blocks that hold them."""
+        columns, block, nested = self.state["shape"][1], self.state["blocksize"], self.state.get("nested_blocksize", 1)
+        start, stop = rows.start * columns, rows.stop * columns
+        first, last = start // (block * nested) * nested, -(-stop // block)  # of the blocks, whose scales have blocks
+        before = first * block
+        pieces = {
+            "weight": (before // 2, -(-stop // 2)),
+            "absmax": (first, last),
+            "nested_absmax": (first // nested, -(-last // nested)),
+        }
+        tensors = {role: flat(source, *pieces[role]) for role, source in self._numbers.items()}
+        some = self._of(tensors, torch.Size((1, stop - before)), self.state)
+        return some.numbers(start - before, stop - before).view(-1, columns)
 
 
 @dataclass(eq=False)
@@ -81,10 +102,6 @@ class Int8Form:
     parts: dict[str, Source]
     scheme: str = "bitsandbytes int8"
 
-    @cached_property
-    def _whole(self) -> Int8Rows:
-        return self.assembled({})
-
     def parts_of(self, stored: Stored) -> dict[str, Tensor]:
         """The numbers and the rows' scales."""
         assert isinstance(stored, Int8Rows)
@@ -92,18 +109,19 @@ class Int8Form:
 
     def assembled(self, parts: dict[str, Tensor]) -> Int8Rows:
         """What reads these parts."""
-        numbers, scales = (
-            parts[role] if role in parts else mapped_flat(self.parts[role]) for role in ("weight", "SCB")
-        )
+        numbers, scales = (parts[role] if role in parts else flat(self.parts[role]) for role in ("weight", "SCB"))
         return Int8Rows(numbers.view(self.parts["weight"].entry.shape), scales)
 
     def stored(self) -> Stored:
         """What reads the whole."""
-        return self._whole
+        return self.assembled({})
 
     def rows(self, rows: slice) -> Tensor:
         """Rows of the matrix."""
-        return self._whole.rows(rows)
+        columns = self.parts["weight"].entry.shape[1]
+        numbers = flat(self.parts["weight"], rows.start * columns, rows.stop * columns)
+        scales = flat(self.parts["SCB"], rows.start, rows.stop)
+        return Int8Rows(numbers.view(len(scales), columns), scales).matrix()
 
 
 def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -> Found:  # noqa: ARG001
@@ -149,7 +167,7 @@ def _state(weight: str, kind: str, source: Source) -> dict[str, Any]:
     if source.entry.dtype != "U8" or source.entry.nbytes > LARGEST_STATE:
         refuse(weight, "its quant_state is no text")
     try:
-        said = parse_json(bytes(mapped_flat(source).tolist()))
+        said = parse_json(bytes(flat(source).tolist()))
     except ValueError as error:
         raise CheckpointError(
             f"the quantised weight {weight} cannot be read: its quant_state is no JSON ({error})"

@@ -3,10 +3,14 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NoReturn
+
+from torch import Tensor
 
 from lowrank.errors import CheckpointError
 from lowrank.files.safetensors import FLOATS, Entry
+from lowrank.modelfiles.blocks import flat
 from lowrank.modelfiles.tensors import Form, Source, StoredEntry
 
 AUXILIARY = (
@@ -50,6 +54,15 @@ def part(tensors: Mapping[str, Source], name: str, owner: str, dtypes: tuple[str
     if source.entry.dtype not in dtypes:
         refuse(name, f"it is {source.entry.dtype}, and should be {' or '.join(dtypes)}")
     return source
+
+
+def one_of(source: Source, number: int, instead: Tensor | None) -> Tensor:
+    """The part of expert `number`, of a part that all experts of a stack have in turn; instead: what to take it from."""
+    shape = source.entry.shape
+    if instead is not None:
+        return instead.view(shape)[number]
+    size = prod(shape[1:])
+    return flat(source, number * size, (number + 1) * size).view(shape[1:])
 
 
 def check_shape(entry: Entry, *wanted: tuple[int, ...]) -> None:

@@ -1,7 +1,7 @@
 """gpt-oss's experts in files: `NAME_blocks` (E, n, k/32, 16) and `NAME_scales` (E, n, k/32) are NAME, (E, k, n)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lowrank.core.stored import Mxfp4, Stored
 from lowrank.files.safetensors import FLOATS
-from lowrank.modelfiles.blocks import mapped_flat
-from lowrank.modelfiles.forms.found import Found, check_shape, part, refuse
+from lowrank.modelfiles.forms.found import Found, check_shape, one_of, part, refuse
 from lowrank.modelfiles.tensors import Source
 
 BLOCK_BYTES = 16
@@ -26,13 +25,13 @@ class Mxfp4Form:
     scheme: str = "MXFP4"
     transposed: bool = True
 
-    def unstacked(self, parts: Mapping[str, Tensor]) -> list[Stored]:
+    def unstacked(self, parts: Mapping[str, Tensor]) -> Iterator[Stored]:
         """Each expert's blocks, of the transposed."""
-        blocks, scales = (
-            (parts[role] if role in parts else mapped_flat(self.parts[role])).view(self.parts[role].entry.shape)
-            for role in ("weight", "scales")
-        )
-        return [Mxfp4(*one, self.dtype) for one in zip(blocks, scales, strict=True)]
+        return (self._expert(number, parts) for number in range(self.parts["weight"].entry.shape[0]))
+
+    def _expert(self, number: int, parts: Mapping[str, Tensor]) -> Mxfp4:
+        blocks, scales = (one_of(self.parts[role], number, parts.get(role)) for role in ("weight", "scales"))
+        return Mxfp4(blocks, scales, self.dtype)
 
     def stacked(self, experts: Sequence[Stored]) -> dict[str, Tensor]:
         """Blocks and scales of all."""
@@ -41,7 +40,8 @@ class Mxfp4Form:
 
     def rows(self, rows: slice) -> Tensor:
         """Experts, (n', k·n)."""
-        return torch.stack([expert.matrix().t().flatten() for expert in self.unstacked({})[rows]])
+        experts = (self._expert(number, {}) for number in range(rows.start, rows.stop))
+        return torch.stack([expert.matrix().t().flatten() for expert in experts])
 
 
 def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -> Found:
@@ -55,7 +55,7 @@ def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -
         shape = parts["weight"].entry.shape
         if parts["weight"].entry.dtype != "U8" or len(shape) != 4 or shape[3] != BLOCK_BYTES:
             refuse(
-                weight, f"{name} is {parts['blocks'].entry.dtype} of shape {list(shape)}, wanted U8 (E, n, k/32, 16)"
+                weight, f"{name} is {parts['weight'].entry.dtype} of shape {list(shape)}, wanted U8 (E, n, k/32, 16)"
             )
         check_shape(parts["scales"].entry, shape[:3])
         whole = (shape[0], math.prod(shape[2:]) * 2, shape[1])

@@ -1,8 +1,7 @@
 """FP8 and int8 weights with scales beside them: `weight_scale_inv` by blocks, `weight_scale` by channel or group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from lowrank.core.stored import Scaled, Stored
 from lowrank.files.safetensors import FLOATS
-from lowrank.modelfiles.blocks import mapped_flat
-from lowrank.modelfiles.forms.found import Found, part, refuse
+from lowrank.modelfiles.blocks import flat
+from lowrank.modelfiles.forms.found import Found, one_of, part, refuse
 from lowrank.modelfiles.tensors import Source, StoredEntry
 
 NUMBERS = ("F8_E4M3", "F8_E5M2", "I8")
@@ -29,10 +28,6 @@ class ScaledForm:
     dtype: torch.dtype
     scheme: str = "scaled"
 
-    @cached_property
-    def _whole(self) -> Scaled:
-        return self.assembled({})
-
     def parts_of(self, stored: Stored) -> dict[str, Tensor]:
         """The numbers and their scales."""
         assert isinstance(stored, Scaled)
@@ -40,18 +35,28 @@ class ScaledForm:
 
     def assembled(self, parts: dict[str, Tensor]) -> Scaled:
         """What reads these parts."""
-        tensors = {role: mapped_flat(source) for role, source in self.parts.items() if role not in parts} | parts
-        zero = tensors["zero"].view(self.grid) if "zero" in tensors else None
-        numbers = tensors["weight"].view(self.parts["weight"].entry.shape)
-        return Scaled(numbers, tensors["scale"].view(self.grid), self.block, self.dtype, zero)
+        tensors = {role: flat(source) for role, source in self.parts.items() if role not in parts} | parts
+        return self._of(tensors, self.parts["weight"].entry.shape[0])
+
+    def _of(self, tensors: Mapping[str, Tensor], rows: int, lead: int = 0) -> Scaled:
+        """Of so many rows; lead: as in `Scaled`."""
+        columns, across = self.parts["weight"].entry.shape[1], self.grid[1]
+        zero = tensors["zero"].view(-1, across) if "zero" in tensors else None
+        numbers, scales = tensors["weight"].view(rows, columns), tensors["scale"].view(-1, across)
+        return Scaled(numbers, scales, self.block, self.dtype, zero, lead)
 
     def stored(self) -> Stored:
         """What reads the whole."""
-        return self._whole
+        return self.assembled({})
 
     def rows(self, rows: slice) -> Tensor:
-        """Rows of the matrix."""
-        return self._whole.rows(rows)
+        """Rows of the matrix, and the scales of the blocks that they lie in."""
+        tall, columns, (down, across) = self.block[0], self.parts["weight"].entry.shape[1], self.grid
+        first, last = (0, 1) if down == 1 else (rows.start // tall, -(-rows.stop // tall))
+        pieces = dict.fromkeys(self.parts, (first * across, last * across))
+        pieces["weight"] = rows.start * columns, rows.stop * columns
+        tensors = {role: flat(source, *pieces[role]) for role, source in self.parts.items()}
+        return self._of(tensors, rows.stop - rows.start, rows.start - first * tall).matrix()
 
 
 @dataclass(eq=False)
@@ -65,12 +70,13 @@ class StackForm:
     scheme: str = "scaled"
     transposed: bool = False
 
-    def unstacked(self, parts: Mapping[str, Tensor]) -> list[Stored]:
+    def unstacked(self, parts: Mapping[str, Tensor]) -> Iterator[Stored]:
         """Each expert's numbers and scales."""
-        tensors = {role: mapped_flat(source) for role, source in self.parts.items() if role not in parts} | dict(parts)
-        numbers = tensors["weight"].view(self.parts["weight"].entry.shape)
-        both = zip(numbers, tensors["scale"].view(-1, *self.grid), strict=True)
-        return [Scaled(*one, self.block, self.dtype) for one in both]
+        return (self._expert(number, parts) for number in range(self.parts["weight"].entry.shape[0]))
+
+    def _expert(self, number: int, parts: Mapping[str, Tensor]) -> Scaled:
+        numbers, scales = (one_of(self.parts[role], number, parts.get(role)) for role in ("weight", "scale"))
+        return Scaled(numbers, scales.view(self.grid), self.block, self.dtype)
 
     def stacked(self, experts: Sequence[Stored]) -> dict[str, Tensor]:
         """Numbers and scales of all."""
@@ -81,7 +87,8 @@ class StackForm:
 
     def rows(self, rows: slice) -> Tensor:
         """Experts, (n', d·k)."""
-        return torch.stack([expert.matrix().flatten() for expert in self.unstacked({})[rows]])
+        experts = (self._expert(number, {}) for number in range(rows.start, rows.stop))
+        return torch.stack([expert.matrix().flatten() for expert in experts])
 
 
 def find(tensors: Mapping[str, Source], method: Mapping[str, Any], plain: str) -> Found:
@@ -148,10 +155,12 @@ def _add_stack(tensors: Mapping[str, Source], name: str, method: Mapping[str, An
 
 def _block(shape: tuple[int, ...], grid: tuple[int, int], method: Mapping[str, Any]) -> tuple[int, int] | None:
     """The rows and columns that share a scale: the config's where it says them, else those that the grid divides."""
+    if min(grid) < 1:
+        return None
     said = method.get("weight_block_size")
     sizes = said if isinstance(said, list) and len(said) == 2 and all(type(n) is int and n > 0 for n in said) else None
     if sizes and grid == (-(-shape[0] // sizes[0]), -(-shape[1] // sizes[1])):
         return sizes[0], sizes[1]
-    if grid[0] < 1 or grid[1] < 1 or shape[0] % grid[0] or shape[1] % grid[1]:
+    if shape[0] % grid[0] or shape[1] % grid[1]:
         return None
     return shape[0] // grid[0], shape[1] // grid[1]
