@@ -1,7 +1,8 @@
 """Switching adapters while other threads run the model: a forward sees a switch whole, or not at all.
 
 A switch goes through the model layer by layer. `Turnstile` lets any number of threads run the model's forward, and one
-change it while none does; a change that waits holds new forwards back. The model's hooks bring its forwards through
+change it while none does. They take turns: a change that waits holds new forwards back, and forwards that a change kept
+waiting go before the next one, so that neither starves. The model's hooks bring its forwards through
 (`injection.rounds`); a submodule that is called alone, or a compiled model, goes past.
 """
 
@@ -29,7 +30,10 @@ class Turnstile:
         self._running: dict[int, int] = {}  # by thread: how many forwards, one inside of the other
         self._owner: int | None = None  # the thread that changes the model
         self._depth = 0
-        self._waiting = 0
+        self._waiting = 0  # changes
+        self._held = 0  # forwards that wait
+        self._due = 0  # of these, how many were there when the last change ended
+        self._round = 0  # how many changes have ended
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A new one: what waits here does not wait there."""
@@ -39,9 +43,20 @@ class Turnstile:
         """A forward begins in this thread: wait until nobody changes the model."""
         me = threading.get_ident()
         with self._changed:
-            if me not in self._running and self._owner != me:
-                self._changed.wait_for(lambda: self._owner is None and not self._waiting)
+            if (self._waiting or self._owner is not None) and me not in self._running and self._owner != me:
+                self._stand()
             self._running[me] = self._running.get(me, 0) + 1
+
+    def _stand(self) -> None:
+        """Wait until nobody changes the model, or for the end of one change where others wait too."""
+        came = self._round
+        self._held += 1
+        try:
+            self._changed.wait_for(lambda: self._owner is None and (not self._waiting or self._round > came))
+        finally:
+            self._held -= 1
+            if self._round > came:
+                self._due -= 1
 
     def leave(self) -> None:
         """A forward ended in this thread."""
@@ -71,6 +86,8 @@ class Turnstile:
                 self._depth -= 1
                 if not self._depth:
                     self._owner = None
+                    self._round += 1
+                    self._due = self._held
                     self._changed.notify_all()
 
     def _wait(self, me: int, model: nn.Module) -> None:
@@ -83,7 +100,7 @@ class Turnstile:
         self._waiting += 1
         latest = time.monotonic() + PATIENCE
         try:
-            while self._owner is not None or self._others():
+            while self._owner is not None or self._due or self._others():
                 self._changed.wait(LOOK_AGAIN)
                 if time.monotonic() > latest:
                     raise LowrankError(

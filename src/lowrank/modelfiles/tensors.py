@@ -34,7 +34,7 @@ class Form(Protocol):
     parts: dict[str, Source]
 
     def rows(self, rows: slice) -> Tensor:
-        """Rows of the weight as a matrix of stored rows, (n', m), new memory: of its parts no more is read than that."""
+        """Rows of the weight as a matrix of stored rows, (n', m), new memory; no more of its parts is read."""
         ...
 
 

@@ -55,7 +55,7 @@ class FourBitForm:
         absmax: Tensor | Nested = tensors["absmax"]
         if (code := self._tables.get("nested_quant_map")) is not None:
             offset = torch.tensor(float(said["nested_offset"]))
-            absmax = Nested(absmax, code, tensors["nested_absmax"], offset, self.state["nested_blocksize"])
+            absmax = Nested(tensors["absmax"], code, tensors["nested_absmax"], offset, self.state["nested_blocksize"])
         return self._code.holding(tensors["weight"].view(torch.uint8), absmax, shape)
 
     @cached_property

@@ -57,7 +57,7 @@ def part(tensors: Mapping[str, Source], name: str, owner: str, dtypes: tuple[str
 
 
 def one_of(source: Source, number: int, instead: Tensor | None) -> Tensor:
-    """The part of expert `number`, of a part that all experts of a stack have in turn; instead: what to take it from."""
+    """Expert `number` of a part that all experts of a stack have in turn; instead: what to take it from."""
     shape = source.entry.shape
     if instead is not None:
         return instead.view(shape)[number]
