@@ -48,6 +48,8 @@ fuzz: .venv/.dev         ## damaged files for FUZZ minutes: readers, merging, by
 TORTURE ?= 1000
 torture: .venv/.dev      ## trainings killed TORTURE times, at any moment and inside checkpoints: none may lose or change a bit
 	$(BIN)/python tests/hostile/torture.py --kills $(TORTURE) --seed $$(date +%s)
+	$(BIN)/python tests/hostile/torture.py --kills $$(($(TORTURE) / 10)) --seed $$(date +%s) --processes 2
+	$(BIN)/python tests/hostile/torture.py --kills $$(($(TORTURE) / 10)) --seed $$(date +%s) --processes 2 --shard
 
 bench: .venv/.dev        ## the training step beside its peers and its floor (minutes; wants a quiet machine)
 	$(BIN)/python benchmarks/training_step.py --out benchmarks/results/training_step.json

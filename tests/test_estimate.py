@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -9,20 +10,26 @@ from torch.profiler import ProfilerActivity, profile
 
 from lowrank import cli
 from lowrank.data.batches import collate
+from lowrank.data.preference import joined, one_behind_the_other
 from lowrank.data.tokens import Example
 from lowrank.errors import ConfigError
+from lowrank.injection.quantise import what_is_held
 from lowrank.study.estimate import estimate as module
-from lowrank.study.estimate.estimate import estimate, largest_rows
+from lowrank.study.estimate.estimate import estimate
+from lowrank.study.estimate.fitting import largest_rows
 from lowrank.study.estimate.machines import GPUS, Machine, Rates, named_gpu
 from lowrank.study.estimate.settings import EstimateSettings
 from lowrank.train.adapting import adapt
 from lowrank.train.evaluation import Measure
 from lowrank.train.head import find_head
+from lowrank.train.held import load_held
 from lowrank.train.loop import Loop
 from lowrank.train.losses import NextToken
 from lowrank.train.metrics import FIGURES
 from lowrank.train.models import load_causal
+from lowrank.train.preference import PreferenceLoss
 from lowrank.train.reporting import Reporter
+from lowrank.train.row_attention import attend_by_rows
 from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
 from train_models import save_llama
@@ -67,13 +74,29 @@ class SecondStep(Reporter):
         return most
 
 
-def measured(folder, settings):
-    """(bytes that stand, bytes beside them at the most) of a training of two steps."""
-    model = load_causal(Path(folder), getattr(torch, settings.dtype or "float32"))
+def loaded_as(folder, settings):
+    """The model as a training has it, before it is adapted."""
+    dtype = getattr(torch, settings.dtype or "float32")
+    if settings.quantise:
+        return load_held(Path(folder), settings, dtype, CPU, ())
+    return load_causal(Path(folder), dtype)
+
+
+def measured(folder, settings, flat=False, pairs=False):
+    """(bytes that stand, bytes beside them at the most) of a training of two steps.
+
+    flat: the rows of a micro-batch lie end to end, as packs do; pairs: each is a chosen and a rejected answer.
+    """
+    model = loaded_as(folder, settings)
     loaded = Loaded(model, None, CPU, 0)
     adapt(loaded, settings, None)
-    measure = Measure(lambda rows: collate(rows, 0, CPU, True), NextToken(find_head(model)), FIGURES["text"])
-    examples = [Example([1] * settings.max_length, [1] * settings.max_length) for _ in range(settings.batch_size)]
+    head, row = find_head(model), Example([1] * settings.max_length, [1] * settings.max_length)
+    loss, figures = (PreferenceLoss(head=head), "preference") if pairs else (NextToken(head), "text")
+    rows = one_behind_the_other if pairs else list
+    measure = Measure(lambda some: collate(rows(some), 0, CPU, True), loss, FIGURES[figures], pairs, flat=flat)
+    examples = [joined(row, row) if pairs else row] * settings.batch_size
+    if flat:
+        assert attend_by_rows(model, measure.trained(examples[:2]), head)
     reporter = SecondStep()
     loop = Loop(model, examples, [], measure, settings, reporter)
     loop.run()
@@ -81,10 +104,13 @@ def measured(folder, settings):
     moments = [t for held in adamw.adamw.state.values() for t in held.values() if torch.is_tensor(t) and t.dim()]
     masters = [m for p, m in zip(adamw.parameters, adamw.masters, strict=True) if p is not m]
     standing = [*model.parameters(), *model.buffers(), *moments, *masters]
-    return sum(tensor.nbytes for tensor in standing), reporter.height()
+    held = what_is_held(model)
+    scales = held.bytes - sum(p.nbytes for p in model.parameters() if not p.is_floating_point()) if held else 0
+    return sum(tensor.nbytes for tensor in standing) + scales, reporter.height()
 
 
 LLAMA = {"targets": "all-linear", "max_length": 128, "batch_size": 4}
+HALF = {"dtype": "bfloat16"}
 SHAPES = {
     "all linear": ({}, LLAMA),
     "query and value": ({}, LLAMA | {"targets": "q_proj,v_proj"}),
@@ -100,14 +126,47 @@ SHAPES = {
 }
 
 
+HELD = {
+    "four bits": ({"width": 256}, LLAMA | {"quantise": "nf4"}),
+    "four bits, their scales too, bfloat16": ({"width": 256}, LLAMA | {"quantise": "nf4", "double": True} | HALF),
+    "eight bits": ({"width": 256}, LLAMA | {"quantise": "int8"}),
+    "four bits of GPT-2": ({"family": "GPT2", "width": 256}, LLAMA | {"targets": "c_attn,c_fc", "quantise": "fp4"}),
+}
+
+
+KINDS = {
+    "rows end to end": ({}, LLAMA, {"flat": True}),
+    "pairs": ({"vocabulary": 5000}, LLAMA, {"pairs": True}),
+    "pairs in parts, activations twice": (
+        {},
+        LLAMA | {"micro_batch": 2, "gradient_checkpointing": True},
+        {"pairs": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_memory_of_packs_and_preferences_too(tmp_path, monkeypatch, name):
+    check_memory(tmp_path, monkeypatch, *KINDS[name])
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_memory_of_a_quantised_base_too(tmp_path, monkeypatch, name):
+    pytest.importorskip("bitsandbytes")
+    check_memory(tmp_path, monkeypatch, *HELD[name])
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_memory_is_within_15_per_cent_of_what_was_measured(tmp_path, monkeypatch, name):
-    shape, asked = SHAPES[name]
-    monkeypatch.setattr(module, "rates_of", lambda *_: Rates(1e12, 1e11, 0.0))
+    check_memory(tmp_path, monkeypatch, *SHAPES[name])
+
+
+def check_memory(tmp_path, monkeypatch, shape, asked, kind=MappingProxyType({})):
+    monkeypatch.setattr(module, "pace_of", lambda *_: Rates(1e12, 1e11, 0.0))
     model = save_model(tmp_path / "model", **shape)
     asked = asked | {"model": model, "device": "cpu"}
-    found = estimate(EstimateSettings(**asked))
-    standing, beside = measured(model, TrainSettings(**asked, data="d", out="o", steps=2))
+    found = estimate(EstimateSettings(**asked, preferences=kind.get("pairs", False)))
+    standing, beside = measured(model, TrainSettings(**asked, data="d", out="o", steps=2), **kind)
     assert found.weights + found.factors + found.optimiser == pytest.approx(standing, rel=0.01)
     ours = found.height - found.weights - found.factors - found.optimiser
     assert ours == pytest.approx(beside, rel=0.15)
@@ -115,28 +174,13 @@ def test_memory_is_within_15_per_cent_of_what_was_measured(tmp_path, monkeypatch
 
 
 def quick(monkeypatch, model, **asked):
-    monkeypatch.setattr(module, "rates_of", lambda *_: Rates(1e12, 1e11, 0.0))
+    monkeypatch.setattr(module, "pace_of", lambda *_: Rates(1e12, 1e11, 0.0))
     return estimate(EstimateSettings(model=model, **{"device": "cpu", "max_length": 32, **asked}))
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return str(save_llama(tmp_path_factory.mktemp("models") / "llama"))
-
-
-@pytest.mark.parametrize(("scheme", "double"), [("nf4", False), ("fp4", True), ("int8", False)])
-def test_a_quantised_base_is_counted_as_it_is_held(tmp_path, monkeypatch, scheme, double):
-    pytest.importorskip("bitsandbytes")
-    from lowrank.injection.quantise import quantise, what_is_held
-
-    folder = save_model(tmp_path / "model", width=256)
-    asked = {"quantise": scheme, "double": double}
-    plain, found = quick(monkeypatch, folder), quick(monkeypatch, folder, **asked)
-    model = load_causal(Path(folder), torch.float32)
-    quantise(model, scheme, double=double, device=CPU)
-    held = what_is_held(model)
-    assert plain.weights - found.weights == pytest.approx(held.plain_bytes - held.bytes, rel=0.01)
-    assert found.activations - plain.activations == 4 * 344 * 256  # one matrix at a time is read
 
 
 def test_what_does_not_change_the_numbers_does_not_change_the_estimate(monkeypatch, llama):
@@ -150,8 +194,10 @@ def test_what_does_not_change_the_numbers_does_not_change_the_estimate(monkeypat
 def test_the_time_is_that_of_the_arithmetic_or_of_the_bytes(monkeypatch, llama):
     """A machine that moves bytes in no time needs one that grows with the operations, and the other way round."""
 
+    monkeypatch.setattr(module, "update_of", lambda *_: 0.0)
+
     def seconds(rates, **asked):
-        monkeypatch.setattr(module, "rates_of", lambda *_: rates)
+        monkeypatch.setattr(module, "pace_of", lambda *_: rates)
         return estimate(EstimateSettings(model=llama, device="cpu", **asked)).seconds
 
     sums, bytes_ = Rates(1e9, 1e30, 0.0), Rates(1e30, 1e9, 0.0)
@@ -203,7 +249,10 @@ WRONG = [
     ("--micro-batch 9", "micro_batch, 9, cannot be more than batch_size, 8"),
     ("--max-length 65", "--max-length 65: this model holds 64 tokens"),
     ("--batch-size 1000000000000", "are more than any machine holds: give fewer by --micro-batch"),
-    ("--full --quantise nf4", "leave quantise out"),
+    ("--full --quantise nf4", "full trains every weight, and shard and quantise are for frozen ones"),
+    ("--full --shard --processes 2", "full trains every weight, and shard and quantise are for frozen ones"),
+    ("--shard", "say how many, --processes N"),
+    ("--shard --processes 2 --quantise nf4", "quantised ones have not: leave one of both out"),
     ("--init loftq", "say quantise too"),
     ("--targets q_prj", "'q_prj' matches no module"),
 ]

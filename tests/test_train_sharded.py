@@ -14,11 +14,15 @@ from torch import distributed, multiprocessing
 from torch.distributed.tensor import DTensor
 from transformers import core_model_loading as loader
 
+import lowrank
 from expert_models import mixture
 from lowrank import train
 from lowrank.core.shards import is_sharded, whole
 from lowrank.errors import LowrankWarning, ProcessLost
 from lowrank.kernels import order
+from lowrank.study.estimate import estimate as estimating
+from lowrank.study.estimate.machines import Rates
+from lowrank.study.estimate.settings import EstimateSettings
 from lowrank.train import processes, sharding, trainer
 from lowrank.train.models import load_causal
 from lowrank.train.settings import TrainSettings
@@ -44,6 +48,7 @@ RUNS = {
     "bfloat16": COMPLETIONS | {"dtype": "bfloat16", "dropout": 0.2, "micro_batch": 1},
     "labels": {"model": "bert", "data": "labels.jsonl", "eval_split": 0.3, "targets": None},
 }
+WIDE = COMPLETIONS | {"model": "wide", "gradient_checkpointing": True, "rank": 1}
 WHOLE = ("experts", "bfloat16")  # also with two processes that hold the whole base each
 ON = "on from an adapter with a head in full"
 BASES = ("llama", "tied", "experts")
@@ -174,8 +179,7 @@ def work(rank, count, port, home, out):
             assert names == {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
             torch.save({name: whole(t) for name, t in model.state_dict().items()}, out / f"{name} {rank}.pt")
         heights = Heights() if Path("/proc/self/smaps_rollup").exists() else SecondStep()
-        how = COMPLETIONS | {"model": "wide", "batch_size": count, "gradient_checkpointing": True, "rank": 1}
-        train.run(settings(home, out / "wide", shard=True, **how), heights)
+        train.run(settings(home, out / "wide", shard=True, batch_size=count, **WIDE), heights)
         if rank == 0 and isinstance(heights, Heights):
             (out / "heights.json").write_text(json.dumps(heights.told()))
         goes_on(home, out)
@@ -242,6 +246,20 @@ def test_parts_of_the_base_give_the_bytes_of_the_whole(two, name):
     assert parts == whole
 
 
+@pytest.mark.parametrize("name", ["a row a pass", "from the weights", "a head in full"])
+def test_peft_answers_with_the_adapter_of_a_run_in_parts_as_it_was_trained(home, two, name):
+    peft = pytest.importorskip("peft")
+    ids = torch.arange(24).view(2, 12) % 27
+    ours = load_causal(home / "llama", torch.float32).eval()
+    lowrank.load_adapter(ours, two / name)
+    theirs = peft.PeftModel.from_pretrained(load_causal(home / "llama", torch.float32), str(two / name)).eval()
+    with torch.no_grad():
+        wanted, found = ours(input_ids=ids).logits, theirs(input_ids=ids).logits
+        base = load_causal(home / "llama", torch.float32).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert (wanted - base).abs().max() > 1e-2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OF_ONE)
 def test_four_processes_train_what_one_trains(home, name):
@@ -263,6 +281,18 @@ def test_no_process_holds_the_whole_base(home, two):
     base = sum(p.nbytes for p in load_causal(home / "wide", torch.float32).parameters())
     heights = json.loads((two / "heights.json").read_text())
     assert heights["standing"] < 0.55 * base and heights["loading"] < 0.8 * base and heights["in a step"] < 0.8 * base
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux says what memory is a process's own")
+def test_what_a_process_takes_is_estimated_before(home, two, monkeypatch):
+    monkeypatch.setattr(estimating, "pace_of", lambda *_: Rates(1e12, 1e11, 0.0))
+    heights = json.loads((two / "heights.json").read_text())
+    asked = {"rank": 1, "targets": "all-linear", "gradient_checkpointing": True, "batch_size": 2, "max_length": 16}
+    asked |= {"model": str(home / "wide"), "device": "cpu", "processes": 2, "shard": True}
+    found = estimating.estimate(EstimateSettings(**asked))
+    standing = found.weights + found.factors + found.optimiser
+    assert standing == pytest.approx(heights["standing"], rel=0.15)
+    assert found.height == pytest.approx(heights["in a step"], rel=0.15)
 
 
 def test_killed_and_gone_on_with_parts_gives_the_bytes_of_a_run_that_was_not(two):

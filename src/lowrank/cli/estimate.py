@@ -25,8 +25,11 @@ Examples with your own:
   lowrank estimate --model org/name --gpu RTX-4090 --quantise nf4 \\
       --targets all-linear --rank 16 --max-length 2048 --micro-batch 1
 
-Only the config is read. Memory is counted; time is a guess from data sheets,
-or from what a product and a copy take here.""",
+  lowrank estimate --model org/name --gpu H100 --shard --processes 8 \\
+      --targets all-linear --max-length 4096 --gradient-checkpointing
+
+Only the config is read. Memory is counted. Time is measured on a processor that
+is here, operation by operation, and for a GPU a guess from its data sheet.""",
 )
 
 
@@ -66,6 +69,8 @@ def _lines(found: "Estimate") -> Iterator[tuple[str, str]]:
     yield "model", f"{found.model}, {found.parameters:,} parameters, {found.dtype}"
     yield "trained", f"{found.trained:,} parameters"
     yield "a step", f"{found.rows} rows of {found.length} tokens{part}"
+    if found.processes > 1:
+        yield "processes", f"{found.processes}, which share the rows of a step; all that follows is of one"
     yield "weights", size(found.weights)
     yield "factors", size(found.factors)
     yield "gradients", size(found.gradients)

@@ -25,7 +25,7 @@ from lowrank.kernels.autocast import dtype_for
 from lowrank.kernels.dropout import Mask
 from lowrank.kernels.hooks import are_saved_tensors_watched
 from lowrank.kernels.order import choose_order, few_rows, thin_products_are_slow
-from lowrank.kernels.rehearsal import is_rehearsed
+from lowrank.kernels.rehearsal import device_type, is_rehearsed
 from lowrank.kernels.shared_input import Part, SharedInput, shared_input
 
 Held = TypeVar("Held", bound=Weight)
@@ -135,7 +135,7 @@ def beside(x: Tensor, b: Tensor, scale: float) -> tuple[Tensor, float]:
 def laid_out_as_b(dbt: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """dB = scale·(dBᵀ)ᵀ in B's dtype and laid out as B is, so that autograd need not copy it: (r, d) → (d, r)."""
     turned = dbt.to(dtype).t()
-    if dbt.numel() > ONE_PASS and dbt.device.type == "cpu":
+    if dbt.numel() > ONE_PASS and device_type(dbt) == "cpu":
         return turned.contiguous().mul_(scale)
     return torch.mul(turned, scale, out=dbt.new_empty(turned.shape, dtype=dtype))
 
@@ -154,7 +154,7 @@ def seen_by_a(rows: Tensor, mask: Mask | None) -> Tensor:
 def folds(rows: Tensor, weight: Weight, a: Tensor, mask: Mask | None) -> bool:
     """Whether W0 + s·B·A is formed first: rows (T, k), weight (d, k), a (r, k). It cannot be where A sees mask∘x."""
     d, k = weight.shape
-    return mask is None and choose_order(rows.shape[0], k, d, a.shape[0], rows.dtype, rows.device.type).fold
+    return mask is None and choose_order(rows.shape[0], k, d, a.shape[0], rows.dtype, device_type(rows)).fold
 
 
 def forward_part(

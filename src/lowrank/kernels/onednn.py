@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank.kernels.processor import has_avx512, vendor
+from lowrank.kernels.rehearsal import device_type
 
 ROWS, WIDTH = 256, 8  # below either, a call's own cost, or MKL, wins; more rows go to it by whole multiples
 
@@ -29,7 +30,7 @@ def serves(like: Tensor, rows: int, width: int) -> bool:
         and rows % ROWS == 0
         and width >= WIDTH
         and like.dtype is torch.float32
-        and like.device.type == "cpu"
+        and device_type(like) == "cpu"
         and bool(torch.backends.mkldnn.enabled)
         and is_faster_here()
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lowrank.kernels.processor import half_products_are_slow, has_matrix_tiles
+from lowrank.kernels.rehearsal import device_type
 
 OPERATIONS_PER_BYTE = {"cpu": 5.0, "cuda": 200.0}  # done while one byte comes from memory, on one core or one GPU
 UNSURE = 0.25  # estimates closer than this share do not tell which is cheaper
@@ -52,7 +53,7 @@ def thin_products_are_slow(x: Tensor) -> bool:
     So it is on CPU for half precision: one token at k = 768 takes 13 µs in bfloat16 and 2 µs in float32 (measured;
     benchmarks/decoding.py compares whole models).
     """
-    return x.device.type == "cpu" and x.dtype.itemsize == 2 and x.numel() < FEW_TOKENS * x.shape[-1]
+    return device_type(x) == "cpu" and x.dtype.itemsize == 2 and x.numel() < FEW_TOKENS * x.shape[-1]
 
 
 def few_rows(x: Tensor) -> bool:
@@ -61,7 +62,7 @@ def few_rows(x: Tensor) -> bool:
     So it is on CPU: at 64 rows a step of 6×768 takes 1.40 of the floor in bfloat16 instead of 1.57, in float32 1.17
     instead of 1.22; at 192 rows the node is ahead in one and even in the other (measured on a Xeon with AMX).
     """
-    few = x.device.type == "cpu" and x.numel() < FEW_ROWS * x.shape[-1]
+    few = device_type(x) == "cpu" and x.numel() < FEW_ROWS * x.shape[-1]
     return few and not half_products_are_slow(x.dtype)  # which the nodes avoid, but for W0·x
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank.kernels.processor import has_matrix_tiles
+from lowrank.kernels.rehearsal import device_type
 
 SMALLEST = 1 << 27  # multiplications in a product; below, a second call costs what the second core saves
 
@@ -79,7 +80,7 @@ def product(x: Tensor, m: Tensor, onto: Tensor | None = None) -> Tensor:
 
 def _cut_of(x: Tensor, m: Tensor, bias: bool, onto: bool) -> Cut | None:
     """How x·m is cut, x (..., k) and m (k, d); None: it stays whole."""
-    if x.dtype.itemsize != 2 or x.device.type != "cpu":
+    if x.dtype.itemsize != 2 or device_type(x) != "cpu":
         return None
     k, d = m.shape
     threads = torch.get_num_threads()

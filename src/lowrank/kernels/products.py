@@ -14,6 +14,7 @@ from lowrank.kernels import onednn, pieces
 from lowrank.kernels.gpu import choice
 from lowrank.kernels.order import accumulates
 from lowrank.kernels.processor import half_products_are_slow, has_avx2_alone
+from lowrank.kernels.rehearsal import device_type
 
 WIDE = 1536  # columns from which oneDNN's half-precision Sᵀ·Y gains more than laying Sᵀ out anew costs (Xeon with AMX)
 TURNED = 16  # MKL with AVX2 (an EPYC): below this rank X·M takes half the time and less if M (k, r) lies transposed
@@ -67,7 +68,7 @@ def add_product_(onto: Tensor, s: Tensor, m: Tensor, scale: float = 1.0) -> None
 
 def are_widened(like: Tensor) -> bool:
     """Whether products of `like`'s dtype and device are computed in float32."""
-    return like.dtype.itemsize == 2 and like.device.type == "cpu" and half_products_are_slow(like.dtype)
+    return like.dtype.itemsize == 2 and device_type(like) == "cpu" and half_products_are_slow(like.dtype)
 
 
 def two_gradients(dy: Tensor, s: Tensor, b: Tensor, scale: float, needs_b: bool) -> tuple[Tensor, Tensor | None]:
@@ -104,7 +105,7 @@ def down(x: Tensor, a: Tensor) -> Tensor:
 
 
 def _is_single_on_avx2(x: Tensor) -> bool:
-    return x.dtype is torch.float32 and x.device.type == "cpu" and has_avx2_alone()
+    return x.dtype is torch.float32 and device_type(x) == "cpu" and has_avx2_alone()
 
 
 def input_gradient(dy: Tensor, weight: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -114,7 +115,7 @@ def input_gradient(dy: Tensor, weight: Tensor, onto: Tensor | None = None) -> Te
         return wide.to(dy.dtype) if onto is None else onto.add_(wide)
     if onednn.serves(dy, dy.shape[0], min(weight.shape)):
         dx = onednn.times_transposed(dy, weight.t())
-    elif onto is None or accumulates(dy.dtype, dy.device.type):
+    elif onto is None or accumulates(dy.dtype, device_type(dy)):
         return pieces.product(dy, weight, onto)
     else:
         dx = pieces.product(dy, weight)
@@ -130,7 +131,7 @@ def weight_gradient(s: Tensor, y: Tensor) -> Tensor:
     if _is_dealt_out(y):
         blocks = y.unflatten(1, (BLOCKS, -1)).transpose(0, 1)  # (blocks, T, n / blocks)
         return torch.bmm(s.t().expand(BLOCKS, -1, -1), blocks).transpose(0, 1).reshape(s.shape[1], -1)
-    wide = y.dtype.itemsize == 2 and y.shape[1] >= WIDE and y.device.type == "cpu"
+    wide = y.dtype.itemsize == 2 and y.shape[1] >= WIDE and device_type(y) == "cpu"
     return torch.mm(s.t().contiguous() if wide else s.t(), y)
 
 

@@ -31,7 +31,7 @@ def load_held(
 
     _check(folder, settings)
     skeleton = _skeleton(AutoModelForCausalLM, folder)
-    kept = _kept_plain(skeleton, skip)
+    kept = kept_plain(skeleton, skip)
     return _held(load_causal(folder, dtype, **_options(settings, dtype, device, kept)))
 
 
@@ -49,7 +49,7 @@ def load_held_judge(
     _check(folder, settings)
     skeleton = _skeleton(AutoModelForSequenceClassification, folder, **answers_of(labels))
     pooler = (POOLER,) if not _has_pooler(folder) else ()
-    kept = _kept_plain(skeleton, (*skip, *head_modules(skeleton, ()), *pooler))
+    kept = kept_plain(skeleton, (*skip, *head_modules(skeleton, ()), *pooler))
     model, fresh = load_judge(folder, labels, dtype, **_options(settings, dtype, device, kept))
     return _held(model), fresh
 
@@ -92,8 +92,8 @@ def _skeleton(auto: Any, folder: Path, **said: Any) -> Any:
         return auto.from_config(config, trust_remote_code=False)
 
 
-def _kept_plain(skeleton: nn.Module, skip: Sequence[str]) -> list[str]:
-    """The paths of linear maps that stay as they are."""
+def kept_plain(skeleton: nn.Module, skip: Sequence[str]) -> list[str]:
+    """The paths of linear maps that stay as they are: the head, and what `skip` names."""
     modules = named_targets(skeleton)
     heads = output_heads(skeleton, modules)
     return [path for path, m in modules.items() if is_linear(m) and (id(m) in heads or left_out(path, skip))]

@@ -24,6 +24,11 @@ from lowrank.train.positions import trained_positions
 BETA = 0.1  # the paper's, and TRL's
 
 
+def summed(margins: Tensor) -> Tensor:
+    """−Σ log σ(margin) over pairs: (pairs,) → ()."""
+    return -logsigmoid(margins).sum()
+
+
 @dataclass(frozen=True, slots=True)
 class PreferenceLoss:
     """DPO's loss over pairs: the batch holds the rows of the chosen answers, then those of the rejected ones.
@@ -46,7 +51,7 @@ class PreferenceLoss:
             preferred = (margin > 0).double() + 0.5 * (margin == 0).double()
             tallies = {"preferred": preferred, "margin": margin, "chosen_reward": chosen, "rejected_reward": rejected}
             tallies = {name: values.detach().double().sum() for name, values in tallies.items()}
-        return Loss(-logsigmoid(margin).sum(), margin.numel(), tallies)
+        return Loss(summed(margin), margin.numel(), tallies)
 
     def _answers(self, model: nn.Module, batch: Batch) -> Tensor:
         """log p of the answer of every row: (rows,)."""

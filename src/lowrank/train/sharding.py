@@ -93,7 +93,7 @@ def put_in_parts(model: nn.Module, device: torch.device, whole: Collection[str])
             "another; leave --shard out"
         )
     model.requires_grad_(False)
-    kept = _kept_whole(model, set(blocks), whole)
+    kept = kept_whole(model, set(blocks), whole)
     mesh = init_device_mesh(device.type, (processes.count(),))
     for block in reversed(blocks.values()):  # those inside of others first
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
@@ -109,7 +109,7 @@ def blocks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((p, m) for p, m in model.named_modules() if id(m) in listed and type(m).__name__ in classes)
 
 
-def _kept_whole(model: nn.Module, blocks: set[str], whole: Collection[str]) -> set[nn.Parameter]:
+def kept_whole(model: nn.Module, blocks: set[str], whole: Collection[str]) -> set[nn.Parameter]:
     """Vectors, what is in the modules named, and what several blocks share: a weight can be in one group alone."""
     owners: dict[nn.Parameter, set[str]] = {}
     kept = set()

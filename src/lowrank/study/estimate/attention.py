@@ -13,8 +13,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from lowrank.study.estimate.counting import Counting
-
-BACKWARD = 2.5  # the products of the backward pass, of those of the forward one: five for two
+from lowrank.study.estimate.operation import ATTENTION, ATTENTION_BACKWARD, noted
 
 
 @contextmanager
@@ -50,18 +49,13 @@ class _Attention(Function):
         sums = query.new_empty(rows, heads, length, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums)
         ctx.counting = counting
-        counting.did(_operations(query, key), 2 * (query.nbytes + key.nbytes + value.nbytes))
+        counting.done[noted(ATTENTION, (query, key, value, 0.0, True), {}, out)] += 1
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, _ = ctx.saved_tensors
-        read = query.nbytes + key.nbytes + value.nbytes + out.nbytes + gradient.nbytes
-        ctx.counting.did(BACKWARD * _operations(query, key), 2 * read)
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
-
-
-def _operations(query: Tensor, key: Tensor) -> float:
-    """Of both products, of which causal attention needs half."""
-    rows, heads, length, d = query.shape
-    return 2.0 * rows * heads * length * key.shape[-2] * d
+        query, key, value, out, sums = ctx.saved_tensors
+        given = (gradient, query, key, value, out, sums, 0.0, True)
+        found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        ctx.counting.done[noted(ATTENTION_BACKWARD, given, {}, found)] += 1
+        return *found, None

@@ -1,10 +1,11 @@
-"""What a step without numbers would hold and do: bytes alive and at their height, operations and bytes moved.
+"""What a step without numbers would hold and do: bytes alive and at their height, and every operation.
 
 Every operation that torch is asked for goes by. A storage is alive from the operation that first answers with it until
 Python and autograd let go of it, as memory would be; on the meta device it has a size and no memory.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
-from lowrank.study.estimate.machines import Rates
+from lowrank.study.estimate.operation import Done, noted
 
 READ = torch.ops.aten._local_scalar_dense.default
 
@@ -22,14 +22,14 @@ READ = torch.ops.aten._local_scalar_dense.default
 class Counting(TorchDispatchMode):
     """Use it as a context manager; tensors in `standing` are there anyway and not counted.
 
-    live, height: bytes; in_phase: {phase: its height}, where `phase` says what is going on; seconds: by `rates`, each
-    operation as long as its arithmetic or its bytes take, whichever is longer.
+    live, height: bytes; in_phase: {phase: its height}, where `phase` says what is going on; done: how often each
+    operation was.
     """
 
-    def __init__(self, standing: Iterable[Tensor], rates: Rates) -> None:
+    def __init__(self, standing: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rates = rates
-        self.live, self.seconds = 0, 0.0
+        self.live = 0
+        self.done: Done = Counter()
         self.phase = ""
         self.in_phase: dict[str, int] = {}
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in standing}
@@ -38,10 +38,6 @@ class Counting(TorchDispatchMode):
     def height(self) -> int:
         """Bytes at the most."""
         return max(self.in_phase.values(), default=0)
-
-    def did(self, operations: float, moved: int) -> None:
-        """Something that no operation of torch's stands for."""
-        self.seconds += self.rates.seconds(operations, moved)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,10 +48,7 @@ class Counting(TorchDispatchMode):
         for tensor in answers:
             self._note(tensor)
         if not func.is_view and answers:
-            given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
-            count = flop_registry.get(func.overloadpacket)
-            operations = count(*args, **kwargs, out_val=out) if count else 0
-            self.did(operations, sum(tensor.nbytes for tensor in (*given, *answers)) if given else 0)
+            self.done[noted(func, args, kwargs, out)] += 1
         return out
 
     def _note(self, tensor: Tensor) -> None:

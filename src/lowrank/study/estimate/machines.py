@@ -13,6 +13,8 @@ import torch
 
 from lowrank.errors import ConfigError
 from lowrank.study.doctor import PROBE, product_seconds
+from lowrank.study.estimate.operation import Done, Seconds
+from lowrank.study.estimate.replaying import Replayed
 
 GPUS = {  # name: (memory, bandwidth, 16-bit, float32)
     "T4": (16, 320, 65, 8.1),
@@ -46,9 +48,12 @@ class Rates:
     bandwidth: float
     launch: float
 
-    def seconds(self, operations: float, moved: int) -> float:
-        """How long an operation takes that computes and moves so much."""
-        return max(operations / self.operations, moved / self.bandwidth, self.launch)
+    def __call__(self, done: Done) -> float:
+        """Seconds: each operation is as long as its arithmetic or its bytes take, whichever is longer."""
+        return sum(
+            times * max(one.arithmetic / self.operations, one.moved / self.bandwidth, self.launch)
+            for one, times in done.items()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +88,13 @@ def machine_of(gpu: str | None, device: torch.device) -> Machine:
     return Machine("this machine", "cpu", _free_memory())
 
 
-def rates_of(gpu: str | None, device: torch.device, dtype: torch.dtype) -> Rates:
-    """How fast it is: by its data sheet, or as products and a copy are timed here."""
+def pace_of(gpu: str | None, device: torch.device, dtype: torch.dtype) -> Seconds:
+    """How long operations take: by a data sheet; on a processor each tried; on a GPU that is here by two that are."""
     if gpu is not None:
         _, bandwidth, half, single = GPUS[gpu]
         return Rates(REACHED * 1e12 * (half if dtype.itemsize == 2 else single), STREAMED * 1e9 * bandwidth, LAUNCH)
-    operations = 2 * PROBE**3 / product_seconds(dtype, device.type)
-    return Rates(operations, _bandwidth(device), LAUNCH)
+    rates = Rates(2 * PROBE**3 / product_seconds(dtype, device.type), _bandwidth(device), LAUNCH)
+    return Replayed(rates) if device.type == "cpu" else rates
 
 
 def _bandwidth(device: torch.device) -> float:
