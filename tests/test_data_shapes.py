@@ -5,7 +5,9 @@ import json
 import pytest
 
 from lowrank.data.dataset import read_dataset
+from lowrank.data.rows import RowError
 from lowrank.data.settings import DataSettings
+from lowrank.data.shapes.tools import read_calls, read_tools
 from lowrank.errors import DataError
 
 
@@ -162,3 +164,11 @@ def test_a_column_that_is_named_by_the_user_beats_what_it_is_usually_called(tmp_
     row = {"sentence": "a", "sentence1": "b", "label": 1}
     assert read(tmp_path, row, text_column="sentence1").rows[0].fields["text"] == "b"
     assert read(tmp_path, {**row, "text": "c"}).rows[0].fields["text"] == "c"
+
+
+def test_bytes_of_a_table_are_no_arguments_of_a_call():
+    """A template would print them as Python does, b'...'."""
+    with pytest.raises(RowError, match=r"^call: arguments must be values of JSON"):
+        read_calls({"name": "f", "arguments": {"x": b"1"}}, "call")
+    with pytest.raises(RowError, match=r"^tools must be values of JSON"):
+        read_tools([{"name": "f", "parameters": {"x": b"1"}}], "tools")

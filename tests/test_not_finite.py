@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import lowrank
 from lowrank import LoraConfig
@@ -17,8 +18,12 @@ from lowrank.adapters.resize import resize_adapter
 from lowrank.analysis.inspection import inspect_adapter
 from lowrank.analysis.words import number
 from lowrank.core.finite import all_finite
-from lowrank.errors import ConfigError, LowrankError, MergeError
+from lowrank.errors import ConfigError, Diverged, LowrankError, MergeError
+from lowrank.train.evaluator import evaluate
+from lowrank.train.generation import generate
+from lowrank.train.settings import EvalSettings, GenerateSettings
 from merge_disk_models import linear_factors, write_adapter, write_base
+from train_models import save_llama
 
 PATH = "layers.0.q_proj"
 SHAPES = {f"{PATH}.weight": (6, 4), "layers.1.q_proj.weight": (6, 4)}
@@ -153,3 +158,23 @@ def test_the_figures_of_large_changes_that_can_be_computed_are_finite(tmp_path):
     layer = inspect_adapter(made).layers[0].measure
     assert layer.norm > 1e139 and layer.rank_for[0.9] >= 1
     assert json.loads(json.dumps(layer.sigma)) == list(layer.sigma)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_that_are_none_are_neither_written_nor_measured(tmp_path, temperature):
+    """Finite factors whose product is not: the likeliest of NaN is a word, and perplexity a number, all the same."""
+    base = save_llama(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(base)
+    lowrank.inject(model, LoraConfig(target_modules=["v_proj"]))
+    with torch.no_grad():
+        for name, factor in model.named_parameters():
+            if "lora_" in name:
+                factor.fill_(1e30)
+    lowrank.save_adapter(model, tmp_path / "huge")
+    asked = {"model": str(base), "adapter": str(tmp_path / "huge")}
+    with pytest.raises(Diverged, match="huge: the model's scores"):
+        generate(GenerateSettings(**asked, prompt="the cat", temperature=temperature))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "the cat", "completion": "red"}) + "\n")
+    with pytest.raises(Diverged, match=r"on .*rows\.jsonl is (nan|inf)"):
+        evaluate(EvalSettings(**asked, data=str(rows)))

@@ -48,7 +48,7 @@ class ProcessLost(LowrankError):  # noqa: N818  as the next one
 
 
 class Diverged(LowrankError):  # noqa: N818  the field's word
-    """A training whose loss or gradient is not finite any more, so that nothing can be learned from there."""
+    """Numbers that are not finite: a training's loss or gradient, from which nothing can be learned, or an answer's."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -1,5 +1,6 @@
 """Measuring a model, with or without an adapter, on a data file."""
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from lowrank.data.rows import Kind
 from lowrank.data.settings import DataSettings
 from lowrank.data.sources import TEST, TRAIN, VALID
 from lowrank.data.tokens import encode
-from lowrank.errors import ConfigError, DataError, LowrankWarning
+from lowrank.errors import ConfigError, DataError, Diverged, LowrankWarning
 from lowrank.hub import local_folder
 from lowrank.train.evaluation import Scores, score
 from lowrank.train.loftq import move_base
@@ -38,7 +39,8 @@ def evaluate(settings: EvalSettings) -> EvalResult:
 
     Rows become tokens as they did when the adapter was trained (its run.json says how), but for what `settings` says.
 
-    Raises LowrankError for whatever is wrong with the settings, the data, the model or the adapter.
+    Raises LowrankError for whatever is wrong with the settings, the data, the model or the adapter; Diverged where the
+    loss is not finite.
     """
     base = find_model(settings.model)
     adapter = None if settings.adapter is None else local_folder(settings.adapter)
@@ -70,6 +72,11 @@ def evaluate(settings: EvalSettings) -> EvalResult:
     encoded = encode(data, loaded.tokenizer, recipe)
     measure = loaded.measure(recipe, settings.metrics)
     scores = score(loaded.model, encoded.examples, measure, settings.batch_size)
+    if not math.isfinite(scores.loss):
+        raise Diverged(
+            f"the loss of {adapter or base} on {data.path} is {scores.loss}: its answers are not finite, so nothing "
+            "can be measured; try --dtype float32, and see what the adapter changes with `lowrank inspect`"
+        )
     return EvalResult(data.kind, scores, len(encoded.examples), encoded.cut, encoded.dropped)
 
 

@@ -13,7 +13,7 @@ from lowrank.data.chat.thought import Frame, Hearing, frame_of
 from lowrank.data.recipe import Recipe, chat_template_of, date_of, read_recipe
 from lowrank.data.rows import JUDGES
 from lowrank.data.tokens import prompt_ids
-from lowrank.errors import ConfigError
+from lowrank.errors import ConfigError, Diverged
 from lowrank.hub import local_folder
 from lowrank.stages import stage
 from lowrank.train.ends import end_tokens
@@ -109,9 +109,20 @@ class Writer:
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 generation_config=how,
+                logits_processor=[self._check_finite],
                 streamer=_streamer(self.loaded.tokenizer, on_text, self.frame is None) if on_text else None,
             )
         return str(self.loaded.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=self.frame is None))
+
+    def _check_finite(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores (1, V) of the next token; the likeliest of numbers that are none would be a word all the same."""
+        if not scores.amax().isfinite():
+            whose = self.settings.adapter or self.settings.model
+            raise Diverged(
+                f"{whose}: the model's scores for the next token are not finite, so it has no answer; try --dtype "
+                "float32, and see what an adapter changes with `lowrank inspect`"
+            )
+        return scores
 
 
 def open_writer(settings: GenerateSettings) -> Writer:

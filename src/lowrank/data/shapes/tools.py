@@ -16,6 +16,7 @@ def read_tools(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError(f"{name} must be a list of tools, or one as a JSON string, not {shown(value)}")
+    _check_json(value, name)
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
 
 
@@ -36,6 +37,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
         arguments = _json(arguments, f"{name}: arguments") if arguments.strip() else {}
+    _check_json(arguments, f"{name}: arguments")
     kept = {key: outer[key] for key in ("id",) if outer.get(key) is not None}
     return {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
@@ -45,3 +47,11 @@ def _json(text: str, name: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise RowError(f"{name} is not JSON: {shown(text)}") from None
+
+
+def _check_json(value: Any, name: str) -> None:
+    """Raises RowError for dates and bytes of tables, which a template would print as Python does."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError(f"{name} must be values of JSON ({str(error)[:80]}), not {shown(value)}") from None
