@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from lowrank.train.loop import Loop
 from lowrank.train.losses import NextToken
 from lowrank.train.metrics import FIGURES
 from lowrank.train.models import load_causal
+from lowrank.train.packing import flattened
 from lowrank.train.reporting import Reporter
 from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
@@ -63,12 +65,15 @@ def steps(folder: Path, asked: TrainSettings, dtype: torch.dtype) -> list[float]
     """Seconds of real steps, those of the warm-up left out."""
     cpu = torch.device("cpu")
     model = load_held(folder, asked, dtype, cpu, ()) if asked.quantise else load_causal(folder, dtype)
-    adapt(Loaded(model, None, cpu, 0), asked, folder)
-    measure = Measure(lambda rows: collate(rows, 0, cpu, True), NextToken(find_head(model)), FIGURES["text"])
+    loaded = Loaded(model, None, cpu, 0)
+    adapt(loaded, asked, folder)
     draw = torch.Generator().manual_seed(2)
     rows = torch.randint(VOCABULARY, (asked.batch_size, asked.max_length or 0), generator=draw).tolist()
     clock = Clock()
-    Loop(model, [Example(row, row) for row in rows], [], measure, asked, clock).run()
+    examples = [Example(row, row) for row in rows]
+    measure = Measure(lambda some: collate(some, 0, cpu, True), NextToken(find_head(model)), FIGURES["text"])
+    measure = replace(measure, flat=flattened(examples, "text", loaded, measure, asked.batch_size))
+    Loop(model, examples, [], measure, asked, clock).run()
     return clock.seconds[WARM_UP:]
 
 

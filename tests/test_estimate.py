@@ -82,10 +82,10 @@ def loaded_as(folder, settings):
     return load_causal(Path(folder), dtype)
 
 
-def measured(folder, settings, flat=False, pairs=False):
+def measured(folder, settings, pairs=False):
     """(bytes that stand, bytes beside them at the most) of a training of two steps.
 
-    flat: the rows of a micro-batch lie end to end, as packs do; pairs: each is a chosen and a rejected answer.
+    pairs: each row is a chosen and a rejected answer; other rows lie end to end, as packs do.
     """
     model = loaded_as(folder, settings)
     loaded = Loaded(model, None, CPU, 0)
@@ -93,10 +93,9 @@ def measured(folder, settings, flat=False, pairs=False):
     head, row = find_head(model), Example([1] * settings.max_length, [1] * settings.max_length)
     loss, figures = (PreferenceLoss(head=head), "preference") if pairs else (NextToken(head), "text")
     rows = one_behind_the_other if pairs else list
-    measure = Measure(lambda some: collate(rows(some), 0, CPU, True), loss, FIGURES[figures], pairs, flat=flat)
+    measure = Measure(lambda some: collate(rows(some), 0, CPU, True), loss, FIGURES[figures], pairs, flat=not pairs)
     examples = [joined(row, row) if pairs else row] * settings.batch_size
-    if flat:
-        assert attend_by_rows(model, measure.trained(examples[:2]), head)
+    assert pairs or attend_by_rows(model, measure.trained(examples[:2]), head)
     reporter = SecondStep()
     loop = Loop(model, examples, [], measure, settings, reporter)
     loop.run()
@@ -135,7 +134,6 @@ HELD = {
 
 
 KINDS = {
-    "rows end to end": ({}, LLAMA, {"flat": True}),
     "pairs": ({"vocabulary": 5000}, LLAMA, {"pairs": True}),
     "pairs in parts, activations twice": (
         {},
@@ -146,7 +144,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_memory_of_packs_and_preferences_too(tmp_path, monkeypatch, name):
+def test_memory_of_preferences_too(tmp_path, monkeypatch, name):
     check_memory(tmp_path, monkeypatch, *KINDS[name])
 
 

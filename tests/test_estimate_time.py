@@ -12,14 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowrank.data.batches import collate
 from lowrank.data.tokens import Example
 from lowrank.study.estimate import replaying, updating
-from lowrank.study.estimate.operation import ATTENTION, Operation, noted
+from lowrank.study.estimate.operation import ATTENTION, ATTENTION_BACKWARD, Operation, noted
 from lowrank.study.estimate.prepared import prepared
 from lowrank.study.estimate.rehearse import rehearse
 from lowrank.study.estimate.replaying import Replayed, shortened
 from lowrank.study.estimate.settings import EstimateSettings
 from lowrank.train.adapting import adapt
+from lowrank.train.evaluation import Measure
 from lowrank.train.head import find_head
 from lowrank.train.losses import NextToken
+from lowrank.train.metrics import FIGURES
+from lowrank.train.row_attention import attend_by_rows
 from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
 from test_estimate import CPU, LLAMA, loaded_as, save_model
@@ -66,12 +69,26 @@ def test_what_is_rehearsed_are_the_products_of_a_real_step(tmp_path, name):
     model = loaded_as(folder, settings)
     adapt(Loaded(model, None, CPU, 0), settings, None)
     model.train()
-    loss = NextToken(find_head(model))
-    batch = collate([Example([1] * length, [1] * length)] * rows, 0, CPU, True)
+    head, row = find_head(model), Example([1] * length, [1] * length)
+    measure = Measure(lambda some: collate(some, 0, CPU, True), NextToken(head), FIGURES["text"], flat=rows > 1)
+    batch = measure.trained([row] * rows)
+    assert rows == 1 or attend_by_rows(model, batch, head)
     for _ in range(2):  # layers that share an input know each other from the second step on
         with Products() as real:
-            loss(model, batch).total.backward()
-    assert {key: times for key, times in found.items() if times} == dict(real.done)
+            measure.loss(model, batch).total.backward()
+    assert {key: times for key, times in found.items() if times} == side_by_side(real.done, rows)
+
+
+def side_by_side(done, rows):
+    """What is done for rows end to end, as if it were done for rows side by side."""
+    found = Counter()
+    for (func, arithmetic), times in done.items():
+        if func in (ATTENTION, ATTENTION_BACKWARD):  # row by row
+            arithmetic, times = rows * arithmetic, times // rows
+        elif func is torch.ops.aten.bmm.default:  # the head, of the first position of each
+            arithmetic *= rows
+        found[func, arithmetic] += times
+    return dict(found)
 
 
 class Ticking:

@@ -1,6 +1,7 @@
 """`lowrank estimate`."""
 
 import json
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,7 +65,9 @@ def estimate(
 
 
 def _lines(found: "Estimate") -> Iterator[tuple[str, str]]:
-    part = f" in parts of {found.micro_batch}" if found.micro_batch < found.rows else ""
+    here = math.ceil(found.rows / found.processes)
+    part = f", {here} of them in each process" if found.processes > 1 else ""
+    part += f" in parts of {found.micro_batch}" if found.micro_batch < here else ""
     machine = found.machine
     yield "model", f"{found.model}, {found.parameters:,} parameters, {found.dtype}"
     yield "trained", f"{found.trained:,} parameters"

@@ -6,6 +6,8 @@
 import torch
 from torch import Tensor
 
+from lowrank.core.unrounded import unrounded
+
 ROWS_AT_ONCE = 1024  # so that the widened copy of W0 stays small whatever d is
 
 
@@ -18,7 +20,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         return torch.stack([row_norms(*expert, scale) for expert in zip(weight, a, b, strict=True)])
     wide = torch.promote_types(torch.float32, weight.dtype)
     a, b = a.to(wide), b.to(wide)
-    with torch.autocast(weight.device.type, enabled=False):
+    with unrounded(weight):
         gram = a @ a.t()  # (r, r)
         squares = []
         for rows, b_rows in zip(weight.split(ROWS_AT_ONCE), b.split(ROWS_AT_ONCE), strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank.core.dora import row_gain
 from lowrank.core.factors import LoraFactors
+from lowrank.core.unrounded import unrounded
 
 BLOCK_ELEMENTS = 2**19  # a float32 block of 2 MiB: it stays in a core's cache while factors are added to it
 
@@ -84,7 +85,7 @@ def adapted_weight(
     """
     wide = torch.promote_types(torch.float32, weight.dtype)
     base = total = weight.to(wide)
-    with torch.autocast(weight.device.type, enabled=False):
+    with unrounded(weight):
         for factors in adapters:
             a, b = (tensor.to(wide) if expert is None else tensor[expert].to(wide) for tensor in factors.moved())
             left, right = _as_stored(a, b, transposed)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lowrank.study.estimate.counting import Counting
 from lowrank.study.estimate.operation import ATTENTION, ATTENTION_BACKWARD, noted
+from lowrank.train.row_attention import is_widened
 
 
 @contextmanager
@@ -29,8 +30,12 @@ def in_pieces(counting: Counting, on: str) -> Iterator[None]:
     ) -> Tensor:
         if dropout_p > 0 and on == "cpu":
             return plain(query, key, value, attn_mask, dropout_p, **options)
-        answer: Tensor = _Attention.apply(query, key, value, counting)  # type: ignore[no-untyped-call]
-        return answer
+        alone = on != "cpu" or attn_mask is not None or len(query) == 1  # else rows lie end to end, as in a training
+        given = [query, key, value]
+        if not alone and is_widened(query.dtype, query.shape[2]):
+            given = [tensor.float() for tensor in given]
+        answer: Tensor = _Attention.apply(*given, counting)  # type: ignore[no-untyped-call]
+        return answer.to(query.dtype)
 
     F.scaled_dot_product_attention = stand_in  # type: ignore[assignment]
     try:
