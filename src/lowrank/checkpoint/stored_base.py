@@ -6,12 +6,16 @@ first block of some of the adapted weights. On loading, what the model at hand h
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.core.stored.of_module import is_readable, stored_weight
+from lowrank.core.stored import Stored
+from lowrank.core.stored.of_module import frozen, is_readable, stored_weight
+from lowrank.core.stored.stack import StoredStack
+from lowrank.injection.traversal import base_modules
+from lowrank.layers.stack import ExpertStack
 
 MODULES, NUMBERS = 4, 64  # so many weights, and so many numbers of each
 MOVED = "_lowrank_moved"  # on a module: what LoftQ's rounds took off W0 before it was quantised
@@ -58,7 +62,7 @@ class StoredBase:
 
     def differences(self, model: nn.Module) -> list[str]:
         """One sentence where the model holds other numbers than those that the adapter was trained over."""
-        modules = dict(model.named_modules())
+        modules = dict(base_modules(model))
         share = self.distance(lambda path: _first(modules[path]) if path in modules else None)
         if not share:
             return []
@@ -97,7 +101,7 @@ def stored_base(modules: Iterable[tuple[str, nn.Module]], rest: Iterable[str] = 
     plain = tuple(path for path, module in all_modules if not is_readable(module))
     step = max(1, len(found) // MODULES)
     chosen = found[::step][:MODULES]
-    probe = {path: tuple(stored.rows(slice(0, 1)).flatten()[:NUMBERS].double().tolist()) for path, stored in chosen}
+    probe = {path: tuple(_first_of(stored).tolist()) for path, stored in chosen}
     first = found[0][1]
     moved = any(MOVED in module.__dict__ for _, module in all_modules)
     form = first.form + (BY_LOFTQ if moved else "")
@@ -121,16 +125,23 @@ def together(bases: Sequence[StoredBase | None], adapted: Collection[str]) -> St
     return replace(first, plain=plain, rest=tuple(path for path in rest if path not in adapted))
 
 
+def _first_of(stored: Stored) -> Tensor:
+    rows = stored.rows(slice(0, 1))
+    return (rows[0] if isinstance(stored, StoredStack) else rows)[0, :NUMBERS].double().cpu()
+
+
 def _form(module: nn.Module) -> str:
-    return stored_weight(module).form if is_readable(module) else str(module._parameters["weight"].dtype)[6:]  # type: ignore[union-attr]
+    return stored_weight(module).form if is_readable(module) else str(frozen(module).dtype).removeprefix("torch.")
 
 
 def _first(module: nn.Module) -> Tensor | None:
-    """The first numbers of the module's W0, in float64."""
+    """The first numbers of the module's W0 in float64; of a stack, its first expert, as the model has it."""
     if is_readable(module):
-        return stored_weight(module).rows(slice(0, 1)).flatten()[:NUMBERS].double().cpu()
-    weight = module._parameters.get("weight")
+        return _first_of(stored_weight(module))
+    stack = isinstance(module, ExpertStack)
+    weight = cast(Tensor, module.weight)[0] if stack else module._parameters.get("weight")
     if weight is None or not weight.is_floating_point() or weight.dim() != 2 or weight.is_meta:
         return None
-    row = weight.detach()[:, 0] if getattr(module, "transposed", False) else weight.detach()[0]  # Conv1D has W0ᵀ
+    turned = getattr(module, "transposed", False) and not stack  # Conv1D has W0ᵀ
+    row = weight.detach()[:, 0] if turned else weight.detach()[0]
     return row[:NUMBERS].double().cpu()

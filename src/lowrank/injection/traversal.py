@@ -19,13 +19,13 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Right after a module of experts come its stacks.
     """
-    seen: set[int] = set()
+    seen: dict[int, nn.Module] = {}  # stacks are made on the way: they live on, so that no other gets their id
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         path, module = stack.pop()
         if id(module) in seen:
             continue
-        seen.add(id(module))
+        seen[id(module)] = module
         yield path, module
         if _holds_adapters_alone(module):
             continue
@@ -49,10 +49,12 @@ def _holds_adapters_alone(module: nn.Module) -> bool:
 
 def parameter_count(modules: Iterable[nn.Module]) -> int:
     """How many numbers the modules hold themselves, shared weights counted once, packed ones as the matrix they are."""
+    modules = list(modules)
     counts = {
         id(p): frozen_shape(module).numel() if name == "weight" and is_readable(module) else p.numel()
         for module in modules
         for name, p in module._parameters.items()
         if p is not None
     }
+    counts |= {id(m.weight): frozen_shape(m).numel() for m in modules if isinstance(m, ExpertStack)}
     return sum(counts.values())

@@ -40,7 +40,7 @@ def grouped_low_rank(seen: Tensor, a: Tensor, b: Tensor, scale: float, product: 
     return product(product(seen, a.transpose(1, 2)), b.transpose(1, 2)) * scale
 
 
-def _groups(ends: list[int]) -> Iterator[tuple[int, slice]]:
+def groups(ends: list[int]) -> Iterator[tuple[int, slice]]:
     """(expert, its rows) of every expert that has any."""
     start = 0
     for expert, end in enumerate(ends):
@@ -68,7 +68,7 @@ class _Grouped(Function):
         y = product(x, weight)  # (T, d)
         s = seen.new_empty(seen.shape[0], a.shape[1])  # (T, r)
         with torch.autocast("cpu", enabled=False):  # as grouped products are
-            for expert, rows in _groups(ends):
+            for expert, rows in groups(ends):
                 torch.mm(seen[rows], a[expert].t(), out=s[rows])
                 y[rows].addmm_(s[rows], b[expert].t(), alpha=scale)
         ctx.save_for_backward(seen, s, weight, a, b)
@@ -85,7 +85,7 @@ class _Grouped(Function):
         da = torch.zeros_like(a) if needs_a else None
         db = torch.zeros_like(b) if needs_b else None
         with torch.autocast("cpu", enabled=False):
-            for expert, rows in _groups(ctx.ends):
+            for expert, rows in groups(ctx.ends):
                 if da is not None or onto is not None:
                     ds = torch.mm(dy[rows], b[expert]).mul_(ctx.scale)  # (t, r)
                     if da is not None:

@@ -48,6 +48,6 @@ class ExpertGains:
 
     @torch.no_grad()
     def _norms(self, expert: int) -> Tensor:
-        weight = self._layer.base_weight.detach()[expert]
+        weight = self._layer.one_expert(expert).detach()
         factors = self._factors.of_expert(expert)
         return row_norms(weight.t() if self._layer.transposed else weight, *factors.effective(), factors.scale)

@@ -1,15 +1,19 @@
-"""Modules that hold a mixture's experts as stacked parameters, and their class once some of these are adapted.
+"""Modules that hold a mixture's experts as stacked parameters, and their class once some are adapted or quantised.
 
 transformers keeps the experts of a layer in one module: `gate_up_proj` (E, 2I, H), `down_proj` (E, H, I). Such a module
 cannot be a layer of a weight; each of its stacks is one (`layers.stack`), and this class, which takes the module's own
-class's place, gives them to whoever reads them while a model runs.
+class's place, gives them to whoever reads them while a model runs. So it does with stacks that are held in a stored
+form, adapted or not.
 """
 
+from inspect import unwrap
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.core.stored.of_stack import HELD, held_stacks, reader_of_stacks, stored_stack
+from lowrank.core.stored.stack import HeldStack
 from lowrank.kernels.fused import is_transformed
 from lowrank.layers.extended import extended_class, rebind_forward, rebuild
 from lowrank.layers.reading import is_read_by_a_forward, own_weight, own_weights
@@ -46,35 +50,62 @@ def has_gate_and_up(module: nn.Module, name: str) -> bool:
 
 
 class LoraExperts(nn.Module):
-    """The class of a module of experts of which some stacks are adapted; its forward is the plain class's own."""
+    """The class of a module of experts of which some stacks are adapted, or held in a form that only we read.
+
+    Its forward is the plain class's own; that of a class with a stored form of its own (FP8Experts), which has kernels
+    for that, is the one that goes from expert to expert.
+    """
 
     plain: ClassVar[type[nn.Module]]
     mixin: ClassVar[type[nn.Module]]
     adapted: dict[str, "LoraStack"]  # by the name of the parameter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The plain class's answer, computed with the adapted stacks where an adapter is active."""
-        active = {name: stack for name, stack in self.adapted.items() if stack.active_factors}
-        if not active:
+        """The plain class's answer, computed with the stacks as they are adapted, and read, where they are."""
+        read = self.stacks_as_read()
+        if not read:
             return super().forward(*args, **kwargs)
-        if is_transformed() is not None or any(stack.base_weight.requires_grad for stack in active.values()):
-            read: dict[str, Tensor] = {name: stack.adapted_weight() for name, stack in active.items()}
-        else:
-            read = {name: StackAsRead.whole(stack) for name, stack in active.items()}
         with own_weight(self, read):
-            return super().forward(*args, **kwargs)
+            if reader_of_stacks(type(self).plain) is None:
+                return super().forward(*args, **kwargs)
+            return unwrap(type(self).plain.forward)(self, *args, **kwargs)
+
+    def stacks_as_read(self) -> dict[str, Tensor]:
+        """What the plain forward reads in the place of stacks with active adapters, and of those in a stored form."""
+        active = {name: stack for name, stack in self.adapted.items() if stack.active_factors}
+        stored = {name: one for name in stack_names(self) if (one := stored_stack(self, name)) is not None}
+        if is_transformed() is not None or any(stack.base_weight.requires_grad for stack in active.values()):
+            plain = {name: one.matrix() for name, one in stored.items() if name not in active}
+            return plain | {name: stack.adapted_weight() for name, stack in active.items()}
+        frozen: dict[str, Tensor] = {name: StackAsRead.frozen(s) for name, s in stored.items() if name not in active}
+        return frozen | {name: StackAsRead.whole(stack) for name, stack in active.items()}
 
     def __getattr__(self, name: str) -> Any:
         """The module's own parameter; for a forward that reads it, with the active adapters' change."""
         found = super().__getattr__(name)
-        stack = self.__dict__.get("adapted", {}).get(name)
-        if stack is None or not stack.active_factors:
-            return found
         if (own := own_weights(self)) is not None:
-            return own[name]
-        if torch.compiler.is_compiling():
-            return stack.adapted_weight()
-        return StackAsRead.whole(stack) if is_read_by_a_forward(self) else found
+            return own.get(name, found)
+        stack = self.__dict__.get("adapted", {}).get(name)
+        if (stack is None or not stack.active_factors) and name not in self.__dict__.get(HELD, {}):
+            return found
+        if torch.compiler.is_compiling() or is_read_by_a_forward(self):
+            return self.stacks_as_read().get(name, found)
+        return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """In place: moved, or cast, with the scales of what is held in a stored form, which only move."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._over_parameters()
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        """Unpickled or copied: what reads a stack and its parameter have one memory again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._over_parameters()
+
+    def _over_parameters(self) -> None:
+        for name, stack in held_stacks(self).items():
+            self.__dict__[HELD][name] = stack.over(cast(Tensor, self._parameters[name]).detach())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy by the plain class, since the extended one is made at run time; unfolded."""
@@ -86,10 +117,7 @@ class LoraExperts(nn.Module):
 
 def hold(module: nn.Module, stack: "LoraStack") -> None:
     """In place: the module reads `stack` as adapted; its class is extended with the first."""
-    if not isinstance(module, LoraExperts):
-        module.__class__ = extended_class(type(module), LoraExperts)
-        module.__dict__["adapted"] = {}
-        rebind_forward(module)
+    _extend(module)
     module.__dict__["adapted"][stack.parameter] = stack
     module._modules[stack.child] = stack
 
@@ -98,7 +126,35 @@ def release(module: nn.Module, stack: "LoraStack") -> None:
     """In place: `stack` is plain again; with the last one the module has its own class back."""
     module._modules.pop(stack.child, None)
     module.__dict__["adapted"].pop(stack.parameter, None)
-    if not module.__dict__["adapted"]:
-        del module.__dict__["adapted"]
-        module.__class__ = cast(type[LoraExperts], type(module)).plain
+    _settle(module)
+
+
+def hold_stored(module: nn.Module, name: str, stack: HeldStack) -> None:
+    """In place: the module's stack `name` is held in a stored form, until `hold_numbers`."""
+    _extend(module)
+    module.__dict__.setdefault(HELD, {})[name] = stack
+    module._parameters[name] = nn.Parameter(stack.packed, requires_grad=False)
+
+
+def hold_numbers(module: nn.Module, name: str, weight: Tensor) -> None:
+    """In place: the module's stack `name`, which `hold_stored` put into a stored form, is `weight`, (E, n, m)."""
+    module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+    module.__dict__[HELD].pop(name)
+    _settle(module)
+
+
+def _extend(module: nn.Module) -> None:
+    if not isinstance(module, LoraExperts):
+        module.__class__ = extended_class(type(module), LoraExperts)
+        module.__dict__["adapted"] = {}
         rebind_forward(module)
+
+
+def _settle(module: nn.Module) -> None:
+    """In place: a module of which nothing is adapted or held has its own class again."""
+    if module.__dict__["adapted"] or module.__dict__.get(HELD):
+        return
+    del module.__dict__["adapted"]
+    module.__dict__.pop(HELD, None)
+    module.__class__ = cast(type[LoraExperts], type(module)).plain
+    rebind_forward(module)

@@ -130,7 +130,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def _refusal_of_stack(stack: ExpertStack) -> str | None:
-    if (why := _unfit(stack.experts._parameters.get(stack.parameter))) is not None:
+    if not is_stored(stack) and (why := _unfit(stack.experts._parameters.get(stack.parameter))) is not None:
         return why
     if forward_is_replaced(stack.experts):
         return REPLACED

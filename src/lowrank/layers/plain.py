@@ -1,4 +1,4 @@
-"""A quantised layer that becomes the plain linear layer it was made from: the same module object, of another class."""
+"""A quantised layer that becomes the plain one it was made from, the same module object; or holds other numbers."""
 
 from typing import Any, cast
 
@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from lowrank.core.stored.of_module import forget_read, stored_weight
 from lowrank.layers.base import LoraLayer, extend, lora_mixin, restore
+from lowrank.layers.experts import hold_numbers, hold_stored
 from lowrank.layers.linear import LoraConv1D, LoraLinear
 from lowrank.layers.quantised import LoraQuantised
+from lowrank.layers.stack import ExpertStack, LoraStack
 
 # what the classes that are read here keep beside weight and bias, and a Linear has not
 OWN = (
@@ -16,6 +18,19 @@ OWN = (
     "_lowrank_repacks", "state", "index", "block_size", "activation_scheme", "has_bias",
 )  # fmt: skip
 OWN_TENSORS = ("weight_scale_inv", "activation_scale")
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether an adapted layer's W0 is in a stored form; or is numbers for the moment, where its class reads one."""
+    return isinstance(layer, LoraQuantised) or (isinstance(layer, LoraStack) and layer.stored_stack is not None)
+
+
+def become_plain(module: nn.Module, weight: Tensor) -> None:
+    """In place: a linear layer or a stack of experts that was in a stored form holds `weight`, as `dense` gives it."""
+    if isinstance(module, ExpertStack):
+        hold_numbers(module.experts, module.parameter, weight)
+    else:
+        become_linear(module, weight)
 
 
 def become_linear(module: nn.Module, weight: Tensor) -> None:
@@ -71,6 +86,9 @@ def _is_foreign(hook: Any) -> bool:
 
 def put_stored(module: Any, weight: Any) -> None:
     """In place: the module's weight holds `weight`, a form of the class that it has (bitsandbytes' four bits, int8)."""
+    if isinstance(module, ExpertStack):
+        hold_stored(module.experts, module.parameter, weight)
+        return
     held = module._parameters["weight"]
     if (state := getattr(held, "quant_state", None)) is not None:
         held.data = weight.packed.view(held.dtype).view(held.shape)

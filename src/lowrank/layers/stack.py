@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.core.merging import Change, adapted_weight, prepare
-from lowrank.core.stored import Weight
+from lowrank.core.stored import Stored, Weight
+from lowrank.core.stored.of_module import frozen
+from lowrank.core.stored.of_stack import stored_stack
+from lowrank.core.stored.stack import StoredStack
 from lowrank.layers.base import ASIDE, PREFIX, LoraLayer
 from lowrank.layers.experts import LoraExperts, has_gate_and_up, hold, release, stack_names, stores_transposed
 
@@ -31,6 +34,11 @@ class ExpertStack(nn.Module):
         return cast(nn.Parameter, self.experts._parameters[self.parameter])
 
     @property
+    def stored_stack(self) -> StoredStack | None:
+        """What reads W0, where the module of experts holds it otherwise than as numbers."""
+        return stored_stack(self.experts, self.parameter)
+
+    @property
     def experts(self) -> nn.Module:
         """The module of experts."""
         return cast(nn.Module, self.__dict__["experts"])
@@ -45,6 +53,13 @@ def stacks_of(module: nn.Module) -> dict[str, ExpertStack]:
     """{parameter: stack} of a module of experts, those that are adapted as they are; empty for other modules."""
     adapted = module.__dict__.get("adapted", {}) if isinstance(module, LoraExperts) else {}
     return {name: adapted.get(name) or ExpertStack(module, name) for name in stack_names(module)}
+
+
+def row_blocks(experts: nn.Module, parameter: str, rows: int) -> list[slice]:
+    """The rows of an expert's matrix that are one weight in a checkpoint: a gate's apart from an up projection's."""
+    if has_gate_and_up(experts, parameter) and rows % 2 == 0:
+        return [slice(0, rows // 2), slice(rows // 2, rows)]
+    return [slice(0, rows)]
 
 
 class LoraStack(LoraLayer):
@@ -68,6 +83,11 @@ class LoraStack(LoraLayer):
         return None if min(cast(Tensor, module.weight).shape) > 0 else "its shape has a zero: gather the shards first"
 
     @property
+    def stored_stack(self) -> StoredStack | None:
+        """What reads W0 where it is held in a stored form."""
+        return stored_stack(self.experts, self.parameter)
+
+    @property
     def base_weight(self) -> nn.Parameter:
         """W0, (E, d, k) as stored."""
         return cast(nn.Parameter, self.experts._parameters[self.parameter])
@@ -79,13 +99,14 @@ class LoraStack(LoraLayer):
 
     @classmethod
     def frozen(cls, module: nn.Module) -> Weight:
-        """W0, as stored."""
-        return cls.dense(module)
+        """W0, (E, n, m) as stored, or what reads it."""
+        return frozen(module)
 
     @classmethod
     def dense(cls, module: nn.Module) -> Tensor:
-        """W0, (E, n, m) as stored."""
-        return cast(Tensor, module.weight).detach()
+        """W0 as numbers, (E, n, m) as stored: its own, or a copy of a stored form."""
+        weight = cls.frozen(module)
+        return weight.matrix() if isinstance(weight, Stored) else weight
 
     @classmethod
     def sizes(cls, shape: torch.Size) -> tuple[int, int]:
@@ -110,9 +131,7 @@ class LoraStack(LoraLayer):
     def units(self, weight: Tensor, adapters: tuple[str, ...]) -> Iterator[tuple[Tensor, list[Change]]]:
         """Every expert's matrix, a gate apart from its up projection as checkpoints keep them, and its changes."""
         for expert, matrix in enumerate(weight.unbind()):
-            rows = matrix.shape[0]
-            halves = has_gate_and_up(self.experts, self.parameter) and rows % 2 == 0
-            for part in [slice(0, rows // 2), slice(rows // 2, rows)] if halves else [slice(0, rows)]:
+            for part in row_blocks(self.experts, self.parameter, matrix.shape[0]):
                 yield (
                     matrix[part],
                     [
@@ -127,12 +146,18 @@ class LoraStack(LoraLayer):
 
     def adapted_weight(self) -> Tensor:
         """W0 + Σ ΔW over the active adapters, (E, n, m) as stored, differentiable in the factors."""
-        return adapted_weight(self.base_weight, self.active_factors, transposed=self.transposed)
+        stored = self.stored_stack
+        weight = self.base_weight if stored is None else stored.matrix()
+        return adapted_weight(weight, self.active_factors, transposed=self.transposed)
+
+    def one_expert(self, expert: int) -> Tensor:
+        """W0 of one expert, (n, m) as stored: its own numbers, or a copy of a stored form."""
+        stored = self.stored_stack
+        return self.base_weight[expert] if stored is None else stored.rows(slice(expert, expert + 1))[0]
 
     def adapted_expert(self, expert: int) -> Tensor:
         """W0 + Σ ΔW of one expert, (n, m) as stored, differentiable in the factors."""
-        weight = self.base_weight[expert]
-        return adapted_weight(weight, self.active_factors, transposed=self.transposed, expert=expert)
+        return adapted_weight(self.one_expert(expert), self.active_factors, transposed=self.transposed, expert=expert)
 
 
 class LoraTransposedStack(LoraStack):

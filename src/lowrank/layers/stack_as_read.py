@@ -8,7 +8,7 @@ would make, and the low-rank products go along with it. Any other operation gets
 is read (`layers.reading`): slower, and right.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank.core.dora import rescaled, rescaled_change
-from lowrank.kernels.autocast import under_autocast
-from lowrank.kernels.fused import fused_linear, reason_against
+from lowrank.core.stored import Stored
+from lowrank.core.stored.stack import StoredStack
 from lowrank.kernels.grouped import grouped_linear, grouped_low_rank
-from lowrank.kernels.reference import low_rank
 from lowrank.layers.expert_pairs import Pair, active_pairs, first_goes_with_base
+from lowrank.layers.in_turn import Product, all_experts, chosen_rows, one_expert, sorted_rows
 from lowrank.layers.reading import WeightAsRead
 
 if TYPE_CHECKING:
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 class StackAsRead(WeightAsRead):
     """W0 + Σ ΔW of a stack, one of its experts, or one for each of some rows.
 
-    base: what the plain forward would hold in its place. expert: None, one, or (S,). maps: True where its
-    matrices are (d, k), for x·Wᵀ; False where they are (k, d), for x·W.
+    base: what the plain forward would hold in its place; of a stored form what reads it, the whole stack but for one
+    expert, whose matrix is (d, k) then. expert: None, one, or (S,). maps: True where its matrices are (d, k), for
+    x·Wᵀ; False where they are (k, d), for x·W. layer: None for a stack without active adapters.
     """
 
     layer: "LoraStack"
-    base: Tensor
+    base: Tensor | Stored
     pairs: list[Pair]
     expert: int | Tensor | None
     maps: bool
@@ -43,21 +44,34 @@ class StackAsRead(WeightAsRead):
     @staticmethod
     def whole(layer: "LoraStack") -> "StackAsRead":
         """The stack of `layer`, for one forward."""
-        weight = layer.base_weight
-        return _read(layer, weight, active_pairs(layer), None, not layer.transposed)
+        weight = layer.stored_stack or layer.base_weight
+        return _read(layer, weight, active_pairs(layer), None, not layer.transposed, weight.shape)
+
+    @staticmethod
+    def frozen(stack: StoredStack) -> "StackAsRead":
+        """A stack in a stored form that no active adapter changes."""
+        return _read(None, stack, [], None, not stack.transposed, stack.shape)
 
     def form(self) -> Tensor:
         """W0 + Σ ΔW of what is read, a plain tensor: the same one however often it is asked for."""
         mode = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         if mode not in self.formed:
-            stack = self.layer.adapted_weight() if not isinstance(self.expert, int) else None
-            if stack is None:
-                formed = self.layer.adapted_expert(cast(int, self.expert))
+            stored = self.base if not self.pairs else None
+            if isinstance(stored, StoredStack):  # which nothing changes
+                formed = stored.matrix() if self.expert is None else stored.matrix()[self.expert]
+                as_stored = self.maps is not stored.transposed
+            elif stored is not None:
+                formed, as_stored = cast(Stored, stored).matrix(), self.maps
             else:
-                formed = stack if self.expert is None else stack[self.expert]
-            as_stored = self.maps is not self.layer.transposed
+                formed, as_stored = self._adapted(), self.maps is not self.layer.transposed
             self.formed[mode] = formed if as_stored else formed.transpose(-2, -1)
         return self.formed[mode]
+
+    def _adapted(self) -> Tensor:
+        if isinstance(self.expert, int):
+            return self.layer.adapted_expert(self.expert)
+        stack = self.layer.adapted_weight()
+        return stack if self.expert is None else stack[self.expert]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,12 +85,20 @@ class StackAsRead(WeightAsRead):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def _read(layer: "LoraStack", base: Tensor, pairs: list[Pair], expert: int | Tensor | None, maps: bool) -> StackAsRead:
+def _read(
+    layer: "LoraStack | None",
+    base: Tensor | Stored,
+    pairs: list[Pair],
+    expert: int | Tensor | None,
+    maps: bool,
+    shape: Sequence[int],
+) -> StackAsRead:
     trained = torch.is_grad_enabled() and any(pair.a.requires_grad or pair.b.requires_grad for pair in pairs)
     read: StackAsRead = Tensor._make_wrapper_subclass(
-        StackAsRead, base.shape, dtype=base.dtype, device=base.device, requires_grad=trained
+        StackAsRead, tuple(shape), dtype=base.dtype, device=base.device, requires_grad=trained
     )
-    read.layer, read.base, read.pairs, read.expert, read.maps, read.formed = layer, base, pairs, expert, maps, {}
+    read.layer, read.base, read.pairs = cast("LoraStack", layer), base, pairs
+    read.expert, read.maps, read.formed = expert, maps, {}
     if trained:
         read.listen()
     return read
@@ -88,10 +110,13 @@ def _getitem(_: Any, stack: Any, index: Any) -> Any:
         return NotImplemented
     if isinstance(index, Tensor) and not index.is_floating_point() and index.dtype is not torch.bool:
         if index.dim() == 1:
-            return _read(stack.layer, stack.base[index], stack.pairs, index, stack.maps)
+            base = stack.base[index] if isinstance(stack.base, Tensor) else stack.base
+            return _read(stack.layer, base, stack.pairs, index, stack.maps, (len(index), *stack.shape[1:]))
         index = int(index) if index.dim() == 0 else index
     if isinstance(index, int) and not isinstance(index, bool):
-        return _read(stack.layer, stack.base[index], stack.pairs, index % stack.shape[0], stack.maps)
+        number = index % stack.shape[0]
+        one = stack.base[index] if isinstance(stack.base, Tensor) else cast(StoredStack, stack.base).of_expert(number)
+        return _read(stack.layer, one, stack.pairs, number, stack.maps, stack.shape[1:])
     return NotImplemented
 
 
@@ -100,7 +125,9 @@ def _transpose(_: Any, stack: Any, *dims: int, **named: int) -> Any:
     places = {dim % stack.dim() for dim in (*dims, *named.values())}
     if places and places != {stack.dim() - 2, stack.dim() - 1}:
         return NotImplemented
-    return _read(stack.layer, stack.base.transpose(-2, -1), stack.pairs, stack.expert, not stack.maps)
+    base = stack.base.transpose(-2, -1) if isinstance(stack.base, Tensor) else stack.base
+    shape = (*stack.shape[:-2], stack.shape[-1], stack.shape[-2])
+    return _read(stack.layer, base, stack.pairs, stack.expert, not stack.maps, shape)
 
 
 def _matrix_transpose(func: Any, stack: Any) -> Any:
@@ -114,32 +141,20 @@ def _linear(_: Any, input: Any, weight: Any, bias: Tensor | None = None) -> Any:
     """F.linear(x, W[e], bias): x (..., k) → (..., d)."""
     if isinstance(input, StackAsRead) or not isinstance(weight.expert, int) or not weight.maps:
         return NotImplemented
-    return _one_expert(input, weight.base, bias, weight)
+    return one_expert(input, weight.base, bias, weight.pairs, weight.expert)
 
 
 def _matmul(_: Any, input: Any, other: Any) -> Any:
     """x @ W[e], with the stack as (k, d): x (..., k) → (..., d)."""
     if isinstance(input, StackAsRead) or not isinstance(other.expert, int) or other.maps:
         return NotImplemented
-    return _one_expert(input, other.base.t(), None, other)
+    weight = other.base.t() if isinstance(other.base, Tensor) else other.base
+    return one_expert(input, weight, None, other.pairs, other.expert)
 
 
-def _one_expert(input: Tensor, weight: Tensor, bias: Tensor | None, read: StackAsRead) -> Tensor:
-    first, *others = read.pairs
-    expert = cast(int, read.expert)
-    a, b = first.of_expert[expert]
-    x = under_autocast(input)
-    if not first.dropout and first_goes_with_base(read.pairs) and reason_against(x, weight, bias) is None:
-        h = base = fused_linear(x, weight, bias, a, b, first.scale)
-        if first.gains is not None:
-            return rescaled(h, first.gains.of(expert), bias)
-    else:
-        h, others = F.linear(input, weight, bias), read.pairs
-        base = h
-    for pair in others:
-        change = low_rank(pair.dropped(input), *pair.of_expert[expert], pair.scale)
-        h = h + (change if pair.gains is None else rescaled_change(base, change, pair.gains.of(expert), bias))
-    return h
+def _in_turn(read: StackAsRead) -> Product:
+    """The product with one expert of a stored stack."""
+    return lambda rows, weight, expert: one_expert(rows, weight, None, read.pairs, expert)
 
 
 def _grouped_mm(func: Any, mat_a: Any, mat_b: Any, *, offs: Tensor | None = None, **others: Any) -> Any:
@@ -148,6 +163,8 @@ def _grouped_mm(func: Any, mat_a: Any, mat_b: Any, *, offs: Tensor | None = None
         return NotImplemented
     if any(value is not None for value in others.values()):
         return NotImplemented
+    if isinstance(mat_b.base, StoredStack):
+        return sorted_rows(mat_a, offs, mat_b.base, _in_turn(mat_b))
 
     def product(rows: Tensor, stack: Tensor) -> Tensor:
         return cast(Tensor, func(rows, stack, offs=offs))
@@ -172,6 +189,11 @@ def _bmm(func: Any, input: Any, mat2: Any) -> Any:
     read, x, left = (input, mat2, True) if isinstance(input, StackAsRead) else (mat2, input, False)
     if isinstance(x, StackAsRead) or isinstance(read.expert, int) or read.maps is not left:
         return NotImplemented
+    if isinstance(read.base, StoredStack):
+        rows = x.mT if left else x
+        ids, product = read.expert, _in_turn(read)
+        h = all_experts(rows, read.base, product) if ids is None else chosen_rows(rows, ids, read.base, product)
+        return h.mT if left else h
     h = base = func(read.base, x) if left else func(x, read.base)
     for pair in read.pairs:
         a, b = (pair.a, pair.b) if read.expert is None else (pair.a[read.expert], pair.b[read.expert])
@@ -189,8 +211,8 @@ def _bmm(func: Any, input: Any, mat2: Any) -> Any:
 
 
 def _data_ptr(_: Any, stack: Any) -> Any:
-    """Whether the base's numbers are aligned is asked before a grouped product of them."""
-    return stack.base.data_ptr()
+    """Whether the base's numbers are aligned is asked before a grouped product of them; what is read anew is."""
+    return stack.base.data_ptr() if isinstance(stack.base, Tensor) else 0
 
 
 WAYS: dict[Any, Callable[..., Any]] = {

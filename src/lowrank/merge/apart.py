@@ -1,7 +1,7 @@
 """How far the weights of a merge onto the original are from those that were trained, over the quantised base."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,16 +23,21 @@ class Apart:
     change: float
 
 
+# W0 and Q(W0) of a matrix as stored, (n, m), and ΔW over the one and over the other
+Both = tuple[Tensor, Tensor, Sequence[Change], Sequence[Change]]
+
+
 @torch.no_grad()
-def apart(original: Tensor, held: Tensor, changes: Sequence[Change], trained: Sequence[Change]) -> Apart:
-    """Of one weight, as stored, (n, m). held: Q(W0); changes, trained: ΔW over the one and over the other."""
+def apart(matrices: Iterable[Both]) -> Apart:
+    """Of one weight, or of the matrices that it is merged by."""
     squares = torch.zeros(3, dtype=torch.float64)
-    for rows in row_blocks(*original.shape):
-        base = held[rows].to(torch.promote_types(torch.float32, held.dtype))
-        total = merge_block(base, trained, rows)
-        here = merge_block(original[rows], changes, rows)
-        parts = (here.to(total.dtype) - total, total, total - base)
-        squares += torch.stack([part.square().sum().double() for part in parts]).cpu()
+    for original, held, changes, trained in matrices:
+        for rows in row_blocks(*original.shape):
+            base = held[rows].to(torch.promote_types(torch.float32, held.dtype))
+            total = merge_block(base, trained, rows)
+            here = merge_block(original[rows], changes, rows)
+            parts = (here.to(total.dtype) - total, total, total - base)
+            squares += torch.stack([part.square().sum().double() for part in parts]).cpu()
     difference, whole, change = squares.sqrt().tolist()
     return Apart(difference / whole if whole else 0.0, difference / change if change else 0.0)
 

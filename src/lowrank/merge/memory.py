@@ -17,7 +17,7 @@ from lowrank.injection.tied import part_tied_weights
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer, let_go
 from lowrank.layers.overrides import keep_override, override_tensors
-from lowrank.layers.plain import become_linear
+from lowrank.layers.plain import become_linear, is_quantised
 from lowrank.layers.quantised import LoraQuantised
 from lowrank.merge.apart import Apart, apart_table
 from lowrank.merge.disk.report import survival_warnings
@@ -26,6 +26,7 @@ from lowrank.merge.onto import (
     apart_from_trained,
     check_onto,
     dequantise_rest,
+    fixed_stacks,
     fold_plain,
     fold_requantised,
     plain_dtype,
@@ -88,8 +89,8 @@ def merge_and_unload(
         dtypes = {str(plain or layer.base_weight.dtype).removeprefix("torch.") for _, layer in layers}
         for path, layer in _progress(layers, progress):
             own = tuple(filter(layer.holds, names))
-            weight = weights(path) if weights is not None and isinstance(layer, LoraQuantised) else None
-            if weight is not None and isinstance(layer, LoraQuantised):
+            weight = weights(path) if weights is not None and is_quantised(layer) else None
+            if weight is not None:
                 far[path] = apart_from_trained(layer, own, weight)
             left[path] = _fold(layer, own, id(layer.base_weight) in shared, plain, weight)
         if plain is not None:
@@ -189,6 +190,11 @@ def _check_onto(
             f"merge: {some(unread)} cannot be read any more, since bitsandbytes has repacked it for inference: load "
             "the model again, and give it the adapter before it answers"
         )
+    if fixed := fixed_stacks(model):
+        raise MergeError(
+            f"merge: {some(fixed)} cannot become plain in memory, where their class holds FP8 alone: merge on disk "
+            "(merge_adapter, lowrank merge)"
+        )
     if original is not None:
         if not (held := stored_layers(model)):
             raise MergeError("onto original: no layer of this model is quantised; leave `onto` out")
@@ -227,7 +233,7 @@ def _fold(
     plain: the dtype in which quantised layers become plain ones; None where they keep their form. original: a quantised
     layer's W0 before it was that, where the change is for it.
     """
-    if isinstance(layer, LoraQuantised):
+    if is_quantised(layer):
         return fold_requantised(layer, names) if plain is None else fold_plain(layer, names, plain, original)
     merged_weight = layer.merged_weight(names)
     left = surviving(layer, names, merged_weight)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from lowrank.core.factors import LoraFactors
 from lowrank.core.stored import Stored, requantise
 from lowrank.core.stored.of_module import is_stored, stored_weight
+from lowrank.core.stored.of_stack import reader_of_stacks
+from lowrank.core.stored.stack import StoredStack
 from lowrank.errors import ConfigError, MergeError
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.base import LoraLayer, let_go
-from lowrank.layers.plain import become_linear, put_stored
-from lowrank.layers.quantised import LoraQuantised
+from lowrank.layers.plain import become_plain, is_quantised, put_stored
+from lowrank.layers.stack import ExpertStack
 from lowrank.merge.apart import Apart, apart
 from lowrank.merge.originals import Weights
 from lowrank.merge.survival import surviving
@@ -43,9 +45,7 @@ def plain_dtype(model: nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def fold_plain(
-    layer: LoraQuantised, names: tuple[str, ...], dtype: torch.dtype, original: Tensor | None = None
-) -> float:
+def fold_plain(layer: LoraLayer, names: tuple[str, ...], dtype: torch.dtype, original: Tensor | None = None) -> float:
     """In place: a plain layer with W0 + Σ ΔW, rounded once. Returns ΔW's share left.
 
     original: W0 before it was quantised; as training saw it where not given.
@@ -53,19 +53,18 @@ def fold_plain(
     weight = layer.merged_weight(names, dtype, original)
     left = surviving(layer, names, weight, original)
     let_go(layer, names)
-    become_linear(layer, weight)
+    become_plain(layer, weight)
     return left
 
 
-def apart_from_trained(layer: LoraQuantised, names: tuple[str, ...], original: Tensor) -> Apart:
+def apart_from_trained(layer: LoraLayer, names: tuple[str, ...], original: Tensor) -> Apart:
     """How far `original` + Σ ΔW is from what was trained, over the weight that the layer holds."""
-    held = layer.dense(layer)
-    changes, trained = ([layer.change(name, weight=weight) for name in names] for weight in (original, held))
-    return apart(original, held, changes, trained)
+    both = zip(layer.units(original, names), layer.units(layer.dense(layer), names), strict=True)
+    return apart((weight, held, changes, trained) for (weight, changes), (held, trained) in both)
 
 
 @torch.no_grad()
-def fold_requantised(layer: LoraQuantised, names: tuple[str, ...]) -> float:
+def fold_requantised(layer: LoraLayer, names: tuple[str, ...]) -> float:
     """In place: the layer's own form of W0 + Σ ΔW. Returns ΔW's share left."""
     left, stored = requantised(layer, names)
     let_go(layer, names)
@@ -74,11 +73,10 @@ def fold_requantised(layer: LoraQuantised, names: tuple[str, ...]) -> float:
 
 
 @torch.no_grad()
-def requantised(layer: LoraQuantised, names: tuple[str, ...]) -> tuple[float, Stored]:
+def requantised(layer: LoraLayer, names: tuple[str, ...]) -> tuple[float, Stored]:
     """(the share of ‖ΔW‖² that survives, W0 + Σ ΔW in the layer's own form), computed from unrounded sums."""
-    like = layer.held()
-    assert isinstance(like, Stored)
-    stored = requantise(layer.merged_weight(names, torch.float32), like)
+    like, total = stored_weight(layer), layer.merged_weight(names, torch.float32)
+    stored = like.requantised(total) if isinstance(like, StoredStack) else requantise(total, like)
     return surviving(layer, names, stored.matrix(torch.float32)), stored
 
 
@@ -107,10 +105,9 @@ def dequantise_rest(model: nn.Module, dtype: torch.dtype, weights: Weights | Non
 
     weights: what each weight was before it was quantised; as training saw it where not given.
     """
-    for path, module in list(base_modules(model)):
-        if isinstance(module, nn.Linear) and is_stored(module):
-            weight = stored_weight(module).matrix(dtype) if weights is None else weights(path).to(dtype, copy=True)
-            become_linear(module, weight)
+    for path, module in stored_layers(model).items():
+        weight = stored_weight(module).matrix(dtype) if weights is None else weights(path).to(dtype, copy=True)
+        become_plain(module, weight)
     forget_quantiser(model)
 
 
@@ -133,10 +130,16 @@ def _quantises(step: Any) -> bool:
 
 
 def stored_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{path: layer} of the model's linear layers in a stored form, adapted or not."""
-    return {path: m for path, m in base_modules(model) if isinstance(m, nn.Linear) and is_stored(m)}
+    """{path: layer} of the model's linear layers and stacks of experts in a stored form, adapted or not."""
+    return {path: m for path, m in base_modules(model) if isinstance(m, nn.Linear | ExpertStack) and is_stored(m)}
 
 
-def quantised_layers(layers: list[tuple[str, LoraLayer]]) -> dict[str, LoraQuantised]:
+def fixed_stacks(model: nn.Module) -> list[str]:
+    """The paths of stacks of experts whose module's class has a stored form of its own, and no other."""
+    stacks = ((path, m) for path, m in stored_layers(model).items() if isinstance(m, ExpertStack))
+    return [path for path, stack in stacks if reader_of_stacks(type(stack.experts)) is not None]
+
+
+def quantised_layers(layers: list[tuple[str, LoraLayer]]) -> dict[str, LoraLayer]:
     """{path: layer} of those that are in a stored form."""
-    return {path: layer for path, layer in layers if isinstance(layer, LoraQuantised)}
+    return {path: layer for path, layer in layers if is_quantised(layer)}

@@ -8,18 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.core.stored import Stored
-from lowrank.core.stored.of_module import stored_weight
+from lowrank.core.stored.of_module import is_stored, stored_weight
+from lowrank.core.stored.stack import StoredStack
 from lowrank.errors import MergeError, some
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.linear import LoraLinear
 from lowrank.layers.plain import was_conv1d
-from lowrank.layers.quantised import LoraQuantised
+from lowrank.layers.stack import LoraStack
 from lowrank.merge.apart import ANOTHER
-from lowrank.modelfiles.base import Source, read_base
+from lowrank.modelfiles.base import BaseFiles, Source, read_base
 from lowrank.modelfiles.blocks import whole
+from lowrank.modelfiles.experts import InFiles, stacks_in_files
 from lowrank.modelfiles.names import resolve
 from lowrank.modelfiles.tensors import StoredEntry
+from lowrank.modelfiles.whole_stack import read_stack, stack_shape
 
 Original = nn.Module | str | os.PathLike[str]
 Weights = Callable[[str], Tensor]  # from a layer's path to its W0, (d, k), as it was before
@@ -55,7 +58,7 @@ def _of_model(model: nn.Module, held: Mapping[str, Stored]) -> Weights:
     found = {
         path: kind.frozen(modules[path])
         for path, kind in kinds.items()
-        if kind is not None and issubclass(kind, LoraLinear) and not issubclass(kind, LoraQuantised)
+        if kind is not None and issubclass(kind, LoraLinear | LoraStack) and not is_stored(modules[path])
     }
     _require(path for path, stored in held.items() if path not in found or found[path].shape != stored.shape)
     return lambda path: cast(Tensor, found[path]).to(held[path].device)
@@ -63,20 +66,35 @@ def _of_model(model: nn.Module, held: Mapping[str, Stored]) -> Weights:
 
 def _of_files(folder: str | os.PathLike[str], layers: Mapping[str, nn.Module], held: Mapping[str, Stored]) -> Weights:
     base = read_base(folder)
-    shapes = {path: tuple(one.shape)[:: -1 if was_conv1d(layers[path]) else 1] for path, one in held.items()}
+    linear = {path: one for path, one in held.items() if not isinstance(one, StoredStack)}
+    stacks = _stacks_of_files(base, {path: one for path, one in held.items() if isinstance(one, StoredStack)})
+    shapes = {path: tuple(one.shape)[:: -1 if was_conv1d(layers[path]) else 1] for path, one in linear.items()}
 
     def fits(path: str, module: str) -> bool:
         entry = base.tensors[f"{module}.weight"][1] if f"{module}.weight" in base.tensors else None
         return entry is not None and entry.shape == shapes[path] and not isinstance(entry, StoredEntry)
 
     places = resolve(shapes, dict.fromkeys(name.rpartition(".")[0] for name in base.tensors), fits).modules
-    _require(path for path in held if path not in places or not fits(path, places[path]))
+    _require(path for path in linear if path not in places or not fits(path, places[path]))
 
     def read(path: str) -> Tensor:
+        if path in stacks:
+            return read_stack(base, stacks[path]).to(held[path].device)
         stored = whole(Source(*base.tensors[f"{places[path]}.weight"]))
         return (stored.t() if was_conv1d(layers[path]) else stored).to(held[path].device)
 
     return read
+
+
+def _stacks_of_files(base: BaseFiles, held: Mapping[str, StoredStack]) -> dict[str, InFiles]:
+    """{path: where the files have the experts} of stacks. Raises MergeError where one is not there as it is held."""
+    if not held:
+        return {}
+    found = stacks_in_files(base)
+    places = resolve(held, dict.fromkeys(found), lambda _path, _place: True).modules
+    stacks = {path: found[place] for path, place in places.items() if place in found}
+    _require(path for path, one in held.items() if path not in stacks or stack_shape(base, stacks[path]) != one.shape)
+    return stacks
 
 
 def _require(missing: Iterable[str]) -> None:

@@ -29,7 +29,10 @@ class WholeStack:
     halves: bool = False
 
 
-def stacks_in_files(base: BaseFiles) -> dict[str, StackInFiles | WholeStack]:
+InFiles = StackInFiles | WholeStack
+
+
+def stacks_in_files(base: BaseFiles) -> dict[str, InFiles]:
     """{the stack's path in the model: where its experts are} of all stacks that the base has every expert of."""
     fusions = fusions_of(base.config)
     singles: dict[tuple[str, int], dict[int, dict[int, str]]] = {}
@@ -39,7 +42,7 @@ def stacks_in_files(base: BaseFiles) -> dict[str, StackInFiles | WholeStack]:
             singles.setdefault((part.stack, part.blocks), {}).setdefault(part.number, {})[part.expert] = name
         elif len(entry.shape) == 3 and (whole := fusions.whole(name)):
             wholes.setdefault((whole.stack, whole.blocks, whole.turn), {})[whole.number] = name
-    found: dict[str, StackInFiles | WholeStack] = {
+    found: dict[str, InFiles] = {
         path: StackInFiles(tuple(tuple(parts[i][e] for e in range(len(parts[i]))) for i in range(count)))
         for (path, count), parts in singles.items()
         if _is_whole(parts, count)
@@ -56,9 +59,7 @@ def _is_whole(parts: Mapping[int, Mapping[int, str]], count: int) -> bool:
     return set(parts) == set(range(count)) and all(set(part) == experts for part in parts.values())
 
 
-def _with_halves(
-    base: BaseFiles, path: str, stack: StackInFiles | WholeStack, found: Mapping[str, StackInFiles | WholeStack]
-) -> StackInFiles | WholeStack:
+def _with_halves(base: BaseFiles, path: str, stack: InFiles, found: Mapping[str, InFiles]) -> InFiles:
     """The stack, a whole one with the word on its halves: (E, 2I, H) beside (E, H, I), not (E, H, 2I) beside (E, I, H).
 
     Files that turn the matrices, or have the halves in turn, do so for models that have them one above the other.

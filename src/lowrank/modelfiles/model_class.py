@@ -3,7 +3,7 @@
 import torch
 
 from lowrank.errors import CheckpointError
-from lowrank.layers.stack import kind_of_stack, stacks_of
+from lowrank.layers.stack import ExpertStack, kind_of_stack, stacks_of
 from lowrank.modelfiles.base import BaseFiles
 
 
@@ -12,6 +12,18 @@ def experts_of_class(base: BaseFiles) -> str:
 
     Raises CheckpointError for a config that is of no class of transformers, or of one without such stacks.
     """
+    if stacks := stacks_of_class(base):
+        return kind_of_stack(next(iter(stacks.values()))).kind
+    import transformers
+
+    raise CheckpointError(
+        f"{base.label}: its experts are square matrices, and its config.json names no model of transformers "
+        f"{transformers.__version__} that says which way round: load the model and use merge_and_unload"
+    )
+
+
+def stacks_of_class(base: BaseFiles) -> dict[str, ExpertStack]:
+    """{name of the parameter: a stack without numbers} of the model's first module of experts; empty without one."""
     import transformers
 
     names = (base.config or {}).get("architectures") or []
@@ -21,9 +33,6 @@ def experts_of_class(base: BaseFiles) -> str:
         with torch.device("meta"):
             model = known[0](config)
         for module in model.modules():
-            for stack in stacks_of(module).values():
-                return kind_of_stack(stack).kind
-    raise CheckpointError(
-        f"{base.label}: its experts are square matrices, and its config.json names no model of transformers "
-        f"{transformers.__version__} that says which way round: load the model and use merge_and_unload"
-    )
+            if stacks := stacks_of(module):
+                return stacks
+    return {}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowrank.errors import CheckpointError, ConfigError
-from lowrank.injection.quantise import left_out, require_bitsandbytes, unpacked
+from lowrank.injection.quantise import left_out, quantise_stacks, require_bitsandbytes, unpacked
 from lowrank.injection.targets import named_targets, output_heads
 from lowrank.layers.kinds import is_linear
 from lowrank.merge.onto import forget_quantiser
@@ -32,7 +32,7 @@ def load_held(
     _check(folder, settings)
     skeleton = _skeleton(AutoModelForCausalLM, folder)
     kept = kept_plain(skeleton, skip)
-    return _held(load_causal(folder, dtype, **_options(settings, dtype, device, kept)))
+    return _held(load_causal(folder, dtype, **_options(settings, dtype, device, kept)), settings, skip)
 
 
 def load_held_judge(
@@ -51,7 +51,7 @@ def load_held_judge(
     pooler = (POOLER,) if not _has_pooler(folder) else ()
     kept = kept_plain(skeleton, (*skip, *head_modules(skeleton, ()), *pooler))
     model, fresh = load_judge(folder, labels, dtype, **_options(settings, dtype, device, kept))
-    return _held(model), fresh
+    return _held(model, settings, (*skip, *fresh)), fresh
 
 
 def _check(folder: Path, settings: HeldSettings) -> None:
@@ -77,9 +77,11 @@ def _options(settings: HeldSettings, dtype: torch.dtype, device: torch.device, k
     return {"quantization_config": config, "device_map": {"": str(device)}, **own}
 
 
-def _held(model: nn.Module) -> nn.Module:
+def _held(model: nn.Module, settings: HeldSettings, skip: Sequence[str]) -> nn.Module:
+    assert settings.quantise is not None
     forget_quantiser(model)
     unpacked(model)
+    quantise_stacks(model, settings.quantise, double=settings.double, skip=skip)
     return model
 
 

@@ -3,6 +3,7 @@
 fourbit     bitsandbytes NF4 and FP4, plain or double quantised      scaled      int8 and FP8 with scales
 mxfp4       blocks of 32 FP4 numbers with a power of two each         requantise  from a matrix back to a form
 of_module   the open table from a module's class, or its weight's, to a reader
+stack       the experts of a layer, each in a form of the above      of_stack    the same table for modules of experts
 """
 
 from lowrank.core.stored.base import Stored, Weight, dense

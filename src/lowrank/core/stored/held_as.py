@@ -19,6 +19,11 @@ INT8 = "int8"
 BLOCK = 64  # bitsandbytes' own, where nothing else is said
 
 
+def form_of(scheme: str, double: bool) -> str:
+    """What `Stored.form` says of a scheme as users name it: nf4, fp4 (scales quantised too: `double`) or int8."""
+    return next((form for form, made in FOUR_BIT.items() if made == (scheme, double)), INT8)
+
+
 def can_be_made(form: str) -> bool:
     """Whether `held_as` makes this form (`Stored.form`), where the package that it takes is installed."""
     return form == INT8 or form in FOUR_BIT

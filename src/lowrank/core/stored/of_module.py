@@ -131,7 +131,9 @@ def _reader_of(module: type[Any], weight: type[Any]) -> Reader | None:
 
 
 def is_stored(module: nn.Module) -> bool:
-    """Whether the module's weight is one that the table reads."""
+    """Whether the module's weight is one that the table reads; a stack of experts says so itself (`stored_stack`)."""
+    if hasattr(type(module), "stored_stack"):
+        return cast(Any, module).stored_stack is not None
     weight = module._parameters.get("weight")
     if weight is None or (type(weight) is nn.Parameter and weight.dtype in FLOATING):
         return False
@@ -151,6 +153,8 @@ def stored_weight(module: nn.Module) -> Stored:
 
     Raises TargetError, in words that end a sentence, where it cannot be read as it is.
     """
+    if hasattr(type(module), "stored_stack"):
+        return cast(Stored, cast(Any, module).stored_stack)
     weight = module._parameters["weight"]
     state = getattr(weight, "quant_state", None)
     known, where = _read.get(module), _place_of(weight)

@@ -77,6 +77,13 @@ class Contribution:
         return self.kind in ("conv1d-linear", "embedding")
 
     @property
+    def is_first(self) -> bool:
+        """Whether the tensor has the first rows of W0; of a stack, those of its first expert."""
+        rows = self.expert.rows if self.expert is not None else self.stack.rows[0] if self.stack is not None else None
+        number = 0 if self.expert is None else self.expert.number
+        return number == 0 and (rows is None or not rows.start)
+
+    @property
     def reads_weight(self) -> bool:
         """True where ΔW depends on W0 itself: DoRA's row norms, and a start that was taken off the base in training."""
         return MAGNITUDE in self.adapter.files.low_rank[self.path] or self._moved is not None

@@ -9,9 +9,7 @@ from lowrank.layers.experts import STACKS
 from lowrank.merge.disk.adapters import Adapter, Contribution, ExpertRows
 from lowrank.merge.disk.whole_stacks import whole_stack_changes
 from lowrank.modelfiles.base import BaseFiles
-from lowrank.modelfiles.experts import StackInFiles, WholeStack
-
-InFiles = StackInFiles | WholeStack
+from lowrank.modelfiles.experts import InFiles, StackInFiles, WholeStack
 
 
 def with_experts(base: BaseFiles, files: AdapterFiles, stacks: Mapping[str, InFiles]) -> AdapterFiles:

@@ -168,5 +168,5 @@ def distance_of_bases(base: BaseFiles, adapter: Adapter, found: Match) -> float 
     stored = adapter.files.companion.stored
     if stored is None:
         return None
-    places = {one.path: (found.heads.get(name, name), one.transposed) for name, one in found.changed.items()}
+    places = {one.path: (found.heads.get(name, name), one) for name, one in found.changed.items() if one.is_first}
     return stored.distance(lambda path: first_numbers(base, *places[path]) if path in places else None)

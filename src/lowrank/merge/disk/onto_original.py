@@ -58,7 +58,7 @@ def _distance(recipe: Recipe) -> Apart | None:
     form = MadeAgain({"weight": recipe.source}, stored, first.transposed, off)
     original, over = whole(recipe.source), form.hold().matrix
     trained = tuple(one.change(recipe.shape, over) for one in recipe.contributions)
-    return apart(original, over, make_changes(recipe), trained)
+    return apart([(original, over, make_changes(recipe), trained)])
 
 
 def _trained_over(recipe: Recipe) -> StoredBase | None:

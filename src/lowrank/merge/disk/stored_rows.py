@@ -6,9 +6,11 @@ from torch import Tensor
 from lowrank.checkpoint.stored_base import NUMBERS
 from lowrank.core.merging import row_blocks
 from lowrank.files.safetensors import DTYPES, FLOATS
+from lowrank.merge.disk.adapters import Contribution
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.modelfiles.base import BaseFiles, Source
 from lowrank.modelfiles.blocks import Workspace, opened, read_entry_rows
+from lowrank.modelfiles.one_expert import OneExpert
 
 
 def read_rows(recipe: Recipe, descriptor: int, rows: slice, workspace: Workspace, role: str = "stored") -> Tensor:
@@ -37,10 +39,17 @@ def _with_rows(block: Tensor, recipe: Recipe, rows: slice) -> Tensor:
     return block
 
 
-def first_numbers(base: BaseFiles, name: str, transposed: bool) -> torch.Tensor | None:
-    """The first numbers of W0's first row, in float64; None where it is no matrix. transposed: W0ᵀ is stored."""
-    source = Source(*base.tensors[name])
-    if source.entry.dtype not in FLOATS or len(source.entry.shape) != 2:
+def first_numbers(base: BaseFiles, name: str, one: Contribution) -> torch.Tensor | None:
+    """The first numbers of W0's first row, in float64; None where it is no matrix. one: how the tensor stores W0.
+
+    Of a stack they are those of its first expert's first row, as the model has it.
+    """
+    source, transposed = Source(*base.tensors[name]), one.transposed
+    if source.entry.dtype not in FLOATS:
+        return None
+    if one.stack is not None:
+        return OneExpert(source, 0, one.stack.turn).matrix[0, :NUMBERS].double()
+    if len(source.entry.shape) != 2:
         return None
     with opened(source) as descriptor:
         rows = slice(0, min(NUMBERS, source.entry.shape[0]) if transposed else 1)

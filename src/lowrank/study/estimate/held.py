@@ -7,12 +7,15 @@ from torch import Tensor, nn
 
 from lowrank.core.stored import FourBit, Int8Rows, Nested, Stored
 from lowrank.core.stored.of_module import BnbFourBit, register_reader
+from lowrank.core.stored.stack import HeldStack
 from lowrank.errors import ConfigError
-from lowrank.injection.quantise import require_bitsandbytes
+from lowrank.injection.quantise import quantisable_stacks, require_bitsandbytes
 from lowrank.injection.targets import named_targets
 from lowrank.kernels.frozen import frozen_linear
 from lowrank.layers.base import dimensions
+from lowrank.layers.experts import hold_stored
 from lowrank.layers.kinds import is_linear, kind_of
+from lowrank.layers.stack import ExpertStack, kind_of_stack, row_blocks
 from lowrank.train.held import kept_plain
 from lowrank.train.settings import HeldSettings
 
@@ -39,19 +42,37 @@ def hold(model: nn.Module, settings: HeldSettings, skip: tuple[str, ...], dtype:
     for path, module in named_targets(model).items():
         if is_linear(module) and path not in kept:
             model.set_submodule(path, _held(module, settings, dtype))
+    for stack in quantisable_stacks(model, skip).values():
+        _hold_experts(stack, settings, dtype)
+
+
+def _hold_experts(stack: ExpertStack, settings: HeldSettings, dtype: torch.dtype) -> None:
+    kind, experts, name = kind_of_stack(stack), stack.experts, stack.parameter
+    d, k = dimensions(kind, stack)
+    blocks = row_blocks(experts, name, stack.weight.shape[1])
+    form = _form(d // len(blocks), k, settings, dtype)
+    held = HeldStack.of([[form] * len(blocks)] * len(stack.weight), kind.transposed)
+    hold_stored(experts, name, held)
+    for at, scales in enumerate(_scales(form)):
+        whole = (len(held.experts) * len(blocks), *scales.shape)
+        experts.register_buffer(f"{name}_scales{at}", _empty(whole, scales.dtype))
 
 
 def _held(module: Any, settings: HeldSettings, dtype: torch.dtype) -> HeldLinear:
     kind = kind_of(module)
     assert kind is not None
     d, k = dimensions(kind, module)
-    form = _int8(d, k, dtype) if settings.quantise == "int8" else _four_bit(d, k, dtype, settings)
+    form = _form(d, k, settings, dtype)
     layer = HeldLinear(k, d, module.bias is not None, "meta", dtype)
     layer.weight = nn.Parameter(form.held, requires_grad=False)
     layer.stored = form
     for at, scales in enumerate(_scales(form)):
         layer.register_buffer(f"scales{at}", scales)
     return layer
+
+
+def _form(d: int, k: int, settings: HeldSettings, dtype: torch.dtype) -> FourBit | Int8Rows:
+    return _int8(d, k, dtype) if settings.quantise == "int8" else _four_bit(d, k, dtype, settings)
 
 
 def _int8(d: int, k: int, dtype: torch.dtype) -> Int8Rows:
