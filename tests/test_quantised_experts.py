@@ -24,6 +24,8 @@ from lowrank.injection.adapters import lora_layers
 from lowrank.injection.quantise import quantise_stacks, what_is_held
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.stack import ExpertStack
+from lowrank.study.estimate.estimate import estimate
+from lowrank.study.estimate.settings import EstimateSettings
 from lowrank.train.held import load_held
 from lowrank.train.settings import EvalSettings
 from quantised_models import dequantised
@@ -262,3 +264,11 @@ def test_a_merge_on_disk_into_the_float_base_has_the_bits_of_that_in_memory(
     wanted = model.state_dict()
     assert loaded.keys() == wanted.keys()
     assert [name for name in loaded if not torch.equal(loaded[name], wanted[name])] == []
+
+
+def test_estimate_counts_experts_as_they_are_held(tmp_path) -> None:
+    mixture("mixtral").save_pretrained(tmp_path)
+    asked = {"model": str(tmp_path), "max_length": 16, "targets": "all-linear", "rank": 2, "dtype": "bfloat16"}
+    plain, four = (estimate(EstimateSettings(**asked, **more)) for more in ({}, {"quantise": "nf4", "double": True}))
+    held = lowrank.quantise(mixture("mixtral").bfloat16(), "nf4", double=True)
+    assert held.stacks == 4 and plain.weights - four.weights == held.plain_bytes - held.bytes
