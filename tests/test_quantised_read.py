@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lowrank.errors import CheckpointError
 from lowrank.modelfiles.base import read_base
-from lowrank.modelfiles.tensors import Form, PackedForm, PackedStack, StoredEntry
+from lowrank.modelfiles.tensors import Form, PackedForm, PackedStack, ReadInto, StoredEntry
+from lowrank.modelfiles.workspace import Workspace
 from merge_disk_models import linear_factors, write_adapter
 
 Q = "layers.0.q_proj"
@@ -22,10 +23,10 @@ D, K = 200, 132  # rows fill no block of 64, and the last blocks are cut
 FP8 = torch.float8_e4m3fn
 
 
-def four_bits(block: int, nested: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def four_bits(block: int, nested: int = 0, dtype: str = "bfloat16") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Packed numbers and their scales, which are quantised too where `nested` says their block."""
     blocks = -(-D * K // block)
-    said: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": [D, K]}
+    said: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": dtype, "shape": [D, K]}
     tensors = {"": torch.randint(0, 256, (D * K // 2, 1)).byte(), ".quant_map": torch.linspace(-1, 1, 16)}
     tensors[".absmax"] = torch.rand(blocks) + 0.1
     if nested:
@@ -116,6 +117,21 @@ def test_some_rows_are_those_of_the_whole(name, tmp_path):
             assert some.dtype is whole.dtype and torch.equal(some, whole[rows.start : rows.stop]), rows
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("nested", [0, 7])
+def test_rows_in_memory_that_is_used_again_hold_until_the_role_is_read_anew(nested, dtype, tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMS, "this", lambda: four_bits(64, nested, dtype))
+    form, count = form_in(write(tmp_path / "base", "this"))
+    assert isinstance(form, ReadInto)
+    workspace, first = Workspace(), form.rows(slice(0, 9))
+    kept = form.rows_into(slice(0, 9), workspace, "kept")
+    for rows in pieces(count):
+        assert torch.equal(form.rows_into(rows, workspace, "other"), form.rows(rows)), rows
+    assert torch.equal(kept, first)
+    again = form.rows_into(slice(9, 18), workspace, "kept")
+    assert again.data_ptr() == kept.data_ptr() and torch.equal(again, form.rows(slice(9, 18)))
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_no_more_is_read_than_the_rows_take(name, tmp_path, monkeypatch):
     """A row's share of the parts, and of four bits the blocks that it begins and ends in: memory stays flat."""
@@ -154,15 +170,15 @@ from lowrank.modelfiles import base as opening
 
 find, cut = opening.find_forms, set()
 
-def reading(form, shard):
-    read = form.rows
+def reading(form, shard, name):
+    read = getattr(form, name)
 
-    def rows(wanted):
+    def rows(wanted, *memory):
         if shard.path not in cut:
-            read(slice(0, 1))  # whatever is kept of a file from the first row on is kept now
+            read(slice(0, 1), *memory)  # whatever is kept of a file from the first row on is kept now
             os.truncate(shard.path, len(shard.layout.header))
             cut.add(shard.path)
-        return read(wanted)
+        return read(wanted, *memory)
 
     return rows
 
@@ -170,7 +186,9 @@ def then_cut(tensors, config):
     found = find(tensors, config)
     for shard, entry in ((source.shard, source.entry) for source in found.values()):
         if shard.path.parent.name == "base" and hasattr(entry, "form"):
-            entry.form.rows = reading(entry.form, shard)
+            for name in ("rows", "rows_into"):
+                if hasattr(entry.form, name):
+                    setattr(entry.form, name, reading(entry.form, shard, name))
     return found
 
 opening.find_forms = then_cut

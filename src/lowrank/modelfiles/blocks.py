@@ -6,38 +6,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 
-import torch
 from torch import Tensor
 
 from lowrank.files.regular import read_into
 from lowrank.files.safetensors import READABLE
-from lowrank.modelfiles.tensors import MadeWhole, Source, StoredEntry
-
-CACHE_LINE = 64  # bytes; arithmetic is slower where a tensor does not begin with one
-
-
-class Workspace:
-    """Memory that one thread uses again for every block, by the role it has."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, bytearray] = {}
-        self._last: dict[str, tuple[tuple[object, ...], Tensor, memoryview]] = {}
-
-    def take(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, memoryview]:
-        """A tensor of this shape, its content undefined, and its bytes; valid until the role is taken again."""
-        last = self._last.get(role)
-        if last is None or last[0] != (*shape, dtype):
-            last = self._last[role] = ((*shape, dtype), *self._view(role, shape, dtype))
-        return last[1:]
-
-    def _view(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, memoryview]:
-        count = prod(shape) * dtype.itemsize
-        if len(self._memory.get(role, b"")) < count + CACHE_LINE:
-            self._memory[role] = bytearray(count + CACHE_LINE)
-        whole = torch.frombuffer(self._memory[role], dtype=torch.uint8)
-        first = -whole.data_ptr() % CACHE_LINE
-        memory = memoryview(self._memory[role])[first : first + count]
-        return whole[first : first + count].view(dtype).view(*shape), memory
+from lowrank.modelfiles.tensors import MadeWhole, ReadInto, Source, StoredEntry
+from lowrank.modelfiles.workspace import Workspace
 
 
 @contextmanager
@@ -66,7 +40,9 @@ def read_entry_rows(
 ) -> Tensor:
     """Rows (n', m) of a tensor of the base, in its own dtype."""
     if isinstance(source.entry, StoredEntry):
-        return source.entry.form.rows(rows).view(rows.stop - rows.start, -1)
+        form = source.entry.form
+        numbers = form.rows_into(rows, workspace, role) if isinstance(form, ReadInto) else form.rows(rows)
+        return numbers.view(rows.stop - rows.start, -1)
     dtype = READABLE[source.entry.dtype]
     block, memory = workspace.take(role, (rows.stop - rows.start, columns), dtype)
     offset = source.entry.offset + rows.start * columns * dtype.itemsize
@@ -86,14 +62,18 @@ def some_rows(source: Source, rows: slice) -> Tensor:
         return read_entry_rows(source, descriptor, prod(entry.shape[1:]), rows, Workspace(), "rows")
 
 
-def flat(source: Source, start: int = 0, stop: int | None = None) -> Tensor:
-    """Numbers `start` to `stop` of a tensor as they lie in the files, (n',), all where none are given; new memory.
+def flat(
+    source: Source, start: int = 0, stop: int | None = None, workspace: Workspace | None = None, role: str = "flat"
+) -> Tensor:
+    """Numbers `start` to `stop` of a tensor as they lie in the files, (n',), all where none are given.
 
-    What a stored form reads of its parts, some at a time: they are never mapped, and no part is kept.
+    What a stored form reads of its parts, some at a time: they are never mapped, and no part is kept. In new memory
+    where no workspace is given.
     """
-    last = prod(source.entry.shape) if stop is None else stop
-    entry = replace(source.entry, shape=(last,))
-    return some_rows(Source(source.shard, entry), slice(start, last)).view(-1)
+    whole = Source(source.shard, replace(source.entry, shape=(prod(source.entry.shape),)))
+    rows = slice(start, whole.entry.shape[0] if stop is None else stop)
+    with opened(source) as descriptor:
+        return read_entry_rows(whole, descriptor, 1, rows, workspace or Workspace(), role).view(-1)
 
 
 def as_bytes(source: Source) -> Source:

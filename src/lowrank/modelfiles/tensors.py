@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowrank.core.stored import Stored
 from lowrank.files.safetensors import Entry, Layout
+from lowrank.modelfiles.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,15 @@ class Form(Protocol):
 
     def rows(self, rows: slice) -> Tensor:
         """Rows of the weight as a matrix of stored rows, (n', m), new memory; no more of its parts is read."""
+        ...
+
+
+@runtime_checkable
+class ReadInto(Form, Protocol):
+    """A form whose rows are read into memory that is used again."""
+
+    def rows_into(self, rows: slice, workspace: Workspace, role: str) -> Tensor:
+        """The rows that `rows` gives, valid until another block is read in this role."""
         ...
 
 

@@ -1,10 +1,23 @@
 """What every stored form can do: say its shape, and give its matrix, whole or some rows of it, in a dtype."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Memory(Protocol):
+    """Memory that is used again, by the role it has: blocks of one size follow each other."""
+
+    def take(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+        """(a tensor, its content undefined, and its bytes), valid until the role is taken again."""
+        ...
+
+
+def put(tensor: Tensor, dtype: torch.dtype, memory: Memory | None, role: str) -> Tensor:
+    """The tensor in a dtype: in memory that is used again where there is some, for this role."""
+    return tensor.to(dtype) if memory is None else memory.take(role, tuple(tensor.shape), dtype)[0].copy_(tensor)
 
 
 class Stored(ABC):

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lowrank.core.stored.base import Stored
+from lowrank.core.stored.base import Memory, Stored, put
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,18 @@ class FourBit(Stored):
         k = self.shape[1]
         return self.numbers(rows.start * k, rows.stop * k).to(dtype or self.dtype).view(-1, k)
 
-    def numbers(self, start: int, stop: int) -> Tensor:
-        """Those of W0 from `start` to `stop`, row after row, (n',), in the form's dtype."""
-        first = start // 2
-        numbers = self._pairs.index_select(0, self.packed[first : -(-stop // 2)].int()).view(torch.float32)
-        numbers = numbers[start - 2 * first : stop - 2 * first]
-        return scaled_blocks(numbers, self.scales(start, stop), self.block, start).to(self.dtype)
+    def numbers(self, start: int, stop: int, memory: Memory | None = None, role: str = "numbers") -> Tensor:
+        """Those of W0 from `start` to `stop`, row after row, (n',), in the form's dtype.
+
+        In new memory, the caller's own, where no other is given.
+        """
+        first, last = start // 2, -(-stop // 2)
+        wide = None if memory is None else memory.take(f"{role}, wide", (last - first,), torch.int64)[0]
+        index = put(self.packed[first:last], torch.int32, memory, "index")
+        pairs = torch.index_select(self._pairs, 0, index, out=wide).view(torch.float32)
+        numbers = pairs[start - 2 * first : stop - 2 * first]
+        scaled = scaled_blocks(numbers, self.scales(start, stop), self.block, start)
+        return scaled if self.dtype is torch.float32 else put(scaled, self.dtype, memory, role)
 
     def holding(self, packed: Tensor, absmax: Tensor | Nested, shape: torch.Size) -> "FourBit":
         """Other numbers in the same code."""

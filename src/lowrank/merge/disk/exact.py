@@ -21,7 +21,8 @@ from lowrank.merge.disk.adapters import Contribution
 from lowrank.merge.disk.changes import compute_dtype
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.merge.disk.stored_rows import read_rows
-from lowrank.modelfiles.blocks import Workspace, opened, whole
+from lowrank.modelfiles.blocks import opened, whole
+from lowrank.modelfiles.workspace import Workspace
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134, torch.float32: 2.0**-150, torch.float64: 0.0}

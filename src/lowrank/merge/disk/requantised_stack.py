@@ -14,8 +14,9 @@ from lowrank.merge.disk.grid import steps
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.merge.disk.stack_recipes import matrices
 from lowrank.merge.disk.stored_rows import read_rows
-from lowrank.modelfiles.blocks import Workspace, opened
+from lowrank.modelfiles.blocks import opened
 from lowrank.modelfiles.tensors import PackedStack
+from lowrank.modelfiles.workspace import Workspace
 
 
 @dataclass(eq=False)

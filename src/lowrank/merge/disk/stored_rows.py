@@ -9,8 +9,9 @@ from lowrank.files.safetensors import DTYPES, FLOATS
 from lowrank.merge.disk.adapters import Contribution
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.modelfiles.base import BaseFiles, Source
-from lowrank.modelfiles.blocks import Workspace, opened, read_entry_rows
+from lowrank.modelfiles.blocks import opened, read_entry_rows
 from lowrank.modelfiles.one_expert import OneExpert
+from lowrank.modelfiles.workspace import Workspace
 
 
 def read_rows(recipe: Recipe, descriptor: int, rows: slice, workspace: Workspace, role: str = "stored") -> Tensor:

@@ -13,8 +13,9 @@ from lowrank.merge.disk.changes import check_finite, compute_dtype, make_changes
 from lowrank.merge.disk.exact import ExactRows
 from lowrank.merge.disk.recipe import Recipe
 from lowrank.merge.disk.stored_rows import read_rows
-from lowrank.modelfiles.blocks import Workspace, opened
+from lowrank.modelfiles.blocks import opened
 from lowrank.modelfiles.one_expert import turned
+from lowrank.modelfiles.workspace import Workspace
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,9 +24,10 @@ from lowrank.merge.disk.exact import ExactRows
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.stack_recipes import matrices
 from lowrank.merge.disk.stored_rows import read_rows
-from lowrank.modelfiles.blocks import Workspace, opened
+from lowrank.modelfiles.blocks import opened
 from lowrank.modelfiles.bytes import CHUNK
 from lowrank.modelfiles.pool import run_tasks
+from lowrank.modelfiles.workspace import Workspace
 
 SAMPLED_ROWS = 8
 SAMPLED_PLACES = 2

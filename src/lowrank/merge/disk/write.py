@@ -16,9 +16,10 @@ from lowrank.merge.disk.changes import check_finite, compute_dtype, make_changes
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.stack_recipes import matrices
 from lowrank.merge.disk.stored_rows import read_rows
-from lowrank.modelfiles.blocks import Workspace, hold, opened
+from lowrank.modelfiles.blocks import hold, opened
 from lowrank.modelfiles.bytes import clone, move, write_from
 from lowrank.modelfiles.pool import run_tasks
+from lowrank.modelfiles.workspace import Workspace
 
 BLOCKS_AT_ONCE = 16  # a task's row blocks: enough to be worth a hand-over, few enough to share out a large tensor
 MOVE_AT_ONCE = 2**23  # bytes: a few milliseconds, since whoever has a block to write meanwhile must wait

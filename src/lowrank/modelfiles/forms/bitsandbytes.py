@@ -17,6 +17,7 @@ from lowrank.files.safetensors import DTYPES as DTYPES_IN_FILES
 from lowrank.modelfiles.blocks import as_bytes, flat
 from lowrank.modelfiles.forms.found import Found, check_shape, part, refuse
 from lowrank.modelfiles.tensors import Source
+from lowrank.modelfiles.workspace import Workspace
 
 STATE = ".quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
@@ -80,6 +81,10 @@ class FourBitForm:
         return self.assembled({})
 
     def rows(self, rows: slice) -> Tensor:
+        """Rows of the matrix."""
+        return self.rows_into(rows, Workspace(), "rows")
+
+    def rows_into(self, rows: slice, workspace: Workspace, role: str) -> Tensor:
         """Rows of the matrix, from the blocks that hold them."""
         columns, block, nested = self.state["shape"][1], self.state["blocksize"], self.state.get("nested_blocksize", 1)
         start, stop = rows.start * columns, rows.stop * columns
@@ -90,9 +95,9 @@ class FourBitForm:
             "absmax": (first, last),
             "nested_absmax": (first // nested, -(-last // nested)),
         }
-        tensors = {role: flat(source, *pieces[role]) for role, source in self._numbers.items()}
+        tensors = {name: flat(source, *pieces[name], workspace, name) for name, source in self._numbers.items()}
         some = self._of(tensors, torch.Size((1, stop - before)), self.state)
-        return some.numbers(start - before, stop - before).view(-1, columns)
+        return some.numbers(start - before, stop - before, workspace, role).view(-1, columns)
 
 
 @dataclass(eq=False)
