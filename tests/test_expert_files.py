@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lowrank
-from expert_models import FAMILIES, adapted, answer, mixture
+from expert_models import FAMILIES, adapted, answer, dense_answer, mixture
 from lowrank import LoraConfig
 from lowrank.analysis.inspection import inspect_adapter
 from lowrank.injection.adapters import lora_layers
@@ -97,9 +97,11 @@ def single_experts(model: nn.Module, folder: Path, names: dict[str, tuple[str, i
         for leaf, (name, block, count) in names.items():
             for expert in range(factors.a.shape[0]):
                 if path.endswith(name) and expert != skip:
-                    b = factors.b[expert].detach().chunk(count)[block]
+                    own = block if factors.parts else 0
+                    a, b = factors.a[expert].detach().chunk(len(factors.parts) or 1)[own], factors.b[expert].detach()
+                    b = b.chunk(count)[block]
                     stem = f"base_model.model.{path.rpartition('.')[0].replace('.mlp.', '.MOE.')}.{expert}.{leaf}"
-                    tensors[f"{stem}.lora_A.weight"] = factors.a[expert].detach().clone()
+                    tensors[f"{stem}.lora_A.weight"] = a.clone()
                     tensors[f"{stem}.lora_B.weight"] = b.clone()
     folder.mkdir()
     moe = ".block_sparse_moe." if "w1" in names else ".mlp."
@@ -120,17 +122,54 @@ OLD = {
 }
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["one A of gate and up", "an A of each"])
 @pytest.mark.parametrize("family", OLD)
-def test_adapters_of_experts_as_modules_go_into_the_stacks_as_peft_puts_them(family: str, tmp_path: Path) -> None:
-    model = adapted(mixture(family, "eager"))
+def test_adapters_of_experts_as_modules_go_into_the_stacks_as_peft_puts_them(
+    family: str, apart: bool, tmp_path: Path
+) -> None:
+    names = {"target_parameters": ["gate_up_proj[gate,up]", "down_proj"]} if apart else {}
+    model = adapted(mixture(family, "eager"), **names)
     single_experts(model, tmp_path / "old", OLD[family])
     other = mixture(family)
     report = lowrank.load_adapter(other, tmp_path / "old")
-    assert {layer.factors("default").rank for _, layer in lora_layers(other)} == {3, 6} and not report.notes
+    assert {layer.factors("default").rank for _, layer in lora_layers(other)} == {3} and not report.notes
+    assert [len(layer.factors("default").parts) for _, layer in lora_layers(other)] == [2, 0, 2, 0]
     torch.testing.assert_close(answer(other), answer(model), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(answer(peft_model(family, tmp_path / "old")), answer(model), rtol=1e-4, atol=1e-5)
     lowrank.save_adapter(other, tmp_path / "new")
     torch.testing.assert_close(answer(peft_model(family, tmp_path / "new")), answer(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("left", [{"w1": 3}, {"w3": 3}, {"w1": 3, "w3": 2}], ids=["gate", "up", "two ranks"])
+def test_gate_or_up_alone_and_of_other_ranks(left: dict[str, int], tmp_path: Path) -> None:
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    model = adapted(mixture("mixtral", "eager"), target_parameters=["gate_up_proj[gate,up]"])
+    single_experts(model, tmp_path / "old", {name: OLD["mixtral"][name] for name in left})
+    file, config = tmp_path / "old" / "adapter_model.safetensors", tmp_path / "old" / "adapter_config.json"
+    cut = {
+        key: (t[: left[key.split(".")[-3]]] if "lora_A" in key else t[:, : left[key.split(".")[-3]]]).contiguous()
+        for key, t in load_file(file).items()
+    }
+    save_file(cut, file)
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"rank_pattern": left, "alpha_pattern": {"w3": 10 / 3}})
+    )
+    scales = {"w1": 5 / 3, "w3": 10 / 3 / left.get("w3", 1)}
+    other = mixture("mixtral")
+    lowrank.load_adapter(other, tmp_path / "old")
+    assert {layer.factors("default").rank for _, layer in lora_layers(other)} == {sum(set(left.values()))}
+    weights = {}
+    for path, stack in lora_layers(model):
+        factors, blocks = stack.factors("default"), stack.base_weight.detach().clone().chunk(2, 1)
+        for number, (name, block) in enumerate(zip(("w1", "w3"), blocks, strict=True)):
+            a, b = factors.a.chunk(2, 1)[number].detach(), factors.b.chunk(2, 1)[number].detach()
+            rank = left.get(name, 0)
+            block += scales[name] * b[..., :rank] @ a[:, :rank]
+        weights[path] = torch.cat(blocks, 1)
+    torch.testing.assert_close(answer(other), dense_answer(model, weights), rtol=1e-4, atol=1e-5)
 
 
 def test_an_expert_that_the_file_leaves_out_is_the_base(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
     low_rank = {path: tensors for path, tensors in told.low_rank.items() if path not in told.experts}
     singles: dict[str, str] = {}
     known, scales, start = dict(files.config.known), dict(files.companion.scales), set(files.companion.start)
+    fused = dict(files.companion.fused)
     for path in told.experts:
         a, b = told.low_rank[path][A], told.low_rank[path][B]
         magnitudes = told.low_rank[path].get(MAGNITUDE)
@@ -55,7 +56,9 @@ def with_each_expert(files: AdapterFiles) -> AdapterFiles:
                 scales[single] = scales[path]
             if path in start:
                 start.add(single)
-    companion = replace(files.companion, scales=scales, start=frozenset(start))
+            if path in fused:
+                fused[single] = fused[path]
+    companion = replace(files.companion, scales=scales, start=frozenset(start), fused=fused)
     config = replace(files.config, known=known)
     every = replace(files, low_rank=low_rank, config=config, companion=companion, singles=singles)
     if faults := rank_faults(every):

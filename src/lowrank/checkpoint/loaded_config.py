@@ -30,7 +30,7 @@ def loaded_config(
         file,
         **ranks._asdict(),
         target_modules=_targets(files, layers, modules, rename),
-        target_parameters=tuple(stacks) or None,
+        target_parameters=tuple(_with_parts(files, stacks, rename)) or None,
         expert_rank=None,
         modules_to_save=_saved(file, factors, full, modules),
         bias="lora_only" if files.config.raw.get("lora_bias") and file.bias == "none" else file.bias,
@@ -43,15 +43,20 @@ def loaded_config(
 def _targets(
     files: AdapterFiles, factors: Mapping[str, LoraFactors], modules: Mapping[str, nn.Module], rename: Renaming
 ) -> str | tuple[str, ...]:
-    names = {rename(path): fused.names for path, fused in files.companion.fused.items()}
-    parts = {path: names[path] for path in factors if factors[path].parts and names.get(path)}
-    whole = [path for path in factors if path not in parts]
+    selectors = dict(zip(factors, _with_parts(files, factors, rename), strict=True))
+    whole = [path for path, selector in selectors.items() if selector == path]
     plain = target_names(whole, [path for path in modules if path]) if whole else []
     if isinstance(plain, str):
-        if not parts:
+        if len(whole) == len(factors):
             return plain
         plain = whole
-    return (*plain, *(f"{path}[{','.join(chosen)}]" for path, chosen in parts.items()))
+    return (*plain, *(selector for path, selector in selectors.items() if selector != path))
+
+
+def _with_parts(files: AdapterFiles, factors: Mapping[str, LoraFactors], rename: Renaming) -> list[str]:
+    """The paths, with the parts that are adapted of a fused projection where their names are known."""
+    names = {rename(path): fused.names for path, fused in files.companion.fused.items()}
+    return [f"{path}[{','.join(names[path])}]" if factors[path].parts and names.get(path) else path for path in factors]
 
 
 def _saved(

@@ -66,12 +66,13 @@ def _halves(a: Tensor, b: Tensor) -> list[Pair]:
 
 def _compact(a: Tensor, b: Tensor, parts: tuple[RowBlock, ...]) -> Pair | None:
     """(n·r, k), (d, n·r) → (n·r, k), (Σ d_i, r) where B is zero outside the parts' own rows and columns, else None."""
-    if not 0 < len(parts) <= a.shape[0] or a.shape[0] % len(parts) or not are_disjoint(parts, b.shape[0]):
+    width, rows = a.shape[-2], b.shape[-2]
+    if not 0 < len(parts) <= width or width % len(parts) or not are_disjoint(parts, rows):
         return None
-    rank = a.shape[0] // len(parts)
-    blocks = [b[part.indices().to(b.device), i * rank : (i + 1) * rank] for i, part in enumerate(parts)]
-    small = torch.cat(blocks)
-    whole = LoraFactors(a, small, 1.0, parts=parts, out_features=b.shape[0]).full_b(small)
+    rank = width // len(parts)
+    blocks = [b[..., part.indices().to(b.device), i * rank : (i + 1) * rank] for i, part in enumerate(parts)]
+    small = torch.cat(blocks, dim=-2)
+    whole = LoraFactors(a, small, 1.0, parts=parts, out_features=rows).full_b(small)
     return (a, small) if torch.equal(whole, b) else None
 
 

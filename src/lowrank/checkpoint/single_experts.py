@@ -2,7 +2,8 @@
 
 Such were written while experts were Linear modules (PEFT up to 0.17, transformers 4), and are by `extract` from
 checkpoints. Of an expert's gate and up projection, which one stack has above each other, A is [A_gate; A_up] and B is
-block-diagonal, of twice the rank: the same ΔW. Experts that the adapter does not have get zeros.
+block-diagonal, of twice the rank: the same ΔW, as of gate and up that are adapted apart. Experts that the adapter does
+not have get zeros.
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lowrank.checkpoint.companion import Fused
 from lowrank.checkpoint.fusions import Part, fusions_of
 from lowrank.checkpoint.keys import A, B
 from lowrank.checkpoint.layout import to_file
 from lowrank.checkpoint.read import AdapterFiles
 from lowrank.checkpoint.sound import FLOATS
+from lowrank.core.rows import RowBlock
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import CheckpointError
 from lowrank.layers.stack import LoraStack, kind_of_stack, stacks_of
@@ -48,14 +51,31 @@ def with_single_experts(files: AdapterFiles, model: nn.Module, modules: Mapping[
         )
     used = {path for pairs in placed.values() for path in pairs.values()}
     low_rank = {path: tensors for path, tensors in files.low_rank.items() if path not in used}
-    known, experts = dict(files.config.known), dict(files.experts)
+    known, experts, fused = dict(files.config.known), dict(files.experts), dict(files.companion.fused)
     for path, pairs in placed.items():
         kind = kind_of_stack(stacks[path])
-        a, b, scale = _stacked(files, path, pairs, blocks[path], kind, frozen_shape(stacks[path]))
+        of_block = [[files.config.rank(p) for (i, _), p in pairs.items() if i == n] for n in range(blocks[path])]
+        ranks = [max(found, default=0) for found in of_block]
+        a, b, scale = _stacked(files, path, pairs, ranks, kind, frozen_shape(stacks[path]))
+        if parts := _parts(path, ranks, b.shape[1] // len(ranks)):
+            fused[path] = parts
         pair = to_file(kind.kind, a, b, tuple(frozen_shape(stacks[path])))
         low_rank[path] = dict(zip((A, B), pair, strict=True))
         known[path], experts[path] = (a.shape[1], scale), kind.kind
-    return replace(files, low_rank=low_rank, experts=experts, config=replace(files.config, known=known))
+    companion, config = replace(files.companion, fused=fused), replace(files.config, known=known)
+    return replace(files, low_rank=low_rank, experts=experts, config=config, companion=companion)
+
+
+def _parts(path: str, ranks: list[int], rows: int) -> Fused | None:
+    """The row blocks that the factors of a stack are of, each with an A of its own; None where one pair can say it all.
+
+    ranks: of every block, 0 where no expert has factors of it. Such of several ranks stay what they are, one pair.
+    """
+    own = [number for number, rank in enumerate(ranks) if rank]
+    if len(ranks) == 1 or len({ranks[number] for number in own}) > 1:
+        return None
+    names = ("gate", "up") if path.endswith("gate_up_proj") and len(ranks) == 2 else ()
+    return Fused(tuple(names[n] for n in own if names), tuple(RowBlock(rows * n, rows) for n in own))
 
 
 def _check(files: AdapterFiles, path: str, part: Part, count: int) -> None:
@@ -72,16 +92,15 @@ def _check(files: AdapterFiles, path: str, part: Part, count: int) -> None:
 
 
 def _stacked(
-    files: AdapterFiles, path: str, pairs: Placed, parts: int, kind: type[LoraStack], shape: torch.Size
+    files: AdapterFiles, path: str, pairs: Placed, ranks: list[int], kind: type[LoraStack], shape: torch.Size
 ) -> tuple[Tensor, Tensor, float]:
     """(A (E, Σ r_i, k), B (E, d, Σ r_i), s) of a stack; row block i of B has the columns of A's block i alone."""
-    (d, k), count = kind.sizes(shape), shape[0]
+    (d, k), count, parts = kind.sizes(shape), shape[0], len(ranks)
     if d % parts:
         raise CheckpointError(f"{files.folder}: {path} has {d} rows, which are no {parts} equal blocks")
     rows, config = d // parts, files.config
     for source in pairs.values():
         _check_shapes(files, source, path, (rows, k))
-    ranks = [max((config.rank(p) for (i, _), p in pairs.items() if i == part), default=0) for part in range(parts)]
     scale = next((s for p in pairs.values() if (s := config.scale(p))), 1.0)
     dtype = torch.promote_types(torch.float32, files.low_rank[next(iter(pairs.values()))][A].dtype)
     a, b = torch.zeros(count, sum(ranks), k, dtype=dtype), torch.zeros(count, d, sum(ranks), dtype=dtype)

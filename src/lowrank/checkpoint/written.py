@@ -181,8 +181,8 @@ def _companion(model: nn.Module, parts: dict[str, _Part], config: LoraConfig) ->
 
 def _part_names(path: str, config: LoraConfig) -> tuple[str, ...]:
     """The names of a fused projection's parts, as the selector in the config has them."""
-    selectors = config.target_modules or ()
-    for selector in [selectors] if isinstance(selectors, str) else selectors:
+    said = [names or () for names in (config.target_modules, config.target_parameters)]
+    for selector in [one for names in said for one in ([names] if isinstance(names, str) else names)]:
         name, parts = split_parts(selector)
         if parts and matches_name(path, name):
             return parts

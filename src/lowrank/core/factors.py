@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lowrank.core.rows import RowBlock, row_indices
 from lowrank.errors import LowrankError
@@ -26,7 +27,7 @@ class LoraFactors(nn.Module):
         ΔW = s·(B·A − B_start·A_start). The published methods subtract s·B_start·A_start from W0 instead, which rounds
         W0; here W0 stays untouched, step 0 gives the base's output bit for bit, and unloading gives it back.
     parts: the row blocks of a fused projection. Then a is (n·r, k), one A per part, and b is (Σ d_i, r), one B per
-        part, stacked: ΔW is s·B_i·A_i on the rows of part i and zero elsewhere.
+        part, stacked: ΔW is s·B_i·A_i on the rows of part i and zero elsewhere; of a stack, in every expert.
     """
 
     a: nn.Parameter
@@ -73,12 +74,14 @@ class LoraFactors(nn.Module):
         return [self.a, self.b] if self.magnitude is None else [self.a, self.b, self.magnitude]
 
     def full_b(self, b: Tensor) -> Tensor:
-        """`b` over all rows of the weight: itself, or for a fused projection zero-padded to (d, n·r)."""
+        """`b` over all rows of the weight (of a stack too): itself, or for parts zero-padded to (d, n·r)."""
         if not self.parts:
             return b
-        blocks = torch.block_diag(*b.split([part.size for part in self.parts]))  # (Σ d_i, n·r)
-        full = b.new_zeros(self.out_features, blocks.shape[1])
-        return full.index_copy(0, row_indices(self.parts, b.device), blocks)
+        others, rank = (len(self.parts) - 1) * self.rank, self.rank
+        blocks = b.split([part.size for part in self.parts], dim=-2)
+        padded = [F.pad(block, (i * rank, others - i * rank)) for i, block in enumerate(blocks)]  # (d_i, n·r)
+        full = b.new_zeros(*b.shape[:-2], self.out_features, others + rank)
+        return full.index_copy(-2, row_indices(self.parts, b.device), torch.cat(padded, dim=-2))
 
     def effective(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = s·B·A for the whole weight: parts padded, start factors stacked with a minus sign.
@@ -110,13 +113,13 @@ class LoraFactors(nn.Module):
         return torch.cat([a, a - self.start_a], dim=-2), torch.cat([b - start_b, start_b], dim=-1)
 
     def of_expert(self, expert: int, rows: slice = slice(None)) -> "LoraFactors":
-        """The change of one expert of a stack, of some of its output rows where asked: views, detached."""
+        """The change of one expert of a stack, of some of its output rows where asked: detached, without parts."""
         start = None
         if self.start_a is not None and self.start_b is not None:
-            start = self.start_a.detach()[expert], self.start_b.detach()[expert, rows]
+            start = self.start_a.detach()[expert], self.full_b(self.start_b.detach()[expert])[rows]
         return LoraFactors(
             self.a.detach()[expert],
-            self.b.detach()[expert, rows],
+            self.full_b(self.b.detach()[expert])[rows],
             self.scale,
             self.dropout,
             magnitude=None if self.magnitude is None else self.magnitude.detach()[expert, rows],

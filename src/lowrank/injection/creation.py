@@ -50,10 +50,18 @@ def _of_every_expert(entry: PlanEntry, module: nn.Module, config: LoraConfig, in
     """A (E, r, k) and B (E, d, r), every expert's pair as `init` starts it from that expert's own W0."""
     weight = whole(entry.kind.dense(module))
     with named(entry.path):
-        starts = [init(_sites(entry, matrix.t() if entry.kind.transposed else matrix)[0]) for matrix in weight.unbind()]
-    a, b = torch.stack([start.a for start in starts]), torch.stack([start.b for start in starts])
+        starts = [
+            init(site)
+            for matrix in weight.unbind()
+            for site in _sites(entry, matrix.t() if entry.kind.transposed else matrix)
+        ]
+    count = len(entry.rows)  # of pairs in every expert: one, or one for each part
+    a, b = (
+        torch.stack([torch.cat(pairs[i : i + count]) for i in range(0, len(pairs), count)])
+        for pairs in ([start.a for start in starts], [start.b for start in starts])
+    )
     start = (a.clone(), b.clone()) if starts[0].subtract else None
-    factors = LoraFactors(a, b, entry.scale, config.lora_dropout, start=start)
+    factors = LoraFactors(a, b, entry.scale, config.lora_dropout, start=start, parts=entry.parts, out_features=entry.d)
     if config.use_dora:
         matrices = weight.mT if entry.kind.transposed else weight
         factors.magnitude = nn.Parameter(_norms(matrices, factors), requires_grad=False)

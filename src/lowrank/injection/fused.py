@@ -113,6 +113,12 @@ def equal_thirds_of(out_features: int) -> Layout:
     return lambda _: stacked(**dict.fromkeys("qkv", out_features // 3))
 
 
+def gate_and_up_of(out_features: int, interleaved: bool) -> Layout:
+    """A stack of experts that holds a gate and an up projection: one after the other, or a row of each in turn."""
+    half = out_features // 2
+    return lambda _: repeated(half, gate=1, up=1) if interleaved else stacked(gate=half, up=half)
+
+
 def part_rows(
     path: str, out_features: int, names: tuple[str, ...], config: Any, layout: Layout | None = None
 ) -> tuple[RowBlock, ...]:

@@ -6,7 +6,7 @@ from lowrank.core.scaling import lora_scale
 from lowrank.core.stored.of_module import frozen_shape, is_stored
 from lowrank.errors import ConfigError, TargetError, some
 from lowrank.injection.config import LoraConfig
-from lowrank.injection.fused import equal_thirds_of, part_rows
+from lowrank.injection.fused import Layout, equal_thirds_of, gate_and_up_of, part_rows
 from lowrank.injection.left_out import emptied, left_out
 from lowrank.injection.patterns import check_patterns, pattern_value
 from lowrank.injection.plan import InjectionPlan, PlanEntry
@@ -22,10 +22,11 @@ from lowrank.injection.tied import sharing_warnings
 from lowrank.injection.token_rows import plan_rows, row_warnings
 from lowrank.injection.traversal import parameter_count
 from lowrank.layers.attention import LoraAttention
-from lowrank.layers.base import dimensions
+from lowrank.layers.base import LoraLayer, dimensions
+from lowrank.layers.experts import gate_and_up_in_turn
 from lowrank.layers.kinds import kind_of
 from lowrank.layers.overrides import own_tensors
-from lowrank.layers.stack import LoraStack
+from lowrank.layers.stack import ExpertStack, LoraStack
 
 
 def plan(model: nn.Module, config: LoraConfig) -> InjectionPlan:
@@ -100,10 +101,18 @@ def _entry(
     usual = config.expert_rank if experts and config.expert_rank is not None else config.r
     rank = pattern_value(path, config.rank_pattern, usual, "rank_pattern")
     alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha, "alpha_pattern")
-    layout = equal_thirds_of(d) if issubclass(kind, LoraAttention) else None
+    layout = _own_layout(kind, module, d)
     parts = part_rows(path, d, part_names, getattr(model, "config", None), layout) if part_names else ()
     scale = lora_scale(alpha, rank, config.use_rslora)
     return PlanEntry(path, kind, d, k, rank, alpha, scale, parts, part_names, experts)
+
+
+def _own_layout(kind: type[LoraLayer], module: nn.Module, d: int) -> Layout | None:
+    """The row blocks of a module that tells them itself, whatever the model."""
+    if issubclass(kind, LoraAttention):
+        return equal_thirds_of(d)
+    in_turn = gate_and_up_in_turn(module.experts, module.parameter) if isinstance(module, ExpertStack) else None
+    return None if in_turn is None else gate_and_up_of(d, in_turn)
 
 
 def _check_dora(config: LoraConfig, entries: tuple[PlanEntry, ...], modules: dict[str, nn.Module]) -> None:

@@ -14,6 +14,7 @@ from lowrank.layers.kinds import is_linear, refusal
 from lowrank.layers.stack import ExpertStack
 
 ALL_LINEAR = "all-linear"
+HALVES = {"gate_proj": "gate", "up_proj": "up"}  # parts of gate_up_proj, as they are called where they are modules
 
 Modules = dict[str, nn.Module]  # a model's own modules by path, in order
 
@@ -98,14 +99,23 @@ def _parameters(config: LoraConfig, modules: Modules) -> dict[str, tuple[str, ..
     found: dict[str, tuple[str, ...]] = {}
     parameters = {path: path for path, module in modules.items() if isinstance(module, ExpertStack)}
     parameters |= {f"{path}.weight": path for path, module in modules.items() if "weight" in module._parameters}
-    for name in [names] if isinstance(names, str) else names:
-        pattern = name if isinstance(names, str) else (name,)
-        hits = {path: () for written, path in parameters.items() if matches(written, pattern, "target_parameters")}
+    regex = isinstance(names, str) and not FUSED.fullmatch(names)
+    for written in [names] if isinstance(names, str) else names:
+        name, parts = (written, ()) if regex else split_parts(written)
+        pattern = name if regex else (name,)
+        hits = [path for said, path in parameters.items() if matches(said, pattern, "target_parameters")]
         if not hits:
-            why = _no_match(name, parameters) if isinstance(names, str) else _no_parameter(name, parameters, modules)
+            why = _no_match(name, parameters) if regex else _no_parameter(name, parameters, modules)
             raise TargetError(f"target_parameters: {why}")
-        found |= hits
+        for path in hits:
+            _mean(found, path, parts, "target_parameters")
     return found
+
+
+def _mean(found: dict[str, tuple[str, ...]], path: str, parts: tuple[str, ...], field: str) -> None:
+    """In place: the target at `path` is meant, by these parts. Raises TargetError where it is already, by others."""
+    if found.setdefault(path, parts) != parts:
+        raise TargetError(f"{field}: {path} is meant twice, as a whole and by parts, or by other parts")
 
 
 def _no_parameter(name: str, parameters: Mapping[str, str], modules: Modules) -> str:
@@ -118,7 +128,10 @@ def _no_parameter(name: str, parameters: Mapping[str, str], modules: Modules) ->
                     f"{quoted(name)} names {path}.{leaf}, {shape}, which is neither the weight of a layer nor a stack "
                     f"of experts that is known here: a {type(module).__name__} holds it"
                 )
-    return f"{quoted(name)} matches no parameter{suggestion(name, parameters)}"
+    leaf = name.rpartition(".")[2]
+    apart = leaf in HALVES and any(matches_name(path, "gate_up_proj") for path in parameters)
+    hint = f'; it is a part of a stack here: "gate_up_proj[{HALVES[leaf]}]"' if apart else ""
+    return f"{quoted(name)} matches no parameter{suggestion(name, parameters)}{hint}"
 
 
 def _by_regex(regex: str, modules: Modules) -> dict[str, tuple[str, ...]]:
@@ -148,9 +161,7 @@ def _by_names(names: Iterable[str], modules: Modules, everything: Modules) -> di
         if not hits:
             raise TargetError(f"target_modules: {quoted(name)} matches no module{suggestion(name, modules)}")
         for path in hits:
-            if found.get(path, parts) != parts:
-                raise TargetError(f"target_modules: {path} is meant twice, as a whole and by parts, or by other parts")
-            found[path] = parts
+            _mean(found, path, parts, "target_modules")
     return found
 
 

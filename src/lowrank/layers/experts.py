@@ -44,9 +44,19 @@ def stack_names(module: nn.Module) -> list[str]:
     return [name for name, p in module._parameters.items() if name in STACKS and p is not None and p.dim() == 3]
 
 
+def gate_and_up_in_turn(module: nn.Module, name: str) -> bool | None:
+    """Whether output rows of a gate and of an up projection take turns in the stack, or the gate's are the first half.
+
+    None for a stack that does not hold both.
+    """
+    if name != "gate_up_proj" or stores_transposed(module) is None:
+        return None
+    return not module.__dict__.get("is_concatenated", True)
+
+
 def has_gate_and_up(module: nn.Module, name: str) -> bool:
-    """Whether the stack's rows are a gate's, then an up projection's: checkpoints keep these apart."""
-    return name == "gate_up_proj" and stores_transposed(module) is False and module.__dict__["is_concatenated"]
+    """Whether the stack's stored rows are a gate's, then an up projection's: checkpoints keep these apart."""
+    return stores_transposed(module) is False and gate_and_up_in_turn(module, name) is False
 
 
 class LoraExperts(nn.Module):
