@@ -192,7 +192,7 @@ def test_files_that_fit_no_experts_are_refused_and_change_nothing(tmp_path: Path
     before = answer(few)
     with pytest.raises(lowrank.LowrankError, match=r"lora_A.weight has shape \[12, 32\], wanted \[9, 32\]"):
         lowrank.load_adapter(few, tmp_path / "four")
-    with pytest.raises(lowrank.LowrankError, match=r"experts.3.w. is expert 3, and the model has 3"):
+    with pytest.raises(lowrank.LowrankError, match=r"experts.3.w. is expert 3, and there are 3"):
         lowrank.load_adapter(few, tmp_path / "single")
     config = json.loads((tmp_path / "four" / "adapter_config.json").read_text())
     for names in (["experts.down_proj"], []):

@@ -1,8 +1,8 @@
 """The weights W0 that an adapter changes, from the base's files alone: read one at a time, no model is built."""
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lowrank.checkpoint.fusions import Turn
 from lowrank.errors import CheckpointError
 from lowrank.files.safetensors import FLOATS
 from lowrank.merge.disk.adapters import Adapter, Contribution
+from lowrank.merge.disk.expert_places import single_parts, stacks_for
 from lowrank.merge.disk.match import match
 from lowrank.modelfiles.base import BaseFiles, Source, read_base
 from lowrank.modelfiles.blocks import whole
@@ -36,16 +37,20 @@ class Block:
 class BaseWeights:
     """Where the base stores W0 of every adapted module, single experts of a mixture included.
 
-    sources: {module: the blocks of its rows, in order}, by the order of the files, so that one pass over them will do.
+    sources: {module: the blocks of its rows, in order}, by the order of the files, so that one pass over them will do;
+    parts: {module: which of how many equal row blocks of that W0 is}, of an old adapter's single experts in stacks.
     """
 
     base: BaseFiles
     sources: dict[str, tuple[Block, ...]]
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def matrix(self, path: str) -> Tensor:
         """W0 of h = W0·x, (d, k), in the base's own dtype."""
         blocks = [self._read(block) for block in self.sources[path]]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        matrix = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        number, count = self.parts.get(path, (0, 1))
+        return matrix.chunk(count)[number]
 
     def _read(self, block: Block) -> Tensor:
         source = Source(*self.base.tensors[block.name])
@@ -62,6 +67,7 @@ def find_base_weights(files: AdapterFiles, location: str | os.PathLike[str]) -> 
     is quantised.
     """
     base = read_base(location)
+    singles = single_parts(base, files, stacks_for(base, files))
     found = match(base, Adapter(files.folder, files, 1.0))
     order = {name: number for number, name in enumerate(base.tensors)}
     blocks: dict[str, list[Block]] = {}
@@ -74,8 +80,12 @@ def find_base_weights(files: AdapterFiles, location: str | os.PathLike[str]) -> 
             )
         for path, block in _blocks(base, name, contribution):
             blocks.setdefault(path, []).append(block)  # of a stack's, those of the first rows come first
+    for path, part in singles.items():
+        blocks[path] = blocks[expert_path(part.stack, part.expert)]
+    blocks = {path: held for path, held in blocks.items() if not singles or path in files.low_rank}
     in_files = sorted(blocks.items(), key=lambda item: (order[item[1][0].name], item[1][0].expert or 0))
-    return BaseWeights(base, {path: tuple(held) for path, held in in_files})
+    parts = {path: (part.number, part.blocks) for path, part in singles.items()}
+    return BaseWeights(base, {path: tuple(held) for path, held in in_files}, parts)
 
 
 def _blocks(base: BaseFiles, name: str, contribution: Contribution) -> Iterator[tuple[str, Block]]:

@@ -6,14 +6,14 @@ block-diagonal, of twice the rank: the same ΔW, as of gate and up that are adap
 not have get zeros.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.checkpoint.companion import Fused
-from lowrank.checkpoint.fusions import Part, fusions_of
+from lowrank.checkpoint.fusions import Fusions, Part, fusions_of
 from lowrank.checkpoint.keys import A, B
 from lowrank.checkpoint.layout import to_file
 from lowrank.checkpoint.read import AdapterFiles
@@ -21,7 +21,7 @@ from lowrank.checkpoint.sound import FLOATS
 from lowrank.core.rows import RowBlock
 from lowrank.core.stored.of_module import frozen_shape
 from lowrank.errors import CheckpointError
-from lowrank.layers.stack import LoraStack, kind_of_stack, stacks_of
+from lowrank.layers.stack import kind_of_stack, stacks_of
 
 Placed = dict[tuple[int, int], str]  # {(row block, expert): the path in the file}
 
@@ -29,21 +29,43 @@ Placed = dict[tuple[int, int], str]  # {(row block, expert): the path in the fil
 def with_single_experts(files: AdapterFiles, model: nn.Module, modules: Mapping[str, nn.Module]) -> AdapterFiles:
     """The same files with the factors of single experts in their stacks, for a model that has these.
 
-    Raises CheckpointError for an expert that the model does not have, for factors that fit no expert of it, and for
-    such as were trained on a changed base.
+    Raises as `in_stacks`.
     """
     stacks = {f"{path}.{name}": s for path, module in modules.items() for name, s in stacks_of(module).items()}
     if not stacks:
         return files
-    fusions = fusions_of(getattr(model, "config", None))
+    foreign = [path for path in files.low_rank if path not in modules]
+    parts = parts_of(fusions_of(getattr(model, "config", None)), foreign, stacks)
+    kinds = {path: kind_of_stack(stacks[path]) for path in {part.stack for part in parts.values()}}
+    shapes = {path: frozen_shape(stacks[path]) for path in kinds}
+    sizes = {path: (shapes[path][0], *kind.sizes(shapes[path])) for path, kind in kinds.items()}
+    return in_stacks(files, parts, sizes, {path: kind.kind for path, kind in kinds.items()})
+
+
+def parts_of(fusions: Fusions, paths: Iterable[str], stacks: Container[str]) -> dict[str, Part]:
+    """{path: which part of which stack it is} of those of `paths` that are single experts of one of `stacks`."""
+    found = {path: fusions.part(f"{path}.weight") for path in paths}
+    return {path: part for path, part in found.items() if part is not None and part.stack in stacks}
+
+
+def in_stacks(
+    files: AdapterFiles,
+    parts: Mapping[str, Part],
+    sizes: Mapping[str, tuple[int, int, int]],
+    kinds: Mapping[str, str],
+) -> AdapterFiles:
+    """The same files with the factors of single experts in their stacks.
+
+    parts: {path in the file: its place}; sizes: {stack: (E, d, k)}, as a map from inputs to outputs; kinds: {stack: its
+    layer kind}. Raises CheckpointError for an expert that a stack does not have, for factors that fit no expert of it,
+    and for such as were trained on a changed base.
+    """
     placed: dict[str, Placed] = {}
     blocks: dict[str, int] = {}
-    for path in files.low_rank:
-        part = None if path in modules else fusions.part(f"{path}.weight")
-        if part is not None and part.stack in stacks:
-            _check(files, path, part, frozen_shape(stacks[part.stack])[0])
-            placed.setdefault(part.stack, {})[part.number, part.expert] = path
-            blocks[part.stack] = part.blocks
+    for path, part in parts.items():
+        _check(files, path, part, sizes[part.stack][0])
+        placed.setdefault(part.stack, {})[part.number, part.expert] = path
+        blocks[part.stack] = part.blocks
     if placed and files.config.moved_base is not None:
         raise CheckpointError(
             f"{files.folder}: its experts were trained from {files.config.moved_base} on a changed base, of which the "
@@ -53,15 +75,13 @@ def with_single_experts(files: AdapterFiles, model: nn.Module, modules: Mapping[
     low_rank = {path: tensors for path, tensors in files.low_rank.items() if path not in used}
     known, experts, fused = dict(files.config.known), dict(files.experts), dict(files.companion.fused)
     for path, pairs in placed.items():
-        kind = kind_of_stack(stacks[path])
         of_block = [[files.config.rank(p) for (i, _), p in pairs.items() if i == n] for n in range(blocks[path])]
         ranks = [max(found, default=0) for found in of_block]
-        a, b, scale = _stacked(files, path, pairs, ranks, kind, frozen_shape(stacks[path]))
-        if parts := _parts(path, ranks, b.shape[1] // len(ranks)):
-            fused[path] = parts
-        pair = to_file(kind.kind, a, b, tuple(frozen_shape(stacks[path])))
-        low_rank[path] = dict(zip((A, B), pair, strict=True))
-        known[path], experts[path] = (a.shape[1], scale), kind.kind
+        a, b, scale = _stacked(files, path, pairs, ranks, sizes[path])
+        if own := _parts(path, ranks, b.shape[1] // len(ranks)):
+            fused[path] = own
+        low_rank[path] = dict(zip((A, B), to_file(kinds[path], a, b, ()), strict=True))
+        known[path], experts[path] = (a.shape[1], scale), kinds[path]
     companion, config = replace(files.companion, fused=fused), replace(files.config, known=known)
     return replace(files, low_rank=low_rank, experts=experts, config=config, companion=companion)
 
@@ -82,8 +102,8 @@ def _check(files: AdapterFiles, path: str, part: Part, count: int) -> None:
     tensors = files.low_rank[path]
     if part.expert >= count:
         raise CheckpointError(
-            f"{files.folder}: {path} is expert {part.expert}, and the model has {count} at {part.stack}: it was made "
-            "for another base"
+            f"{files.folder}: {path} is expert {part.expert}, and there are {count} at {part.stack}: it was made for "
+            "another base"
         )
     if set(tensors) != {A, B}:
         raise CheckpointError(f"{files.folder}: {path} has {' and '.join(sorted(tensors))}, and an expert has A and B")
@@ -92,10 +112,10 @@ def _check(files: AdapterFiles, path: str, part: Part, count: int) -> None:
 
 
 def _stacked(
-    files: AdapterFiles, path: str, pairs: Placed, ranks: list[int], kind: type[LoraStack], shape: torch.Size
+    files: AdapterFiles, path: str, pairs: Placed, ranks: list[int], sizes: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor, float]:
     """(A (E, Σ r_i, k), B (E, d, Σ r_i), s) of a stack; row block i of B has the columns of A's block i alone."""
-    (d, k), count, parts = kind.sizes(shape), shape[0], len(ranks)
+    (count, d, k), parts = sizes, len(ranks)
     if d % parts:
         raise CheckpointError(f"{files.folder}: {path} has {d} rows, which are no {parts} equal blocks")
     rows, config = d // parts, files.config

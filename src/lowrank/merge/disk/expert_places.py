@@ -1,15 +1,56 @@
 """An adapter of stacked experts against a base whose files keep them one by one, or whole."""
 
+import re
 from collections.abc import Mapping, MutableMapping
 
 from lowrank.checkpoint.expert_files import magnitude_fault, told_apart, wraps_of
+from lowrank.checkpoint.fusions import Part, fusions_of
 from lowrank.checkpoint.read import AdapterFiles
+from lowrank.checkpoint.single_experts import in_stacks, parts_of
 from lowrank.errors import CheckpointError, some
 from lowrank.layers.experts import STACKS
 from lowrank.merge.disk.adapters import Adapter, Contribution, ExpertRows
-from lowrank.merge.disk.whole_stacks import whole_stack_changes
+from lowrank.merge.disk.whole_stacks import whole_shape, whole_stack_changes
 from lowrank.modelfiles.base import BaseFiles
-from lowrank.modelfiles.experts import InFiles, StackInFiles, WholeStack
+from lowrank.modelfiles.experts import InFiles, StackInFiles, WholeStack, stacks_in_files
+
+NUMBERED = re.compile(r"experts\.\d+\.")
+
+
+def stacks_for(base: BaseFiles, files: AdapterFiles) -> dict[str, InFiles]:
+    """{path: where the base has it} of its stacks, for an adapter of stacks; of whole ones for one of single experts.
+
+    The table of conversions is asked for no other: not where each of these has a tensor of its own.
+    """
+    if files.config.lora.target_parameters:
+        return stacks_in_files(base)
+    found = stacks_in_files(base) if _lost(base, files) else {}
+    return {path: stack for path, stack in found.items() if isinstance(stack, WholeStack)}
+
+
+def _lost(base: BaseFiles, files: AdapterFiles) -> list[str]:
+    """Modules of the adapter that are called as single experts are, and are no tensors of the base."""
+    return [path for path in files.low_rank if NUMBERED.search(path) and f"{path}.weight" not in base.tensors]
+
+
+def single_parts(base: BaseFiles, files: AdapterFiles, stacks: Mapping[str, InFiles]) -> dict[str, Part]:
+    """{module: its place} of an old adapter's single experts that the base keeps in whole stacks."""
+    if files.config.lora.target_parameters or not stacks:
+        return {}
+    return parts_of(fusions_of(base.config), _lost(base, files), stacks)
+
+
+def _with_singles(base: BaseFiles, files: AdapterFiles, stacks: Mapping[str, InFiles]) -> AdapterFiles:
+    """The files with single experts in whole stacks; which way round is for `whole_stack_changes` to say."""
+    parts, sizes = single_parts(base, files, stacks), {}
+    for path, part in parts.items():
+        stack = stacks[part.stack]
+        assert isinstance(stack, WholeStack)
+        count, rows, columns = whole_shape(base, stack)
+        a, b = files.pair(path)
+        turned = (b.shape[0] * part.blocks, a.shape[1]) == (columns, rows)
+        sizes[part.stack] = (count, columns, rows) if turned else (count, rows, columns)
+    return in_stacks(files, parts, sizes, dict.fromkeys(sizes, "experts"))
 
 
 def with_experts(base: BaseFiles, files: AdapterFiles, stacks: Mapping[str, InFiles]) -> AdapterFiles:
@@ -18,7 +59,7 @@ def with_experts(base: BaseFiles, files: AdapterFiles, stacks: Mapping[str, InFi
     Raises CheckpointError where which is which cannot be told, and for a base that stores its experts otherwise.
     """
     if not files.config.lora.target_parameters:
-        return files
+        return _with_singles(base, files, stacks)
     known = {path.rpartition(".")[2] for path in stacks}
     if not known:
         stored = [name for name, (_, entry) in base.tensors.items() if "expert" in name or len(entry.shape) > 2]

@@ -10,14 +10,13 @@ from lowrank.checkpoint.read import AdapterFiles
 from lowrank.errors import CheckpointError, some
 from lowrank.injection.patterns import matches, matches_name, suggestion
 from lowrank.merge.disk.adapters import Adapter, Contribution
-from lowrank.merge.disk.expert_places import expert_changes, with_experts
+from lowrank.merge.disk.expert_places import expert_changes, stacks_for, with_experts
 from lowrank.merge.disk.found import IN_PROJ, Match
 from lowrank.merge.disk.match_whole import match_bias, match_full, match_rows
 from lowrank.merge.disk.sidefiles import own_texts
 from lowrank.merge.disk.stored_rows import first_numbers
 from lowrank.modelfiles.base import BaseFiles
 from lowrank.modelfiles.dialects import translations
-from lowrank.modelfiles.experts import stacks_in_files
 from lowrank.modelfiles.names import resolve
 from lowrank.modelfiles.orientation import kinds_that_fit, shape_fault, stores_transposed
 from lowrank.modelfiles.quantised import unread_form
@@ -33,7 +32,7 @@ def match(base: BaseFiles, adapter: Adapter) -> Match:
     Raises CheckpointError for names that match nothing, shapes that do not fit, and tensors that cannot be merged into:
     the first faults, and how many there are.
     """
-    stacks = stacks_in_files(base) if adapter.files.config.lora.target_parameters else {}
+    stacks = stacks_for(base, adapter.files)
     adapter = replace(adapter, files=with_experts(base, adapter.files, stacks))
     files = adapter.files
     modules = _modules(base) | dict.fromkeys(stacks)

@@ -30,14 +30,14 @@ def whole_stack_changes(
             continue
         dora = MAGNITUDE in files.low_rank[path]
         way = ways[path][0] if len(ways[path]) == 1 else _of_square(base, stack, certain, dora)
-        count, rows, columns = _shape(base, stack)
+        count, rows, columns = whole_shape(base, stack)
         if fault := magnitude_fault(files, path, count, rows if way == "as stored" else columns):
             faults.append(fault)
         changed |= _contributions(base, adapter, path, stack, way)
     return changed, faults
 
 
-def _shape(base: BaseFiles, stack: WholeStack) -> tuple[int, int, int]:
+def whole_shape(base: BaseFiles, stack: WholeStack) -> tuple[int, int, int]:
     """(E, n, m) of the whole, whose row blocks may be several tensors."""
     shapes = [base.tensors[name][1].shape for name in stack.tensors]
     return shapes[0][0], sum(shape[1] for shape in shapes), shapes[0][2]
@@ -45,7 +45,7 @@ def _shape(base: BaseFiles, stack: WholeStack) -> tuple[int, int, int]:
 
 def _ways(base: BaseFiles, files: AdapterFiles, path: str, stack: WholeStack) -> list[Way]:
     """Which ways round the factors of `path` have the stack's shapes."""
-    count, rows, columns = _shape(base, stack)
+    count, rows, columns = whole_shape(base, stack)
     shapes = [base.tensors[name][1].shape for name in stack.tensors]
     if any(len(shape) != 3 or (shape[0], shape[2]) != (count, columns) for shape in shapes):
         return []
@@ -71,7 +71,7 @@ def _of_square(base: BaseFiles, stack: WholeStack, certain: Iterable[Way], dora:
 
 
 def _shape_fault(base: BaseFiles, files: AdapterFiles, path: str, stack: WholeStack) -> str:
-    count, rows, columns = _shape(base, stack)
+    count, rows, columns = whole_shape(base, stack)
     rank = files.config.rank(path)
     got = [list(tensor.shape) for tensor in files.pair(path)]
     return (
