@@ -133,6 +133,11 @@ def test_names_with_commas():
     assert AdapterSettings(exclude="lm_head, x").exclude == ("lm_head", "x")
 
 
+@pytest.mark.parametrize("given", ["0, 2", ("0,2",), ("0", "2"), [0, 2]])
+def test_numbers_of_layers_with_commas_too(given):
+    assert AdapterSettings(layers=given).layers == (0, 2)
+
+
 @pytest.mark.parametrize(
     ("given", "pairs"),
     [

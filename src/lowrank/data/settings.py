@@ -11,6 +11,7 @@ from lowrank.data.names import split_names, split_pairs, split_tokens, texts, un
 DAY = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
 Tokens = Annotated[tuple[str, ...], BeforeValidator(split_tokens)]
+Numbers = Annotated[tuple[int, ...], BeforeValidator(split_tokens)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(texts)]
 Pairs = BeforeValidator(split_pairs)
 

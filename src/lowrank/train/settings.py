@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveFloat, field_validator, model_validator
 
 from lowrank.data.names import unescape, whole
-from lowrank.data.settings import DataSettings, Names, Pairs, Settings, Texts, Tokens
+from lowrank.data.settings import DataSettings, Names, Numbers, Pairs, Settings, Texts, Tokens
 from lowrank.data.sources import VALID, has_part
 from lowrank.errors import ConfigError
 from lowrank.train.state.settings import CheckpointSettings
@@ -28,7 +28,7 @@ class TargetSettings(Settings):
         "the query and value projections where not given",
     )
     exclude: Names = Field((), description="Modules to leave out, names with commas")
-    layers: tuple[int, ...] = Field((), description="Numbers of the layers to adapt; all where not given")
+    layers: Numbers = Field((), description="Numbers of the layers to adapt, with commas; all where not given")
     rslora: bool = Field(False, description="Scale by alpha / √rank instead")
 
 
