@@ -36,6 +36,7 @@ class Shape:
 
 SHAPES = {
     "6x768": Shape(6, 768, 2048, 12, 12),
+    "6x768-256": Shape(6, 768, 2048, 12, 12, rows=1),  # the small steps that people take on a CPU
     "2x2048": Shape(2, 2048, 5632, 32, 32),
     "1x8b": Shape(1, 4096, 14336, 32, 8, length=2048),  # a layer of Llama-3-8B, 8,192 tokens
 }

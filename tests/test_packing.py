@@ -21,6 +21,7 @@ from lowrank.train.metrics import FIGURES
 from lowrank.train.packing import apart, check_apart
 from lowrank.train.reporting import Reporter
 from lowrank.train.settings import LoopSettings, TrainSettings
+from lowrank.train.tried_rows import has_window, tried_rows
 from test_train_loop import adapted, examples, llama, trained  # noqa: F401
 from train_models import completion_rows, label_rows, save_bert, save_llama, write_jsonl
 
@@ -141,6 +142,19 @@ def test_a_model_whose_packed_rows_see_each_other_is_refused(model_type):
     packs = pack(Encoded(rows_of(11, 9, 8, 7, 5, 4, 3, 2, 2)), ROOM).examples
     with pytest.raises(ConfigError, match=r"--pack: .*; leave --pack out"):
         check_apart(model, packs, measure(model), find_head(model))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma3_text", "gpt_neo"])
+def test_few_rows_cut_short_are_tried_where_no_window_ends_within_them(model_type):
+    model = causal(model_type)
+    for name in [name for name in model.config.to_dict() if "window" in name and "layers" not in name]:
+        if type(getattr(model.config, name)) is int:
+            setattr(model.config, name, 300)
+    whole = model_type in ("mistral", "gemma3_text", "gpt_neo")
+    assert has_window(model, 301) == whole and has_window(model, 300) == (model_type == "gemma3_text")
+    rows = tried_rows(model, rows_of(100, 20, 90, 30, 61))
+    assert [len(row.ids) for row in rows] == ([100, 20, 90, 30, 61] if whole else [64, 20, 64, 30])
+    assert all(list(row.labels) == [IGNORED, *row.ids[1:]] for row in rows)
 
 
 def test_the_probe_changes_nothing_and_sees_a_mask_that_is_missing(llama):  # noqa: F811

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.train.last_block import find_part, where_it_pays
+
 # How far logits of two calls may lie apart, of the largest: sums of other lengths are rounded in another order.
 AGREE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 DEPTH = 2  # the backbone is a part of the model (`model`), or a part of one (`model.decoder`)
@@ -23,16 +25,25 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The head of `model`. path: where the backbone is, the module whose answer it reads; vocabulary: its width."""
+    """The head of `model`. path: where the backbone is, the module whose answer it reads; vocabulary: its width.
+
+    last: the path in the backbone of the part that is computed where it is read (`last_block`); empty: there is none.
+    """
 
     model: nn.Module
     path: str
     vocabulary: int = 0
+    last: str = ""
 
-    def hidden(self, inputs: Inputs) -> "Hidden":
-        """The backbone's answer to a batch: one forward of the whole model, in which the head sees one position."""
+    def hidden(self, inputs: Inputs, read: Tensor | None = None) -> "Hidden":
+        """The backbone's answer to a batch: one forward of the whole model, in which the head sees one position.
+
+        read: (rows, length), the positions whose states are wanted; all of them where it is not given.
+        """
         call: Any = self.model
-        with _watched(self.model.get_submodule(self.path)) as answers:
+        backbone = self.model.get_submodule(self.path)
+        part = backbone.get_submodule(self.last) if self.last else None
+        with _watched(backbone) as answers, where_it_pays(part, read):
             call(**inputs, use_cache=False)
         (answer,) = answers
         return Hidden(self, inputs, answer, answer.last_hidden_state)
@@ -125,12 +136,18 @@ def _tried(model: Any) -> Head | None:
     head, wanted = with_backbone(model, inputs)
     if head is None:
         return None
-    hidden = head.hidden(inputs)
-    real = inputs["attention_mask"] == 1
+    hidden, real = head.hidden(inputs), inputs["attention_mask"] == 1
     logits = hidden.logits(hidden.states[real])
     apart = (logits.double() - wanted[real].double()).abs().max()
     known = wanted.shape[1] == ids.shape[1] and bool(wanted.isfinite().all())
-    return head if known and apart <= AGREE[logits.dtype] * wanted.abs().max() else None
+    if not (known and apart <= AGREE[logits.dtype] * wanted.abs().max()):
+        return None
+    backbone, read = model.get_submodule(head.path), real & (inputs["input_ids"] % 2 == 1)
+
+    def states() -> Tensor:
+        return head.hidden(inputs).states
+
+    return replace(head, last=find_part(backbone, states, read, AGREE[logits.dtype]))
 
 
 def with_backbone(model: nn.Module, inputs: Inputs) -> tuple[Head | None, Tensor]:

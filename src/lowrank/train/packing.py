@@ -14,7 +14,7 @@ from lowrank.data.batches import Batch
 from lowrank.data.packing import Packs, end_to_end, pack, parts
 from lowrank.data.recipe import Recipe
 from lowrank.data.rows import PER_TOKEN, Kind
-from lowrank.data.tokens import IGNORED, Encoded, Example
+from lowrank.data.tokens import Encoded, Example
 from lowrank.errors import ConfigError
 from lowrank.stages import stage
 from lowrank.train.evaluation import Measure
@@ -24,8 +24,8 @@ from lowrank.train.positions import trained_positions
 from lowrank.train.row_attention import attend_at_once, attend_by_rows
 from lowrank.train.settings import TrainSettings
 from lowrank.train.task import Loaded
+from lowrank.train.tried_rows import FEW, tried_rows
 
-TRIED = 4  # rows
 REMEDY = "leave --pack out (--group-by-length pads little too)"
 
 
@@ -43,7 +43,8 @@ def packed(
     assert isinstance(found.examples, Packs)
     check_apart(loaded.model, found.examples, measure, head)
     if len(several := found.examples.shared):
-        attend_by_rows(loaded.model, measure.collate([found.examples[int(several[-1])]]), head)
+        tried = tried_rows(loaded.model, parts(found.examples[int(several[-1])]))
+        attend_by_rows(loaded.model, measure.collate([end_to_end(tried)]), head)
     return found, settings
 
 
@@ -54,9 +55,9 @@ def flattened(examples: Sequence[Example], kind: Kind, loaded: Loaded, measure: 
     rows: their logits are those of the same rows side by side, within rounding. batch: how many are trained together.
     """
     model, head = loaded.model, measure.loss.head if isinstance(measure.loss, NextToken) else None
-    rows = [_whole(examples[at]) for at in range(min(batch, len(examples), TRIED))]
-    if kind not in PER_TOKEN or len(rows) < 2:
+    if kind not in PER_TOKEN or min(batch, len(examples)) < 2:
         return False
+    rows = tried_rows(model, [examples[at] for at in range(min(batch, len(examples), FEW))])
     one = measure.collate([end_to_end(rows)])
     if not attend_by_rows(model, one, head):
         return False
@@ -74,7 +75,7 @@ def check_apart(model: nn.Module, packs: Packs, measure: Measure, head: Head | N
         return  # no row shares a pack
     stage("trying whether packed rows stay apart")
     chosen = [packs[int(several[0])], packs[int(several[-1])]]  # the longest rows, for windows, and many short ones
-    rows = [[_whole(row) for row in parts(example)] for example in chosen]
+    rows = [tried_rows(model, parts(example)) for example in chosen]
     allowed = max(AGREE.get(p.dtype, 0.0) for p in model.parameters())
     try:
         one = measure.collate([end_to_end(members) for members in rows])
@@ -112,8 +113,3 @@ def apart(model: nn.Module, one: Batch, other: Batch, head: Head | None) -> floa
     finally:
         model.train(was_training)
     return worst
-
-
-def _whole(row: Example) -> Example:
-    """The row with all its tokens trained, so that every position is compared."""
-    return Example(row.ids, [IGNORED, *row.ids[1:]])

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from lowrank.data.batches import Batch
 from lowrank.data.tokens import IGNORED
@@ -39,7 +40,7 @@ def trained_positions(model: nn.Module, head: Head | None, batch: Batch, size: i
     mask = targets != IGNORED
     logits_of: Logits = _themselves
     if head is not None and head.model is model:
-        hidden = head.hidden(batch.inputs)
+        hidden = head.hidden(batch.inputs, pad(mask, (0, 1)))
         states, logits_of, vocabulary = hidden.states, hidden.logits, head.vocabulary
     else:
         call: Any = model
