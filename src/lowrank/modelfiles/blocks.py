@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank.files.regular import read_into
 from lowrank.files.safetensors import READABLE
-from lowrank.modelfiles.tensors import MadeWhole, ReadInto, Source, StoredEntry
+from lowrank.modelfiles.tensors import MadeWhole, Source, StoredEntry
 from lowrank.modelfiles.workspace import Workspace
 
 
@@ -41,7 +41,8 @@ def read_entry_rows(
     """Rows (n', m) of a tensor of the base, in its own dtype."""
     if isinstance(source.entry, StoredEntry):
         form = source.entry.form
-        numbers = form.rows_into(rows, workspace, role) if isinstance(form, ReadInto) else form.rows(rows)
+        into = getattr(form, "rows_into", None)  # of `ReadInto`, for which isinstance takes as long as a row
+        numbers: Tensor = form.rows(rows) if into is None else into(rows, workspace, role)
         return numbers.view(rows.stop - rows.start, -1)
     dtype = READABLE[source.entry.dtype]
     block, memory = workspace.take(role, (rows.stop - rows.start, columns), dtype)
@@ -70,10 +71,16 @@ def flat(
     What a stored form reads of its parts, some at a time: they are never mapped, and no part is kept. In new memory
     where no workspace is given.
     """
-    whole = Source(source.shard, replace(source.entry, shape=(prod(source.entry.shape),)))
-    rows = slice(start, whole.entry.shape[0] if stop is None else stop)
-    with opened(source) as descriptor:
-        return read_entry_rows(whole, descriptor, 1, rows, workspace or Workspace(), role).view(-1)
+    entry, path = source.entry, source.shard.path
+    dtype = READABLE[entry.dtype]
+    count = (prod(entry.shape) if stop is None else stop) - start
+    numbers, memory = (workspace or Workspace()).take(role, (count,), dtype)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        read_into(descriptor, memory, entry.offset + start * dtype.itemsize, path)
+    finally:
+        os.close(descriptor)
+    return numbers
 
 
 def as_bytes(source: Source) -> Source:

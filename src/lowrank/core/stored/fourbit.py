@@ -4,7 +4,7 @@ The matrix is flat, row after row, in blocks of `block` numbers. A number is cod
 holds two, the first in its high half. Double quantisation stores absmax in eight bits: code₂[j]·absmax₂ + offset.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -89,7 +89,7 @@ class FourBit(Stored):
 
     def holding(self, packed: Tensor, absmax: Tensor | Nested, shape: torch.Size) -> "FourBit":
         """Other numbers in the same code."""
-        other = replace(self, packed=packed, absmax=absmax, shape=shape)
+        other = type(self)(packed, absmax, self.code, self.block, shape, self.dtype, self.kind)
         other.__dict__["_pairs"] = self._pairs  # made once
         return other
 
