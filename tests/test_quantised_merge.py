@@ -2,6 +2,7 @@
 
 import copy
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,25 @@ def test_a_method_that_nobody_knows_is_named_before_the_model_is_loaded(base):
                 load_causal(folder, torch.bfloat16)
     finally:
         (folder / "config.json").write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    ("method", "package", "sentence"),
+    [
+        ("gptq", "optimum", r"a package it needs is not installed \(.*pip install optimum"),
+        ("awq", "gptqmodel", r"a package it needs is not installed \(.*pip install gptqmodel"),
+        ("fbgemm_fp8", "", r"in a form that takes a GPU, or give the model that it was made from \(.*GPU"),
+    ],
+)
+def test_a_form_that_does_not_run_here_is_said_with_what_it_takes(method, package, sentence, tmp_path):
+    if (package and find_spec(package)) or torch.cuda.is_available():
+        pytest.skip("it runs here")
+    models.causal("llama").save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    quantiser = {"quant_method": method, "bits": 4, "group_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(said | {"quantization_config": quantiser}))
+    with pytest.raises(CheckpointError, match=sentence):
+        load_causal(tmp_path, torch.float32)
 
 
 def test_layers_without_an_adapter_are_not_repacked_while_the_model_has_one():

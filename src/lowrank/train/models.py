@@ -269,9 +269,13 @@ def loading(folder: Path, what: str) -> Iterator[None]:
         try:
             yield
         except ImportError as error:
-            hint = ": pip install 'lowrank[quant]'" if "bitsandbytes" in str(error) else ""
-            reason = f"{hint} ({' '.join(str(error).split()):.200})"
-            raise CheckpointError(f"model {folder}: a package it needs is not installed{reason}") from error
+            text = " ".join(str(error).split())
+            what = "a package it needs is not installed"
+            if "GPU" in text:  # what transformers says of forms that have no other kernels
+                what = "it is in a form that takes a GPU, or give the model that it was made from"
+            elif "bitsandbytes" in text:
+                what += ": pip install 'lowrank[quant]'"
+            raise CheckpointError(f"model {folder}: {what} ({text:.200})") from error
         except LowrankError:
             raise
         except Exception as error:  # each of its parts has errors of its own
