@@ -184,6 +184,12 @@ def test_a_template_that_is_none_is_said_before_anyone_waits(model, tmp_path, mo
     (tmp_path / "bad.jinja").write_text("{% if")
     with pytest.raises(DataError, match="the prompt: the chat template refuses it"):
         Talk(asked(model, chat_template=str(tmp_path / "bad.jinja")))
+    (tmp_path / "none.jinja").write_text("{# nothing #}")
+    with pytest.raises(DataError, match="the prompt: the chat template writes nothing for it"):
+        Talk(asked(model, chat_template=str(tmp_path / "none.jinja")))
+    (tmp_path / "empty.jinja").write_text("")
+    with pytest.raises(ConfigError, match=r"--chat-template .*empty\.jinja is empty: it would write nothing"):
+        Talk(asked(model, chat_template=str(tmp_path / "empty.jinja")))
 
 
 def piped(monkeypatch, capsys, text, *more):

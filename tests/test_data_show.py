@@ -87,6 +87,7 @@ def test_the_command(tmp_path, capsys):
     assert "<i>" not in text
     assert main(call) == 2  # the page is there
     assert main([*call[:-1], str(data), "--force"]) == 2  # the data itself
+    assert main([*call, "--force", "--rows", "-5"]) == 2 and "--rows -5: give how many" in capsys.readouterr().err
     assert main([*call, "--force", "--rows", "0", "--tokens"]) == 0
 
 

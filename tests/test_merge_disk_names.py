@@ -123,9 +123,9 @@ def test_a_hundred_faults_are_one_sentence_that_counts_them(tmp_path: Path) -> N
     factors = {}
     for layer in range(100):
         factors |= linear_factors(f"model.layers.{layer}.mlp.{'x' * 400}", 4, 3)
-    with pytest.raises(CheckpointError, match=r" and 97 more$") as caught:
+    with pytest.raises(CheckpointError, match=r" and 99 more$") as caught:
         merge(tmp_path, {f"model.layers.0.{Q}.weight": (4, 3)}, factors)
-    assert len(str(caught.value)) < 2000
+    assert len(str(caught.value)) < 500
 
 
 def test_a_list_of_layers_keeps_its_name(tmp_path: Path) -> None:

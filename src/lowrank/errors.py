@@ -14,6 +14,8 @@ Names come from files, and files may hold thousands of faults: `some` and `short
 
 from collections.abc import Iterable
 
+ROOM = 300  # characters of a sentence that is read at a glance, beside the words around them
+
 
 class LowrankError(Exception):
     """Base of every error caused by a wrong call or wrong input; the command line exits with status 2 on it."""
@@ -67,10 +69,21 @@ class LowrankWarning(UserWarning):
 
 
 def some(items: Iterable[object], most: int = 3, separator: str = ", ") -> str:
-    """The first `most` items, each cut by `short`, and how many there are besides: "a, b, c and 106 more"."""
+    """The first `most` items, fewer where they are long, and how many there are besides: "a, b, c and 106 more".
+
+    An item is cut by `short`; together they have ROOM characters at most.
+    """
     every = list(items)
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return separator.join(short(item) for item in every[:most]) + more
+    told: list[str] = []
+    left = ROOM
+    for item in every[:most]:
+        text = short(item, ROOM)
+        left -= len(text)
+        if told and left < 0:
+            break
+        told.append(text)
+    more = f" and {len(every) - len(told)} more" if len(every) > len(told) else ""
+    return separator.join(told) + more
 
 
 def short(item: object, most: int = 300) -> str:

@@ -45,7 +45,7 @@ MODULES = {"eval": "evaluate"}  # where a module cannot be called as its command
 
 FAILED, WRONG_CALL, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 OUT_OF_TIME = 75  # sysexits' word for what may be tried again
-LONGEST = 2000  # characters of a message
+LONGEST = 400  # characters of a message
 
 
 def make_app() -> App:

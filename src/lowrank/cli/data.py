@@ -7,6 +7,7 @@ from cyclopts import App, Group, Parameter
 
 from lowrank.cli.say import say
 from lowrank.data.settings import DataSettings
+from lowrank.errors import ConfigError
 
 command = App(
     name="data",
@@ -59,9 +60,11 @@ def show(
     from lowrank.data.survey import described, runs, survey
     from lowrank.train.preview import preview
 
+    if rows < 0:
+        raise ConfigError(f"--rows {rows}: give how many rows are shown, or 0")
     seen = preview(model, data, settings or DataSettings.model_validate({}), eval_data)
     examples = seen.encoded.examples
-    places = [number * len(examples) // rows for number in range(min(rows, len(examples)))] if rows > 0 else []
+    places = [number * len(examples) // rows for number in range(min(rows, len(examples)))]
     if rows >= len(examples):
         places = list(range(len(examples)))
     shown = [

@@ -26,7 +26,7 @@ def caught(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or ["without a word"]
-    return lines[0] if len(lines[0]) <= 200 else lines[0][:199] + "…"
+    return lines[0] if len(lines[0]) <= 120 else lines[0][:119] + "…"
 
 
 def _kept(error: Exception) -> str:

@@ -69,12 +69,14 @@ def _alone(page: Page, tokenizer: Any) -> list[Example] | RowError:
 
 
 def chat_prompt(tokenizer: Any, recipe: Recipe, messages: Messages) -> list[int]:
-    """The tokens of what was said so far, up to where the answer begins."""
+    """The tokens of what was said so far, up to where the answer begins. Raises DataError where that is nothing."""
     try:
         text = ChatTemplate(recipe.dated_template, tokenizer).render(messages, (), generate=True)
     except RowError as error:
         raise DataError(f"the prompt: {error}") from None
     found: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not found:
+        raise DataError("the prompt: the chat template writes nothing for it; give another with --chat-template")
     return found
 
 

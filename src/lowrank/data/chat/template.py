@@ -39,12 +39,15 @@ def template_text(tokenizer: Any, file: str | None) -> tuple[str, str]:
 
 def _read(file: str, named: Mapping[str, str]) -> str:
     try:
-        return read_bytes(Path(file), MOST_BYTES).decode().replace("\r\n", "\n").replace("\r", "\n")
+        text = read_bytes(Path(file), MOST_BYTES).decode().replace("\r\n", "\n").replace("\r", "\n")
     except CheckpointError as error:
         raise ConfigError(f"--chat-template: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         others = f"; the tokenizer's own are called {', '.join(map(repr, named))}" if named else ""
         raise ConfigError(f"--chat-template {file}: {getattr(error, 'strerror', None) or error}{others}") from None
+    if not text:
+        raise ConfigError(f"--chat-template {file} is empty: it would write nothing of a chat")
+    return text
 
 
 def _usual(named: Mapping[str, str]) -> tuple[str, str]:
