@@ -1,5 +1,7 @@
 """DoRA on stacked experts: adapted ≡ merged ≡ the formula, in every family and by every implementation."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from expert_models import adapted_by_dora as adapted
 from lowrank import LoraConfig
 from lowrank.injection.adapters import lora_layers
 from lowrank.layers.expert_gains import ExpertGains
+from lowrank.study.estimate.estimate import estimate
+from lowrank.study.estimate.settings import EstimateSettings
 from test_experts import CASES, nothing_formed  # noqa: F401  a fixture
 
 
@@ -103,3 +107,31 @@ def test_autocast_checkpointing_and_a_half_precision_base(way: str) -> None:
     assert (before - wanted).norm() < 0.1 * wanted.norm()
     lowrank.merge_and_unload(half)
     assert (answer(half).float() - before).norm() < 0.05 * before.norm()
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"target_parameters": "experts.gate_up_proj[gate,up]"}])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+def test_over_stacks_in_four_bits_it_answers_as_over_their_numbers(family: str, options: dict[str, object]) -> None:
+    pytest.importorskip("bitsandbytes")
+    from test_quantised_experts import held, numbers_of
+
+    model = held(family)
+    dense = adapted(numbers_of(model), **{"use_dora": False} | options)
+    adapted(model, **{"use_dora": False} | options)
+    both = [[p for _, layer in lora_layers(m) for p in layer.factors("default").trainable()] for m in (model, dense)]
+    got, wanted = answer(model), answer(dense)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    found, right = (torch.autograd.grad(a.square().sum(), f) for a, f in zip((got, wanted), both, strict=True))
+    for one, other in zip(found, right, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+    lowrank.merge_and_unload(model)
+    torch.testing.assert_close(answer(model), got, rtol=1e-4, atol=1e-5)
+
+
+def test_estimate_rehearses_it(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    (model := mixture("mixtral")).save_pretrained(tmp_path)
+    asked = {"model": str(tmp_path), "max_length": 16, "targets": "all-linear", "rank": 2, "quantise": "nf4"}
+    found = estimate(EstimateSettings(**asked, dora=True))
+    plan = lowrank.plan(model, LoraConfig(r=2, target_modules="all-linear", use_dora=True))
+    assert found.trained == plan.trainable_parameters > estimate(EstimateSettings(**asked)).trained

@@ -9,6 +9,7 @@ from lowrank.errors import TargetError, quoted
 from lowrank.injection.architectures import query_value
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.patterns import FUSED, layer_index, matches, matches_name, split_parts, suggestion
+from lowrank.injection.routers import routers
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.kinds import is_linear, refusal
 from lowrank.layers.stack import ExpertStack
@@ -82,13 +83,14 @@ def means_all(config: LoraConfig) -> bool:
 
 
 def _all_linear(model: nn.Module, modules: Modules, config: LoraConfig) -> dict[str, tuple[str, ...]]:
-    """Linear modules but the head; stacks too, unless they are named."""
+    """Linear modules but the head and routers; stacks too, unless they are named."""
     excluded = output_heads(model, modules)
+    sending = routers(modules)
     stacks = config.target_parameters is None
     return {
         path: ()
         for path, module in modules.items()
-        if (is_linear(module) and id(module) not in excluded)
+        if (is_linear(module) and id(module) not in excluded and path not in sending)
         or (stacks and isinstance(module, ExpertStack) and refusal(module) is None)
     }
 
