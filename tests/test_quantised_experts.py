@@ -19,13 +19,14 @@ from lowrank.core.stored.of_module import stored_weight
 from lowrank.core.stored.of_stack import HELD
 from lowrank.core.stored.scaled import Int8Rows
 from lowrank.core.stored.stack import OneAboveAnother, StoredStack
-from lowrank.errors import LowrankWarning, MergeError
+from lowrank.errors import LowrankWarning, MergeError, TargetError
 from lowrank.injection.adapters import lora_layers
-from lowrank.injection.quantise import quantise_stacks, what_is_held
+from lowrank.injection.quantise import quantise_stacks, quantised_stack, what_is_held
 from lowrank.injection.traversal import base_modules
 from lowrank.layers.stack import ExpertStack
 from lowrank.study.estimate.estimate import estimate
 from lowrank.study.estimate.settings import EstimateSettings
+from lowrank.train import held_experts
 from lowrank.train.held import load_held
 from lowrank.train.settings import EvalSettings
 from quantised_models import dequantised
@@ -272,3 +273,76 @@ def test_estimate_counts_experts_as_they_are_held(tmp_path) -> None:
     plain, four = (estimate(EstimateSettings(**asked, **more)) for more in ({}, {"quantise": "nf4", "double": True}))
     held = lowrank.quantise(mixture("mixtral").bfloat16(), "nf4", double=True)
     assert held.stacks == 4 and plain.weights - four.weights == held.plain_bytes - held.bytes
+
+
+def in_fp8(model: nn.Module) -> nn.Module:
+    """The model with transformers' FP8Experts; in place: its own stacks have the numbers that these hold."""
+    integration = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    from transformers.integrations.moe import use_experts_implementation
+
+    made = use_experts_implementation(
+        experts_class=integration.FP8Experts, experts_interface=integration.ALL_FP8_EXPERTS_FUNCTIONS
+    )
+    other = copy.deepcopy(model)
+    for ours, layer in zip(model.model.layers, other.model.layers, strict=True):
+        layer.mlp.experts = made(model.config, block_size=(32, 16)).requires_grad_(False)
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(ours.mlp.experts, name).data
+            numbers, scales = (layer.mlp.experts._parameters[f"{name}{end}"].data for end in ("", "_scale_inv"))
+            scales.copy_(torch.rand_like(scales) * 0.05 + 0.01)
+            spread = scales.repeat_interleave(32, 1).repeat_interleave(16, 2)[:, : weight.shape[1], : weight.shape[2]]
+            numbers.copy_(weight / spread)
+            weight.copy_(numbers.float() * spread)
+    return other
+
+
+@pytest.mark.parametrize("way", IMPLEMENTATIONS)
+def test_transformers_fp8_experts_answer_as_their_numbers_on_any_machine(way: str) -> None:
+    dense = mixture("mixtral", way).requires_grad_(False)
+    model = in_fp8(dense)
+    lowrank.inject(model, LoraConfig(r=2, target_modules=(), target_parameters=["down_proj"]), "some")
+    torch.testing.assert_close(answer(model), answer(dense), rtol=1e-4, atol=1e-5)
+    lowrank.unload(model)
+    adapted(model), adapted(dense)
+    got, wanted = answer(model), answer(dense)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    got.square().sum().backward(), wanted.square().sum().backward()
+    for (_, one), (_, other) in zip(lora_layers(model), lora_layers(dense), strict=True):
+        gradient = other.factors("default").b.grad
+        torch.testing.assert_close(one.factors("default").b.grad, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max())
+    with pytest.raises(MergeError, match="their class holds FP8 alone: merge on disk"):
+        lowrank.merge_and_unload(model)
+    lowrank.unload(model)
+    assert {type(layer.mlp.experts).__name__ for layer in model.model.layers} == {"FP8Experts"}
+
+
+def test_stacks_that_a_parametrisation_computes_are_refused_in_a_sentence() -> None:
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    model = mixture("mixtral")
+    replace_parameter_4bit(model.model.layers[0].mlp.experts, "down_proj")
+    with pytest.raises(TargetError, match=r"layers\.0\.mlp\.experts\.down_proj, which a parametrisation computes"):
+        lowrank.inject(model, LoraConfig(target_modules=(), target_parameters=["layers.0.mlp.experts.down_proj"]))
+
+
+@pytest.mark.parametrize(("family", "scheme"), [("mixtral", "nf4"), ("mixtral", "int8"), ("gpt_oss", "nf4")])
+def test_a_stack_is_quantised_when_it_has_been_read_and_no_other_is_dense(
+    family: str, scheme: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture(family).save_pretrained(tmp_path / "base")
+    found: list[Any] = []
+
+    def watched(experts: Any, name: str, weight: Tensor, *others: Any) -> Any:
+        assert not [one for one in found if one() is not None], "another stack is dense still"
+        found.append(weakref.ref(weight))
+        return quantised_stack(experts, name, weight, *others)
+
+    monkeypatch.setattr(held_experts, "quantised_stack", watched)
+    asked = EvalSettings(model="m", data="d", quantise=scheme)
+    model = load_held(tmp_path / "base", asked, torch.float32, torch.device("cpu"), [])
+    wanted = stacks(held(family, scheme=scheme))
+    assert len(found) == len(wanted) > 0 and not hasattr(model, "hf_quantizer")
+    for path, stack in stacks(model).items():
+        assert torch.equal(stored_weight(stack).matrix(), stored_weight(wanted[path]).matrix())
+    kept = load_held(tmp_path / "base", asked, torch.float32, torch.device("cpu"), ["experts"])
+    assert what_is_held(kept).stacks == 0 and what_is_held(kept).layers == what_is_held(model).layers

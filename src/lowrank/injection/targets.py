@@ -130,6 +130,13 @@ def _no_parameter(name: str, parameters: Mapping[str, str], modules: Modules) ->
                     f"{quoted(name)} names {path}.{leaf}, {shape}, which is neither the weight of a layer nor a stack "
                     f"of experts that is known here: a {type(module).__name__} holds it"
                 )
+        computed = module._modules.get("parametrizations")  # what torch's parametrize leaves of parameters
+        for leaf in computed._modules if computed is not None else ():
+            if matches_name(f"{path}.{leaf}", name):
+                return (
+                    f"{quoted(name)} names {path}.{leaf}, which a parametrisation computes (bitsandbytes' "
+                    "replace_parameter_4bit is one): load the model as numbers, and quantise it by lowrank.quantise"
+                )
     leaf = name.rpartition(".")[2]
     apart = leaf in HALVES and any(matches_name(path, "gate_up_proj") for path in parameters)
     hint = f'; it is a part of a stack here: "gate_up_proj[{HALVES[leaf]}]"' if apart else ""

@@ -193,7 +193,7 @@ def _check_onto(
     if fixed := fixed_stacks(model):
         raise MergeError(
             f"merge: {some(fixed)} cannot become plain in memory, where their class holds FP8 alone: merge on disk "
-            "(merge_adapter, lowrank merge)"
+            "(merge_checkpoint, lowrank merge)"
         )
     if original is not None:
         if not (held := stored_layers(model)):

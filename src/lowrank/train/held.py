@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from lowrank.errors import CheckpointError, ConfigError
-from lowrank.injection.quantise import left_out, quantise_stacks, require_bitsandbytes, unpacked
+from lowrank.injection.quantise import left_out, require_bitsandbytes, unpacked
 from lowrank.injection.targets import named_targets, output_heads
 from lowrank.layers.kinds import is_linear
 from lowrank.merge.onto import forget_quantiser
 from lowrank.modelfiles.base import read_base
 from lowrank.train.attention import attention_options
+from lowrank.train.held_experts import hold_experts, with_experts
 from lowrank.train.models import OFFLINE, answers_of, head_modules, load_causal, load_judge, quantiser_in, quiet
 from lowrank.train.settings import HeldSettings
 
@@ -32,7 +33,7 @@ def load_held(
     _check(folder, settings)
     skeleton = _skeleton(AutoModelForCausalLM, folder)
     kept = kept_plain(skeleton, skip)
-    return _held(load_causal(folder, dtype, **_options(settings, dtype, device, kept)), settings, skip)
+    return _held(load_causal(folder, dtype, **_options(settings, dtype, device, kept, skip)))
 
 
 def load_held_judge(
@@ -50,8 +51,8 @@ def load_held_judge(
     skeleton = _skeleton(AutoModelForSequenceClassification, folder, **answers_of(labels))
     pooler = (POOLER,) if not _has_pooler(folder) else ()
     kept = kept_plain(skeleton, (*skip, *head_modules(skeleton, ()), *pooler))
-    model, fresh = load_judge(folder, labels, dtype, **_options(settings, dtype, device, kept))
-    return _held(model, settings, (*skip, *fresh)), fresh
+    model, fresh = load_judge(folder, labels, dtype, **_options(settings, dtype, device, kept, skip))
+    return _held(model), fresh
 
 
 def _check(folder: Path, settings: HeldSettings) -> None:
@@ -61,8 +62,10 @@ def _check(folder: Path, settings: HeldSettings) -> None:
         raise ConfigError(f"--quantise {settings.quantise}: model {folder} comes quantised already; leave it out")
 
 
-def _options(settings: HeldSettings, dtype: torch.dtype, device: torch.device, kept: Iterable[str]) -> dict[str, Any]:
-    """What transformers' from_pretrained is told. kept: the paths of linear maps that stay as they are."""
+def _options(
+    settings: HeldSettings, dtype: torch.dtype, device: torch.device, kept: Iterable[str], skip: Sequence[str]
+) -> dict[str, Any]:
+    """What transformers' from_pretrained is told. kept: the paths of linear maps that stay as they are; skip: names."""
     from transformers import BitsAndBytesConfig
 
     four: dict[str, Any] = {
@@ -74,14 +77,14 @@ def _options(settings: HeldSettings, dtype: torch.dtype, device: torch.device, k
     eight = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
     config = BitsAndBytesConfig(llm_int8_skip_modules=list(kept), **(eight if settings.quantise == "int8" else four))
     own = attention_options(settings, device, dtype)
+    config = with_experts(config, settings, tuple(skip))
     return {"quantization_config": config, "device_map": {"": str(device)}, **own}
 
 
-def _held(model: nn.Module, settings: HeldSettings, skip: Sequence[str]) -> nn.Module:
-    assert settings.quantise is not None
+def _held(model: nn.Module) -> nn.Module:
     forget_quantiser(model)
     unpacked(model)
-    quantise_stacks(model, settings.quantise, double=settings.double, skip=skip)
+    hold_experts(model)
     return model
 
 
