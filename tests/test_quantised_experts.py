@@ -346,3 +346,25 @@ def test_a_stack_is_quantised_when_it_has_been_read_and_no_other_is_dense(
         assert torch.equal(stored_weight(stack).matrix(), stored_weight(wanted[path]).matrix())
     kept = load_held(tmp_path / "base", asked, torch.float32, torch.device("cpu"), ["experts"])
     assert what_is_held(kept).stacks == 0 and what_is_held(kept).layers == what_is_held(model).layers
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "use_dora": True},
+        {"target_parameters": ["gate_up_proj[gate,up]", "experts.down_proj"]},
+        {"target_parameters": ["experts.gate_up_proj"], "init_lora_weights": "pissa"},
+    ],
+    ids=["dora", "gate and up apart", "pissa"],
+)
+@pytest.mark.parametrize("way", IMPLEMENTATIONS)
+def test_every_kind_of_adapter_is_that_of_the_dense_model(way: str, asked: dict[str, Any]) -> None:
+    model = held("mixtral", way)
+    dense = numbers_of(model)
+    for one in (model, dense):
+        adapted(one, **asked | {"target_modules": ()})
+    got = answer(model)
+    torch.testing.assert_close(got, answer(dense), rtol=1e-4, atol=1e-5)
+    merged, wanted = (lowrank.merge_and_unload(one).state_dict() for one in (model, dense))
+    assert merged.keys() == wanted.keys() and all(torch.equal(merged[name], wanted[name]) for name in merged)
+    torch.testing.assert_close(answer(model), got, rtol=1e-4, atol=1e-5)
