@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lowrank
-from families import IDS, shrink
+from families import IDS, SMALL, shrink
 from lowrank import LoraConfig
 from lowrank.injection.adapters import lora_layers
 
@@ -23,7 +23,18 @@ FAMILIES: dict[str, dict[str, Any]] = {  # model types, and what their configs n
     "gpt_oss": {},
     "llama4_text": {"no_rope_layers": [1, 0], "moe_layers": [0, 1], "interleave_moe_layer_step": 1},
     "nemotron_h": {"layers_block_type": ["attention", "moe"], "num_hidden_layers": 2, "moe_latent_size": None},
+    "gemma4_text": {"enable_moe_block": True, "top_k_experts": 2, "global_head_dim": 8, "num_kv_shared_layers": 0},
 }
+VARIED = {  # configs whose layers differ, which cannot be made small field by field
+    "gemma4_text": {
+        field: SMALL[field]
+        for field in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "vocab_size_per_layer_input", "hidden_size_per_layer_input",
+            "num_experts", "moe_intermediate_size", "max_position_embeddings", "pad_token_id",
+        )
+    },
+}  # fmt: skip
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
@@ -32,9 +43,12 @@ def mixture(model_type: str, implementation: str = "grouped_mm", **options: Any)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = shrink(AutoConfig.for_model(model_type))
-    fields = {name: value for name, value in config.to_dict().items() if name not in ("layer_types", "model_type")}
-    config = type(config)(**fields | FAMILIES[model_type] | options)
+    if model_type in VARIED:
+        config = AutoConfig.for_model(model_type, **VARIED[model_type] | FAMILIES[model_type] | options)
+    else:
+        config = shrink(AutoConfig.for_model(model_type))
+        fields = {name: value for name, value in config.to_dict().items() if name not in ("layer_types", "model_type")}
+        config = type(config)(**fields | FAMILIES[model_type] | options)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if model_type != "llama4_text":  # it has one way
         model.set_experts_implementation(implementation)
