@@ -23,8 +23,9 @@ class LoraConfig:
         "c_attn[q,v]".
     target_parameters: stacked parameters of a mixture's experts (`gate_up_proj`, `down_proj` of its module of experts):
         names as in target_modules, exact or as a suffix, or one regex. Every expert gets a pair of rank r. Beside
-        "all-linear" they are the only stacks that are adapted; () takes none. Parameters called `weight` of other
-        layers mean these layers.
+        "all-linear" they are the only stacks that are adapted; () takes none. A list may name a gate or an up
+        projection: "gate_up_proj[gate,up]" gives each an A of its own. Parameters called `weight` of other layers mean
+        these layers.
     expert_rank: the rank of every expert of a stack, where rank_pattern says nothing of it; r where it is not given.
     init_lora_weights: "gaussian" (default, the paper's), "kaiming" (also True; PEFT's default), "orthogonal", "olora",
         "pissa", "pissa_niter_N", or False / "random" (ΔW ≠ 0 at the start; for tests).
