@@ -67,10 +67,10 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "replaced: not noticed": Mutation("injection/presence.py", "if id(place.module) not in present or", "if", REPLACED),
     "threads: a forward does not wait": Mutation(
-        "injection/turnstile.py", "self._owner is None and not self._waiting", "True", THREADS
+        "injection/turnstile.py", "if (self._waiting or self._owner is not None) and", "if False and", THREADS
     ),
     "threads: a switch does not wait": Mutation(
-        "injection/turnstile.py", "self._owner is not None or self._others()", "False", THREADS
+        "injection/turnstile.py", "self._owner is not None or self._due or self._others()", "False", THREADS
     ),
     "merged: a copy keeps the folded weight": Mutation(
         "layers/base.py", '{**state["_parameters"], self.weight_name: weight}', 'state["_parameters"]', THREADS
@@ -102,13 +102,14 @@ MUTATIONS: dict[str, Mutation] = {
         "core/dora.py", "return magnitude.to(norms.dtype) / ", "return torch.ones_like(norms) + 0 * ", ANSWERS
     ),
     "dora: half the cross term": Mutation("core/dora.py", "2 * scale * cross", "scale * cross", ANSWERS),
-    "dora: bias scaled too": Mutation(
-        "layers/linear.py", "torch.addcmul((1 - gain) * self.bias, gain, h)", "gain * h", ANSWERS
-    ),
+    "dora: bias scaled too": Mutation("core/dora.py", "torch.addcmul((1 - gain) * bias, gain, h)", "gain * h", ANSWERS),
     "linear: no scale": Mutation("layers/linear.py", "(*f.moved(), f.scale)", "(*f.moved(), 1.0)", ANSWERS),
     "linear: one adapter of several": Mutation("kernels/fused.py", "if len(pairs) == 1:", "if True:", ANSWERS),
     "linear: parts not put on their rows": Mutation(
-        "core/factors.py", "full.index_copy(0, row_indices(self.parts, b.device), blocks)", "full", ANSWERS
+        "core/factors.py",
+        "full.index_copy(-2, row_indices(self.parts, b.device), torch.cat(padded, dim=-2))",
+        "full",
+        ANSWERS,
     ),
     "linear: no start factors": Mutation(
         "core/factors.py", "torch.cat([b - start_b, start_b], dim=-1)", "torch.cat([b, start_b], dim=-1)", ANSWERS
@@ -228,9 +229,9 @@ MUTATIONS: dict[str, Mutation] = {
         PIECES,
     ),
     "linear: DoRA not rescaled": Mutation(
-        "layers/linear.py",
-        "answer = gain * h if self.bias is None",
-        "answer = h + 0 * gain if self.bias is None",
+        "core/dora.py",
+        "answer = gain * h if bias is None",
+        "answer = h + 0 * gain if bias is None",
         WRAPPERS,
     ),
     "embedding: no embed_scale": Mutation("layers/embedding.py", "factors.scale * scale", "factors.scale", ANSWERS),

@@ -100,7 +100,7 @@ def test_what_is_trained_in_full_stays_whole(home, tmp_path):
     assert names == ["mlp.up_proj", "norm", "model.embed_tokens", "lm_head"]
     blocks = [path for path, _ in sharding.blocks_of(model)]
     assert blocks == ["model.layers.0", "model.layers.1"]
-    kept = sharding._kept_whole(model, set(blocks), ["mlp.up_proj"])
+    kept = sharding.kept_whole(model, set(blocks), ["mlp.up_proj"])
     left = [name for name, p in model.named_parameters() if p.dim() > 1 and any(p is one for one in kept)]
     assert left == ["model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
     judge, _ = load_judge(save_bert(tmp_path / "bert"), ("bad", "good"), torch.float32)
@@ -112,5 +112,5 @@ def test_a_weight_of_several_blocks_stays_whole(home):
     model = load_causal(home / "llama", torch.float32)
     first, second = model.model.layers
     second.mlp.up_proj.weight = first.mlp.up_proj.weight
-    kept = sharding._kept_whole(model, {"model.layers.0", "model.layers.1"}, ())
+    kept = sharding.kept_whole(model, {"model.layers.0", "model.layers.1"}, ())
     assert [p for p in kept if p.dim() > 1] == [first.mlp.up_proj.weight]

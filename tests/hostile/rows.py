@@ -267,7 +267,7 @@ def trainable(row: Row) -> Iterator[str]:
     """The words of a row that may be trained."""
     for message in row.chat.messages if row.chat else ():
         if message.trained or (message.trained is None and message.role == "assistant"):
-            yield from SAID.findall(json.dumps(dict(message.fields)))
+            yield from SAID.findall(json.dumps(dict(message.fields), default=str))
 
 
 def main() -> int:

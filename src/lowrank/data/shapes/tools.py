@@ -16,7 +16,7 @@ def read_tools(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError(f"{name} must be a list of tools, or one as a JSON string, not {shown(value)}")
-    _check_json(value, name)
+    _check_values(value, name)
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
 
 
@@ -37,7 +37,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
         arguments = _json(arguments, f"{name}: arguments") if arguments.strip() else {}
-    _check_json(arguments, f"{name}: arguments")
+    _check_values(arguments, f"{name}: arguments")
     kept = {key: outer[key] for key in ("id",) if outer.get(key) is not None}
     return {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
@@ -49,9 +49,15 @@ def _json(text: str, name: str) -> Any:
         raise RowError(f"{name} is not JSON: {shown(text)}") from None
 
 
-def _check_json(value: Any, name: str) -> None:
-    """Raises RowError for dates and bytes of tables, which a template would print as Python does."""
+def _check_values(value: Any, name: str) -> None:
+    """Raises RowError for bytes of a table, which a template would print as Python does; dates are text to it."""
     try:
-        json.dumps(value)
+        json.dumps(value, default=_text)
     except (TypeError, ValueError, RecursionError) as error:
         raise RowError(f"{name} must be values of JSON ({str(error)[:80]}), not {shown(value)}") from None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        raise TypeError("bytes are none")
+    return str(value)
