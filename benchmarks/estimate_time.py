@@ -2,7 +2,8 @@
 
 Each line is the Llama-shaped model of random weights, adapted in all linear layers at rank 16, on rows that are all as
 long as the longest: what `estimate` says of this machine, and the median of real steps of the training's own loop,
-optimiser included, after two that are not counted. What the estimate rests on is measured anew for each.
+optimiser included, after two that are not counted. What the estimate rests on is measured anew for each. With one
+thread both are the process's own time, which other programs disturb little.
 
     python benchmarks/estimate_time.py [--steps 7] [--threads 1] [--dtype bf16 f32] [--shape 6x768 2x2048]
                                  [--tokens 4x256 1x256] [--out benchmarks/results/estimate_time.json]
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import DTYPES, RANK, SHAPES, VOCABULARY, base_model, conditions, keep
+from common import DTYPES, RANK, SHAPES, VOCABULARY, base_model, clock_for, conditions, keep
 
 from lowrank.data.batches import collate
 from lowrank.data.tokens import Example
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    time.perf_counter = clock_for(options.threads)  # the library's own clock too
     transformers.logging.set_verbosity_error()
     report: dict[str, Any] = {"conditions": conditions(options.threads), "lines": []}
     for shape in options.shape:
