@@ -116,6 +116,12 @@ def test_a_run_on_four_bits_is_said_and_remembered(tmp_path):
     assert not report.base_differences
 
 
+def test_layers_without_an_adapter_say_nothing_at_every_call(tmp_path, caplog):
+    """bitsandbytes' own forward of int8 layers would, as often as one is called with float32."""
+    run(settings(tmp_path, quantise="int8", targets="q_proj"))
+    assert "MatMul8bitLt" not in caplog.text
+
+
 def test_loftq_is_nearer_to_the_float_model_by_every_round(tmp_path):
     from lowrank.train.loftq import start
 

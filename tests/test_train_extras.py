@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowrank import LoraConfig, inject, train
-from lowrank.errors import ConfigError, LowrankWarning
+from lowrank.errors import ConfigError, LowrankError, LowrankWarning
 from lowrank.train.auto_rate import auto_rate
 from lowrank.train.config_file import resolve
 from lowrank.train.evaluation import Scores
@@ -149,6 +149,13 @@ def test_wrong_settings(home, tmp_path, changes, message):
     asked = {"model": "m", "data": "d", "out": "o", **{k: v for k, v in changes.items() if v is not None}}
     with pytest.raises(ConfigError, match=message):
         resolve(TrainSettings, asked)
+
+
+def test_an_adapter_to_train_on_from_that_is_not_there_is_said_before_a_row_is_read(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowrank.train.preparing.read_rows", lambda _: pytest.fail("rows were read"))
+    asked = settings(home, tmp_path / "out").model_dump(exclude_unset=True, exclude={"targets"})
+    with pytest.raises(LowrankError, match=r"there is no folder .*nowhere"):
+        train.run(TrainSettings(**asked, init_from=str(tmp_path / "nowhere")))
 
 
 def test_training_on_from_an_adapter_begins_where_it_ended(home, tmp_path):

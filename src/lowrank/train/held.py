@@ -1,5 +1,6 @@
 """A model loaded tensor by tensor into four or eight bits: no more than some weights of it are ever dense."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lowrank.train.held_experts import hold_experts, with_experts
 from lowrank.train.models import OFFLINE, answers_of, head_modules, load_causal, load_judge, quantiser_in, quiet
 from lowrank.train.settings import HeldSettings
 
+PER_CALL = "bitsandbytes.autograd._functions"  # it logs a warning at every call of an int8 layer in float32
 POOLER = "pooler"  # the one module inside of a classifier's base that files may lack, so that it starts new
 
 
@@ -82,6 +84,7 @@ def _options(
 
 
 def _held(model: nn.Module) -> nn.Module:
+    logging.getLogger(PER_CALL).setLevel(logging.ERROR)
     forget_quantiser(model)
     unpacked(model)
     hold_experts(model)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowrank.checkpoint.outputs import Inputs
+from lowrank.checkpoint.read import open_adapter
 from lowrank.data.dataset import Dataset, read_dataset, split
 from lowrank.data.met import warn_of_met
 from lowrank.data.prompts import read_prompts
@@ -84,6 +85,8 @@ def prepare(settings: TrainSettings) -> Prepared:
     dealt_out = is_dealt_out(settings, base)
     if not settings.full:
         lora_config(settings, ())  # what is wrong with it should be said before minutes of reading
+    if settings.init_from is not None:
+        open_adapter(settings.init_from, allow_pickle=False)  # so should what is wrong with that
     with processes.first_ahead():  # it fills the cache for all
         rows, held_out = read_rows(settings)
     check_kind(settings, rows)
