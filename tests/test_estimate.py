@@ -242,6 +242,16 @@ def test_the_command(monkeypatch, capsys, llama):
         assert f"\n{kind}: " in out
 
 
+def test_rows_of_trained_tokens_are_counted(capsys, llama):
+    def factors(*more):
+        assert cli.main(["estimate", "--model", llama, "--gpu", "t4", "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)["factors"]
+
+    model = load_causal(Path(llama), torch.float32)
+    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    assert factors("--trainable-tokens", "cat,7") - factors() == len(tables) * 2 * 4 * model.config.hidden_size
+
+
 WRONG = [
     ("--gpu t4 --device cpu", "give one of them"),
     ("--micro-batch 9", "micro_batch, 9, cannot be more than batch_size, 8"),
@@ -253,6 +263,7 @@ WRONG = [
     ("--shard --processes 2 --quantise nf4", "quantised ones have not: leave one of both out"),
     ("--init loftq", "say quantise too"),
     ("--targets q_prj", "'q_prj' matches no module"),
+    ("--trainable-tokens dodo", "this tokenizer has no such token"),
 ]
 
 

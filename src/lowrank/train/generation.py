@@ -117,7 +117,7 @@ class Writer:
     def _check_finite(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores (1, V) of the next token; the likeliest of numbers that are none would be a word all the same."""
         if not scores.amax().isfinite():
-            whose = self.settings.adapter or self.settings.model
+            whose = self.settings.adapter or self.settings.model or "this training"
             raise Diverged(
                 f"{whose}: the model's scores for the next token are not finite, so it has no answer; try --dtype "
                 "float32, and see what an adapter changes with `lowrank inspect`"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lowrank.data.prompts import Prompt
 from lowrank.data.recipe import Recipe
-from lowrank.errors import DataError
+from lowrank.errors import DataError, Diverged
 from lowrank.train.ends import end_tokens
 from lowrank.train.generation import Writer
 from lowrank.train.reporting import Sample
@@ -33,9 +33,15 @@ class Samples:
         model.eval()
         try:
             with seeded(self.writer.settings.seed):
-                return [Sample(text, self.writer.write(ids).strip()) for text, ids in self.asked]
+                return [Sample(text, self._answer(ids)) for text, ids in self.asked]
         finally:
             model.train(was_training)
+
+    def _answer(self, ids: Sequence[int]) -> str:
+        try:
+            return self.writer.write(ids).strip()
+        except Diverged as error:  # the training is judged by its evaluation rows, not by these
+            return f"({error})"
 
     def _ids(self, prompt: Prompt) -> list[int]:
         writer = self.writer

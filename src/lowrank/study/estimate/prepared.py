@@ -1,6 +1,7 @@
 """The model of an estimate: without numbers, held and adapted as a training would have it, and what of it stands."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,8 +17,9 @@ from lowrank.train.adamw import bytes_of
 from lowrank.train.adapting import lora_config
 from lowrank.train.config_file import check
 from lowrank.train.dealt_out import whole_of
-from lowrank.train.models import LONGEST, checkpoint_activations, find_model
+from lowrank.train.models import LONGEST, checkpoint_activations, find_model, load_tokenizer
 from lowrank.train.settings import AdapterSettings, TrainSettings
+from lowrank.train.token_rows import token_rows
 
 STARTS = ("pissa", "olora")  # whose start factors are kept beside the factors
 
@@ -62,7 +64,8 @@ class Prepared:
 def prepared(settings: EstimateSettings, dtype: torch.dtype) -> Prepared:
     """From the config alone. Raises ConfigError for what cannot be meant."""
     plain_attention = "eager" if settings.attention == "eager" else None  # all others hold what is kept in pieces
-    model = empty_model(find_model(settings.model, JSON), dtype, plain_attention)
+    base = find_model(settings.model, JSON)
+    model = empty_model(base, dtype, plain_attention)
     length = _length(model, settings)
     parameters = sum(p.numel() for p in model.parameters())
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
@@ -73,7 +76,7 @@ def prepared(settings: EstimateSettings, dtype: torch.dtype) -> Prepared:
     asked = None if settings.full else check(TrainSettings, named | {"model": settings.model, "data": "", "out": ""})
     parts = parts_of(model, whole_of(asked, "text"), settings.processes) if settings.shard and asked else WHOLE
     plain = _bytes(model)
-    _adapt(model, settings, asked)
+    _adapt(model, base, settings, asked)
     trained = [p for p in model.parameters() if p.requires_grad]
     masters = 4 * sum(p.numel() for p in trained if p.dtype != torch.float32)
     return Prepared(
@@ -101,7 +104,7 @@ def _bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _adapt(model: nn.Module, settings: EstimateSettings, asked: TrainSettings | None) -> None:
+def _adapt(model: nn.Module, base: Path, settings: EstimateSettings, asked: TrainSettings | None) -> None:
     """In place: what is trained, as `lowrank train` would choose it. asked: of its adapter; None trains all."""
     model.train()
     if settings.gradient_checkpointing:
@@ -110,4 +113,7 @@ def _adapt(model: nn.Module, settings: EstimateSettings, asked: TrainSettings | 
         model.requires_grad_(True)
         return
     # other starts are made of numbers, and dropout draws some: its masks are one bit an entry, or none on a GPU
-    inject(model, replace(lora_config(asked, ()), init_lora_weights="gaussian", lora_dropout=0.0))
+    config = replace(lora_config(asked, ()), init_lora_weights="gaussian", lora_dropout=0.0)
+    if words := settings.trainable_tokens:
+        config = replace(config, trainable_token_indices=token_rows(model, load_tokenizer(base), words))
+    inject(model, config)
