@@ -243,13 +243,13 @@ def test_the_command(monkeypatch, capsys, llama):
 
 
 def test_rows_of_trained_tokens_are_counted(capsys, llama):
-    def factors(*more):
+    def trained(*more):
         assert cli.main(["estimate", "--model", llama, "--gpu", "t4", "--json", *more]) == 0
-        return json.loads(capsys.readouterr().out)["factors"]
+        return json.loads(capsys.readouterr().out)["trained"]
 
     model = load_causal(Path(llama), torch.float32)
     tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    assert factors("--trainable-tokens", "cat,7") - factors() == len(tables) * 2 * 4 * model.config.hidden_size
+    assert trained("--trainable-tokens", "cat,7") - trained() == len(tables) * 2 * model.config.hidden_size
 
 
 WRONG = [
