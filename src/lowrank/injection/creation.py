@@ -1,6 +1,8 @@
 """The factors of a plan's entry at step 0."""
 
+from collections.abc import Iterator
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from lowrank.core.finite import named
 from lowrank.core.init import Init, Site, embedding
 from lowrank.core.rows import RowBlock
 from lowrank.core.shards import whole
+from lowrank.core.stored.stack import StoredStack
 from lowrank.injection.config import LoraConfig
 from lowrank.injection.plan import PlanEntry
 from lowrank.layers.embedding import LoraEmbedding
@@ -48,13 +51,8 @@ def create_factors(entry: PlanEntry, module: nn.Module, config: LoraConfig, init
 
 def _of_every_expert(entry: PlanEntry, module: nn.Module, config: LoraConfig, init: Init) -> LoraFactors:
     """A (E, r, k) and B (E, d, r), every expert's pair as `init` starts it from that expert's own W0."""
-    weight = whole(entry.kind.dense(module))
     with named(entry.path):
-        starts = [
-            init(site)
-            for matrix in weight.unbind()
-            for site in _sites(entry, matrix.t() if entry.kind.transposed else matrix)
-        ]
+        starts = [init(site) for matrix in _experts(entry, module) for site in _sites(entry, matrix)]
     count = len(entry.rows)  # of pairs in every expert: one, or one for each part
     a, b = (
         torch.stack([torch.cat(pairs[i : i + count]) for i in range(0, len(pairs), count)])
@@ -63,9 +61,20 @@ def _of_every_expert(entry: PlanEntry, module: nn.Module, config: LoraConfig, in
     start = (a.clone(), b.clone()) if starts[0].subtract else None
     factors = LoraFactors(a, b, entry.scale, config.lora_dropout, start=start, parts=entry.parts, out_features=entry.d)
     if config.use_dora:
+        weight = entry.kind.dense(module)
         matrices = weight.mT if entry.kind.transposed else weight
         factors.magnitude = nn.Parameter(_norms(matrices, factors), requires_grad=False)
     return factors
+
+
+def _experts(entry: PlanEntry, module: nn.Module) -> Iterator[Tensor]:
+    """Every expert's W0, (d, k); one after another where they are held in a stored form."""
+    frozen = entry.kind.frozen(module)
+    if isinstance(frozen, StoredStack):
+        yield from (frozen.of_expert(expert).matrix() for expert in range(frozen.shape[0]))
+    else:
+        weight = whole(cast(Tensor, frozen))
+        yield from (weight.mT if entry.kind.transposed else weight).unbind()
 
 
 def _norms(matrix: Tensor, factors: LoraFactors) -> Tensor:
