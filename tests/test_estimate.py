@@ -47,8 +47,8 @@ def save_model(folder, family="Llama", vocabulary=1000, width=128, **more):
         transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     else:
         shape = {"intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
-        config = transformers.LlamaConfig(vocab_size=vocabulary, hidden_size=width, **shape | more)
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        config = getattr(transformers, f"{family}Config")(vocab_size=vocabulary, hidden_size=width, **shape | more)
+        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
     return str(folder)
 
 
@@ -131,6 +131,18 @@ HELD = {
     "eight bits": ({"width": 256}, LLAMA | {"quantise": "int8"}),
     "four bits of GPT-2": ({"family": "GPT2", "width": 256}, LLAMA | {"targets": "c_attn,c_fc", "quantise": "fp4"}),
 }
+
+
+MIXTURES = {
+    dtype: ({"family": "Mixtral", "num_local_experts": 4}, LLAMA | {"rank": 4, "dtype": dtype})
+    for dtype in ("float32", "bfloat16")
+}
+
+
+@pytest.mark.parametrize("dtype", MIXTURES)
+def test_memory_of_experts_too(tmp_path, monkeypatch, dtype):
+    """Torch's grouped product without numbers knows bfloat16 alone."""
+    check_memory(tmp_path, monkeypatch, *MIXTURES[dtype])
 
 
 KINDS = {

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowrank.data.batches import collate
 from lowrank.data.tokens import Example
 from lowrank.study.estimate import replaying, updating
+from lowrank.study.estimate.counting import Counting
 from lowrank.study.estimate.operation import ATTENTION, ATTENTION_BACKWARD, Operation, noted
 from lowrank.study.estimate.prepared import prepared
 from lowrank.study.estimate.rehearse import rehearse
@@ -170,3 +171,18 @@ def test_the_update_grows_with_what_is_trained(monkeypatch):
     trained = [torch.nn.Parameter(torch.ones(10, 5)) for _ in range(8)]
     assert updating.update_of(trained, "adamw", lambda _: 1e9, "cpu") == 4.0
     assert updating.update_of(trained, "adamw", lambda done: sum(one.moved for one in done), "gpu") == 7 * 4 * 400
+
+
+def test_a_grouped_product_counts_as_the_batched_one_of_even_groups():
+    """Forward, the gradient of its input and that of its weights: each as much arithmetic."""
+    rows, experts, k, n = 24, 4, 8, 16
+    x, weight = torch.empty(rows, k, device="meta"), torch.empty(experts, k, n, device="meta")
+    dy, ends = torch.empty(rows, n, device="meta"), torch.empty(experts, dtype=torch.int32, device="meta")
+    with Counting(()) as counting:
+        answer = torch.ops.aten._grouped_mm(x, weight, ends)
+        dx = torch.ops.aten._grouped_mm(dy, weight.transpose(-2, -1), ends)
+        dweight = torch.ops.aten._grouped_mm(x.t(), dy, ends)
+    assert (answer.shape, dx.shape, dweight.shape) == ((rows, n), (rows, k), (experts, k, n))
+    products = [one for one in counting.done.elements() if one.arithmetic]
+    assert [one.arithmetic for one in products] == [2 * rows * k * n] * 3
+    assert {one.func for one in products} == {torch.ops.aten.bmm.default}

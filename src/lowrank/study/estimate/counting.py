@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowrank.study.estimate.grouped import BATCHED, GROUPED, even_batches, grouped_answer
 from lowrank.study.estimate.operation import Done, noted
 
 READ = torch.ops.aten._local_scalar_dense.default
@@ -43,11 +44,13 @@ class Counting(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is READ:  # "is nothing padded?", "is this the first row?": yes
             return True
-        out = func(*args, **kwargs)
+        out = grouped_answer(*args, **kwargs) if func is GROUPED else func(*args, **kwargs)
         answers = [tensor for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
         for tensor in answers:
             self._note(tensor)
         if not func.is_view and answers:
+            if func is GROUPED:
+                func, args, kwargs = BATCHED, even_batches(*args, **kwargs), {}
             self.done[noted(func, args, kwargs, out)] += 1
         return out
 
