@@ -1,6 +1,7 @@
 """Verification finds what is wrong before the result gets its name, and tells what rounding leaves of ΔW."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch
 
 import lowrank.merge.disk.merge as merge
 from lowrank.errors import LowrankWarning, MergeError
-from lowrank.files.safetensors import read_layout
+from lowrank.files.safetensors import DTYPES, read_layout
 from lowrank.merge.disk import MergeReport, merge_checkpoint
+from lowrank.merge.disk.exact import ExactRows
+from lowrank.merge.disk.recipe import Recipe
 from lowrank.modelfiles import bytes
 from merge_disk_models import linear_factors, tensors_of, write_adapter, write_base
 
@@ -238,3 +241,13 @@ def test_a_source_that_shrinks_meanwhile(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(Exception, match="became shorter"):
         merge_checkpoint(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("word", "digits", "least"), [("F16", 11, -24), ("BF16", 8, -133), ("F32", 24, -149)])
+def test_half_an_ulp_is_half_the_distance_of_neighbours(word: str, digits: int, least: int) -> None:
+    values = [m * 2.0**e for e in range(least - 3, 15) for m in (1.0, 1.5, 2 - 2**-52)]
+    half_ulps = [2.0 ** (max(math.frexp(value)[1] - digits, least) - 1) for value in values]
+    found = ExactRows(Recipe("w", word, (8, 8), replacement=torch.empty(0, dtype=DTYPES[word])))._half_ulp(
+        torch.tensor([0.0, *values], dtype=torch.float64)
+    )
+    assert found.tolist() == [2.0 ** (least - 1), *half_ulps]

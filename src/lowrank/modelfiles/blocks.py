@@ -1,11 +1,13 @@
 """Rows of a tensor's values, read block by block into memory that is used again."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lowrank.files.regular import read_into
@@ -49,6 +51,29 @@ def read_entry_rows(
     offset = source.entry.offset + rows.start * columns * dtype.itemsize
     read_into(descriptor, memory, offset, source.shard.path)
     return block
+
+
+def read_slices(
+    descriptor: int,
+    offset: int,
+    path: Path,
+    columns: int,
+    dtype: torch.dtype,
+    slices: Sequence[slice],
+    workspace: Workspace,
+    role: str,
+) -> Tensor:
+    """Rows of some slices of a matrix that lies at `offset` in a file, one after another, (n', m), in one memory.
+
+    A few rows of many tensors cost what is done around a row, not the row. Valid until the role is taken again.
+    """
+    count, row_bytes, done = sum(rows.stop - rows.start for rows in slices), columns * dtype.itemsize, 0
+    numbers, memory = workspace.take(role, (count, columns), dtype)
+    for rows in slices:
+        until = done + (rows.stop - rows.start) * row_bytes
+        read_into(descriptor, memory[done:until], offset + rows.start * row_bytes, path)
+        done = until
+    return numbers
 
 
 def whole(source: Source) -> Tensor:

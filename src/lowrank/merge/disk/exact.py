@@ -25,6 +25,7 @@ from lowrank.modelfiles.blocks import opened, whole
 from lowrank.modelfiles.workspace import Workspace
 
 UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+FRACTION_BITS = 52  # of a float64
 TINY = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134, torch.float32: 2.0**-150, torch.float64: 0.0}
 
 
@@ -71,9 +72,12 @@ class ExactRows:
         return exact, self._half_ulp(exact.abs() + accumulated) + accumulated
 
     def _half_ulp(self, values: Tensor) -> Tensor:
-        """Half the distance between neighbours of the result's dtype at the given magnitudes."""
-        exponent = torch.frexp(values).exponent
-        return torch.ldexp(torch.full_like(values, self._unit / 2), exponent).clamp_min_(self._tiny)
+        """Half the distance between neighbours of the result's dtype at the given magnitudes, float64 and not negative.
+
+        A float64 without its fraction is the power of two below it: `frexp` and `ldexp` take ten times as long.
+        """
+        powers = (values.view(torch.int64) >> FRACTION_BITS << FRACTION_BITS).view(torch.float64)
+        return powers.mul_(self._unit).clamp_min_(self._tiny)
 
 
 def _term(recipe: Recipe, contribution: Contribution) -> _Term:

@@ -48,13 +48,16 @@ class Recipe:
         """True where the result's bytes are the base's."""
         return (
             self.source is not None
-            and self.replacement is None
+            and self.as_in_files
             and not self.contributions
             and self.repacked is None
-            and not self.rows
             and self.source.entry.dtype == self.dtype
-            and not isinstance(self.source.entry, StoredEntry)
         )
+
+    @property
+    def as_in_files(self) -> bool:
+        """True where what is merged into, or converted, lies in the base's file as numbers in rows."""
+        return self.source is not None and self.replacement is None and not self.rows and not self.was_stored
 
     @property
     def was_stored(self) -> bool:

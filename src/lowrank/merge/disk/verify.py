@@ -7,7 +7,7 @@ at every byte and recomputes every row.
 import os
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
@@ -24,7 +24,7 @@ from lowrank.merge.disk.exact import ExactRows
 from lowrank.merge.disk.recipe import Recipe, ResultFile
 from lowrank.merge.disk.stack_recipes import matrices
 from lowrank.merge.disk.stored_rows import read_rows
-from lowrank.modelfiles.blocks import opened
+from lowrank.modelfiles.blocks import opened, read_slices
 from lowrank.modelfiles.bytes import CHUNK
 from lowrank.modelfiles.pool import run_tasks
 from lowrank.modelfiles.workspace import Workspace
@@ -124,7 +124,7 @@ class _Verifier:
 
     def _repacked(self, check: _Check, result: int) -> None:
         assert check.recipe.repacked is not None
-        share = check.recipe.repacked.check(self._written(check, result, slice(0, check.recipe.matrix[0])))
+        share = check.recipe.repacked.check(self._written(check, result, [slice(0, check.recipe.matrix[0])]))
         if share is not None:
             with self._lock:
                 self._findings.surviving[check.recipe.name] = share
@@ -133,15 +133,15 @@ class _Verifier:
         for rows in chain.from_iterable(_pieces(check.recipe, self._full)):
             stored = read_rows(check.recipe, source, rows, self._workspace)
             wanted = stored.to(DTYPES[check.recipe.dtype]).contiguous()
-            if not torch.equal(wanted.view(torch.uint8), self._written(check, result, rows).view(torch.uint8)):
+            if not torch.equal(wanted.view(torch.uint8), self._written(check, result, [rows]).view(torch.uint8)):
                 raise MergeError(f"verification: {check.recipe.name} is not what it was converted from")
 
     def _recompute(self, check: _Check, source: int, result: int) -> None:
         exact_rows = ExactRows(check.recipe)
         count, worst, lost, changed = 0, 0.0, 0.0, 0.0
         for piece in _pieces(check.recipe, self._full):
-            stored = _together(read_rows(check.recipe, source, rows, self._workspace) for rows in piece)
-            written = _together(self._written(check, result, rows) for rows in piece)
+            stored = self._stored(check, source, piece)
+            written = self._written(check, result, piece).double()
             numbers = torch.cat([torch.arange(rows.start, rows.stop) for rows in piece])
             exact, allowed = exact_rows(stored, numbers)
             error = (written - exact).abs_()
@@ -160,12 +160,20 @@ class _Verifier:
             self._findings.worst = max(self._findings.worst, worst)
             self._findings.surviving[check.recipe.name] = share_left(lost, changed)
 
-    def _written(self, check: _Check, result: int, rows: slice) -> Tensor:
-        dtype, columns = READABLE[check.recipe.dtype], check.recipe.matrix[1]
-        block, memory = self._workspace.take("written", (rows.stop - rows.start, columns), dtype)
-        offset = check.offset + rows.start * columns * dtype.itemsize
-        read_into(result, memory, offset, self._folder / check.file.name)
-        return block
+    def _stored(self, check: _Check, source: int, piece: Sequence[slice]) -> Tensor:
+        """W0's rows of the slices one after another, in float64."""
+        recipe = check.recipe
+        origin = recipe.source
+        if origin is None or not recipe.as_in_files or piece[-1].stop > origin.entry.shape[0]:
+            return _together(read_rows(recipe, source, rows, self._workspace) for rows in piece)
+        place = (source, origin.entry.offset, origin.shard.path, recipe.matrix[1], READABLE[origin.entry.dtype])
+        return read_slices(*place, piece, self._workspace, "stored").double()
+
+    def _written(self, check: _Check, result: int, piece: Sequence[slice]) -> Tensor:
+        """The result's rows of the slices one after another, in its dtype."""
+        path, recipe = self._folder / check.file.name, check.recipe
+        place = (result, check.offset, path, recipe.matrix[1], READABLE[recipe.dtype])
+        return read_slices(*place, piece, self._workspace, "written")
 
 
 def _together(blocks: Iterable[Tensor]) -> Tensor:
