@@ -27,8 +27,10 @@ from lowrank.layers.stack import ExpertStack
 from lowrank.study.estimate.estimate import estimate
 from lowrank.study.estimate.settings import EstimateSettings
 from lowrank.train import held_experts
+from lowrank.train.adapting import adapt
 from lowrank.train.held import load_held
-from lowrank.train.settings import EvalSettings
+from lowrank.train.settings import EvalSettings, TrainSettings
+from lowrank.train.task import Loaded
 from quantised_models import dequantised
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -368,3 +370,14 @@ def test_every_kind_of_adapter_is_that_of_the_dense_model(way: str, asked: dict[
     merged, wanted = (lowrank.merge_and_unload(one).state_dict() for one in (model, dense))
     assert merged.keys() == wanted.keys() and all(torch.equal(merged[name], wanted[name]) for name in merged)
     torch.testing.assert_close(answer(model), got, rtol=1e-4, atol=1e-5)
+
+
+def test_stacks_that_loftq_passes_over_are_said(tmp_path) -> None:
+    base = tmp_path / "base"
+    mixture("mixtral").save_pretrained(base)
+    asked = TrainSettings(model=str(base), data="d", out="o", quantise="nf4", init="loftq", targets="all-linear")
+    model = load_held(base, asked, torch.float32, torch.device("cpu"), [])
+    said = adapt(Loaded(model, None, torch.device("cpu"), 0), asked, base)
+    several = sum(1 for _ in lora_layers(model))
+    experts = len(stacks(mixture("mixtral")))
+    assert f"; {several - experts} layers start from what quantising took off; {experts} others" in said

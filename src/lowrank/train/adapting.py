@@ -7,6 +7,7 @@ from typing import Any
 from lowrank.checkpoint import load_adapter
 from lowrank.data.names import read_targets
 from lowrank.hub import local_folder
+from lowrank.injection.adapters import lora_layers
 from lowrank.injection.apply import inject
 from lowrank.injection.config import LoraConfig
 from lowrank.train.loftq import move_base, rounds_of, start
@@ -62,6 +63,9 @@ def adapt(loaded: Loaded, settings: TrainSettings, base: Path) -> str:
         if not (rounds := rounds_of(settings.init)):
             return done
         words = f", {rounds} rounds of LoftQ, which moved the base for this adapter alone" if rounds > 1 else ""
-        return f"{done}; {start(model, base, rounds)} layers start from what quantising took off{words}"
+        started = start(model, base, rounds)
+        others = sum(1 for _ in lora_layers(model)) - started
+        words += f"; {others} others, stacks of experts or not quantised, start from nothing" if others else ""
+        return f"{done}; {started} layers start from what quantising took off{words}"
     model.requires_grad_(True)
     return f"every weight: {sum(p.numel() for p in model.parameters()):,} trained parameters"
