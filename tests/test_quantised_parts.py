@@ -53,7 +53,7 @@ def test_parts_and_patterns_are_those_of_the_dequantised_model(scheme, tmp_path)
         logits.sin().sum().backward()
         answers.append([logits.detach(), *(p.grad for p in one.parameters() if p.requires_grad)])
     for got, wanted in zip(*answers, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))  # of its size
     lowrank.save_adapter(model, tmp_path)
     lowrank.merge_and_unload(model)
     lowrank.merge_and_unload(twin)
