@@ -21,7 +21,7 @@ from lowrank.checkpoint.stored_base import together
 from lowrank.checkpoint.target import Target
 from lowrank.core.combination import WITH_DENSITY, WITHOUT_RANK, Method, Options, Term, find_method
 from lowrank.core.truncation import check_rank
-from lowrank.errors import ConfigError, MergeError
+from lowrank.errors import ConfigError, MergeError, some
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +181,10 @@ def _content(
     contents = [part.content for part in parts]
     notes = []
     origin = dict(contents[0].origin)
-    bases = {content.origin.get("base_model_name_or_path") for content in contents}
+    bases = {str(content.origin.get("base_model_name_or_path")) for content in contents}  # a file may say anything
     if len(bases) > 1:
         origin["base_model_name_or_path"] = None
-        notes.append(f"the adapters name different bases ({', '.join(sorted(map(str, bases)))}): none is kept")
+        notes.append(f"the adapters name different bases ({some(sorted(bases))}): none is kept")
     origin["lora_dropout"] = 0.0
     fingerprints = [content.companion.base for content in contents]
     agreed = fingerprints[0] if all(f == fingerprints[0] for f in fingerprints) else None
