@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import lowrank
 import models
-from lowrank import LoraConfig
+from lowrank import LoraConfig, cli
 from lowrank.core.init.loftq import loftq, taken_off
 from lowrank.core.stored.held_as import held_as
 from lowrank.core.stored.of_module import stored_weight
@@ -114,6 +114,18 @@ def test_a_run_on_four_bits_is_said_and_remembered(tmp_path):
     lowrank.quantise(model, "nf4", double=True)
     report = lowrank.load_adapter(model, tmp_path / "run")
     assert not report.base_differences
+
+
+def test_what_a_run_names_next_asks_the_base_that_it_trained_on(tmp_path, capsys):
+    asked = settings(tmp_path, double=True, steps=1)
+    line = ["train", "--model", "nano", "--data", asked.data, "--out", asked.out, "--steps", "1", "--quantise", "nf4"]
+    assert cli.main([*line, "--double"]) == 0
+    (following,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: lowrank ")]
+    call = following.removeprefix("next: lowrank ").split(" --data ")[0].split()
+    assert call[-3:] == ["--quantise", "nf4", "--double"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LowrankWarning)  # of a base in another form than trained over
+        assert cli.main([*call, "--data", asked.data]) == 0
 
 
 def test_layers_without_an_adapter_say_nothing_at_every_call(tmp_path, caplog):

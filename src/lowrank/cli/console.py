@@ -98,6 +98,8 @@ class RunDisplay(Reporter):
             best = f"; best {result.best[1].loss:.4f} at step {result.best[0]}"
             lines.append(f"evaluation loss {result.before.loss:.4f} before, {result.after.loss:.4f} after{best}")
         flag = f"--model {result.folder}" if settings.full else f"--model {settings.model} --adapter {result.folder}"
+        if settings.quantise:  # of another form of the base the adapter answers otherwise
+            flag += f" --quantise {settings.quantise}" + " --double" * settings.double
         unseen = f"--data {settings.eval_data}" if settings.eval_data else "--data FILE, of rows not trained on"
         lines += [f"saved to {result.folder}", f"next: lowrank eval {flag} {unseen}"]
         self._lines(lines)
